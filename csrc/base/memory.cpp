@@ -1,0 +1,85 @@
+#include "memory.h"
+
+#include "error.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <utility>
+
+#ifndef MADV_POPULATE_WRITE
+#    define MADV_POPULATE_WRITE 23
+#endif
+
+namespace hobbit {
+
+static void touch_pages(std::byte * data, size_t size) {
+    for (size_t i = 0; i < size; i += PAGE) {
+        *(volatile std::byte *) (data + i) = std::byte(0);
+    }
+}
+
+region::region(size_t bytes, bool fault_in) : size_(align_up(bytes, PAGE)) {
+    if (size_ == 0) {
+        return;
+    }
+    void * p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) {
+        fail_os(HOBBIT_ERR_NO_MEMORY, errno, "cannot map " + human_bytes(size_));
+    }
+    data_ = (std::byte *) p;
+    // A child made by fork() must not double a pool of gigabytes when the parent writes to it.
+    madvise(data_, size_, MADV_DONTFORK);
+    if (fault_in && madvise(data_, size_, MADV_POPULATE_WRITE) != 0) {
+        const int err = errno;
+        if (err != EINVAL && err != ENOSYS) {  // these two: a kernel before 5.14
+            munmap(data_, size_);
+            data_ = nullptr;
+            fail_os(HOBBIT_ERR_NO_MEMORY, err, "cannot get " + human_bytes(size_) + " for the expert pool");
+        }
+        touch_pages(data_, size_);
+    }
+}
+
+region::~region() {
+    if (data_ != nullptr) {
+        munmap(data_, size_);
+    }
+}
+
+region::region(region && other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+region & region::operator=(region && other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+address_range::address_range(size_t bytes) : size_(align_up(bytes, PAGE)) {
+    if (size_ == 0) {
+        return;
+    }
+    void * p = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        fail_os(HOBBIT_ERR_NO_MEMORY, errno, "cannot reserve " + human_bytes(size_) + " of address space");
+    }
+    data_ = (std::byte *) p;
+}
+
+address_range::~address_range() {
+    if (data_ != nullptr) {
+        munmap(data_, size_);
+    }
+}
+
+address_range::address_range(address_range && other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+address_range & address_range::operator=(address_range && other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+}  // namespace hobbit

@@ -1,0 +1,58 @@
+// Page-aligned anonymous memory: the expert pool and the staging buffers live in these.
+#pragma once
+
+#include <cstddef>
+
+namespace hobbit {
+
+constexpr size_t PAGE = 4096;
+
+constexpr size_t align_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
+
+constexpr size_t align_down(size_t n, size_t to) {
+    return n / to * to;
+}
+
+// An anonymous private mapping, owned. Movable, not copyable.
+class region {
+  public:
+    region() = default;
+    // Maps `bytes` (rounded up to pages). With `fault_in` every page is made present now: first touch by a direct read is slow,
+    // and a budget that cannot be met must fail here and not in the middle of a token. Throws HOBBIT_ERR_NO_MEMORY.
+    region(size_t bytes, bool fault_in);
+    ~region();
+    region(region && other) noexcept;
+    region & operator=(region && other) noexcept;
+    region(const region &)             = delete;
+    region & operator=(const region &) = delete;
+
+    std::byte * data() const { return data_; }
+
+    size_t size() const { return size_; }
+
+  private:
+    std::byte * data_ = nullptr;
+    size_t      size_ = 0;
+};
+
+// Address space without memory behind it: whoever touches it by mistake gets SIGSEGV and not wrong numbers.
+class address_range {
+  public:
+    address_range() = default;
+    explicit address_range(size_t bytes);
+    ~address_range();
+    address_range(address_range && other) noexcept;
+    address_range & operator=(address_range && other) noexcept;
+    address_range(const address_range &)             = delete;
+    address_range & operator=(const address_range &) = delete;
+
+    std::byte * data() const { return data_; }
+
+  private:
+    std::byte * data_ = nullptr;
+    size_t      size_ = 0;
+};
+
+}  // namespace hobbit

@@ -1,0 +1,43 @@
+#include "eviction.h"
+
+#include "../hobbit.h"
+
+namespace hobbit {
+
+static float layers_ahead(uint32_t layer, const eviction_context & now) {
+    return (float) ((layer + now.n_layer - now.layer) % now.n_layer);
+}
+
+float priority_lru(const use_record & use, uint32_t, const eviction_context &) {
+    return (float) use.last_token;
+}
+
+float priority_lfu(const use_record & use, uint32_t, const eviction_context &) {
+    return (float) use.uses;
+}
+
+float priority_hobbit(const use_record & use, uint32_t layer, const eviction_context & now) {
+    const float t = (float) now.token;
+    return now.weights.lru * (float) use.last_token / t + now.weights.lfu * (float) use.uses / t +
+           now.weights.lhu * (float) use.high_uses / t +
+           now.weights.fld * (1.0f - layers_ahead(layer, now) / (float) now.n_layer);
+}
+
+float priority_lcu(const use_record & use, uint32_t layer, const eviction_context & now) {
+    const float c = ((float) use.high_uses + now.low_cost * (float) use.low_uses) / (float) now.token;
+    // The last token's pass is the one before for layers still to come, and the running one for layers behind.
+    const bool recent = use.last_token != 0 && use.last_token + 1 >= now.token;
+    return recent ? c + 1.0f / (layers_ahead(layer, now) + 0.1f) : c;
+}
+
+eviction_rule find_eviction_rule(int number) {
+    switch (number) {
+        case HOBBIT_EVICT_LRU: return priority_lru;
+        case HOBBIT_EVICT_LFU: return priority_lfu;
+        case HOBBIT_EVICT_HOBBIT: return priority_hobbit;
+        case HOBBIT_EVICT_LCU: return priority_lcu;
+        default: return nullptr;
+    }
+}
+
+}  // namespace hobbit

@@ -1,0 +1,110 @@
+// The expert cache: a fixed pool of slots and what lies in them.
+//
+// A copy of an expert (layer, expert, precision) is in one of these states:
+//   1. absent                                            insert() -> 2
+//   2. in flight: has a slot, reads are running          fulfil() -> 3, abandon() -> 1
+//   3. resident                                          evicted by insert() of another -> 1
+// In 2 and 3 it can be pinned (counted): a pinned copy is never evicted. An in-flight copy is never evicted either.
+// A copy that was predicted is protected until the layer has passed: it is evicted only when nothing else can be.
+//
+// High and low precision copies have slots of their own, since their sizes differ; within a precision the entry of lowest
+// priority goes (eviction.h), ties by the clock of this cache: least recently used first.
+//
+// Not thread-safe: the expert store holds its lock around every call. `data` and `parts` of a pinned entry may be read
+// without it.
+#pragma once
+
+#include "../base/memory.h"
+#include "eviction.h"
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+namespace hobbit {
+
+struct cache_entry {
+    enum class state : uint8_t { absent, in_flight, resident };
+
+    uint16_t    layer     = 0;
+    uint16_t    expert    = 0;
+    uint8_t     precision = 0;
+    state       now       = state::absent;
+    std::byte * data      = nullptr;  // the slot
+    uint32_t    pins      = 0;
+    uint64_t    tick      = 0;        // last touch by the cache's clock
+    uint64_t    protected_until = 0;  // layer passes (expert_cache::pass) up to which a prediction protects it
+    bool        prefetched  = false;  // read ahead and not yet asked for
+    uint32_t    reading     = 0;      // bit per projection whose read is queued or running
+    uint64_t    bytes       = 0;      // read so far for this entry
+    std::atomic<bool>     cancel{ false };    // in flight: the read is not wanted any more, or failed
+    std::atomic<bool>     demanded{ false };  // in flight: somebody waits
+    std::atomic<uint32_t> parts{ 0 };  // bit per projection that is whole
+};
+
+struct cache_shape {
+    uint32_t n_layer  = 0;
+    uint32_t n_expert = 0;
+    uint32_t n_slots[2]    = { 0, 0 };  // by precision
+    uint64_t slot_bytes[2] = { 0, 0 };
+};
+
+class expert_cache {
+  public:
+    expert_cache(const cache_shape & shape, std::byte * pool, eviction_rule rule);
+
+    // In flight or resident; NULL when absent. Does not count as a use.
+    cache_entry * find(uint32_t layer, uint32_t expert, int precision) {
+        return table_[index(layer, expert, precision)];
+    }
+
+    // Absent -> in flight, in a free slot or in that of the evictable entry of lowest priority. NULL when there is
+    // none. `evicted` (may be NULL): called with the entry before its slot is reused.
+    cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
+                         void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr);
+    void          fulfil(cache_entry * entry);
+    void          abandon(cache_entry * entry);
+
+    void pin(cache_entry * entry) { entry->pins++; }
+
+    void unpin(cache_entry * entry) { entry->pins--; }
+
+    void touch(cache_entry * entry) { entry->tick = ++clock_; }
+
+    // Resident, not pinned: gives the slot back.
+    void drop(cache_entry * entry);
+
+    use_record & use(uint32_t layer, uint32_t expert) { return uses_[(size_t) layer * shape_.n_expert + expert]; }
+
+    // A new sequence: use records are cleared, contents stay.
+    void reset_uses();
+
+    // Copies that could be inserted now: free slots and evictable entries.
+    uint32_t available(int precision) const;
+    uint32_t resident(int precision) const;
+
+    const cache_shape & shape() const { return shape_; }
+
+    // Number of the running layer pass; predictions protect up to one of these.
+    uint64_t pass = 1;
+
+    // For tests and statistics.
+    const std::vector<std::unique_ptr<cache_entry>> & entries(int precision) const { return slots_[precision]; }
+
+  private:
+    size_t index(uint32_t layer, uint32_t expert, int precision) const {
+        return ((size_t) layer * shape_.n_expert + expert) * 2 + (size_t) precision;
+    }
+
+    cache_entry * victim(int precision, const eviction_context & now);
+
+    cache_shape                               shape_;
+    eviction_rule                             rule_;
+    std::vector<cache_entry *>                table_;
+    std::vector<use_record>                   uses_;
+    std::vector<std::unique_ptr<cache_entry>> slots_[2];  // one per slot, for ever; `absent` ones are free
+    std::vector<cache_entry *>                free_[2];
+    uint64_t                                  clock_ = 0;
+};
+
+}  // namespace hobbit

@@ -1,0 +1,251 @@
+// The C API over the core: checks arguments, turns exceptions into statuses, nothing else.
+#include "../hobbit.h"
+
+#include "../base/error.h"
+#include "../engine/session.h"
+#include "../ggml/context-memory.h"
+#include "../ggml/expert-buffer.h"
+#include "../ggml/routers.h"
+#include "../policy/mode.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+using hobbit::session;
+
+struct hobbit_session {
+    std::shared_ptr<session> core;
+};
+
+extern "C" const char * hobbit_patch_id(void);  // in libllama
+
+namespace {
+
+// Runs `body`; its exceptions become a status and fill `error`.
+template <typename F> hobbit_status guarded(hobbit_error * error, F && body) {
+    try {
+        body();
+        return HOBBIT_OK;
+    } catch (const hobbit::error & e) {
+        hobbit::fill_error(error, e.status(), e.os_errno(), e.what());
+        return e.status();
+    } catch (const std::bad_alloc &) {
+        hobbit::fill_error(error, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
+        return HOBBIT_ERR_NO_MEMORY;
+    } catch (const std::exception & e) {
+        hobbit::fill_error(error, HOBBIT_ERR_INTERNAL, 0, e.what());
+        return HOBBIT_ERR_INTERNAL;
+    } catch (...) {
+        hobbit::fill_error(error, HOBBIT_ERR_INTERNAL, 0, "unknown exception");
+        return HOBBIT_ERR_INTERNAL;
+    }
+}
+
+void require(bool ok, const char * message) {
+    if (!ok) {
+        hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT, message);
+    }
+}
+
+// Copies a struct that begins with struct_size to a caller whose version of it may be shorter.
+template <typename T> void copy_out(T * to, T from) {
+    require(to != nullptr && to->struct_size >= sizeof(uint32_t), "struct_size is not set");
+    const uint32_t size = to->struct_size;
+    from.struct_size    = size;
+    memcpy(to, &from, std::min<size_t>(size, sizeof(T)));
+}
+
+hobbit_params defaults(const hobbit::policy::mode & mode) {
+    hobbit_params p   = {};
+    p.struct_size     = sizeof(p);
+    p.precision_rule  = mode.precision_rule;
+    p.eviction_rule   = mode.eviction_rule;
+    p.t1              = -1.0f;  // at the paper's quantiles
+    p.t2              = -1.0f;
+    p.renormalize     = 1;
+    p.w_lru           = 0.25f;
+    p.w_lfu           = 0.25f;
+    p.w_lhu           = 0.25f;
+    p.w_fld           = 0.25f;
+    p.prefetch_depth  = mode.prefetch_depth;
+    p.prefetch_reads  = 2;
+    p.norm_correction = 1;
+    p.io_threads      = 8;
+    p.io_block        = 128 * 1024;
+    p.direct_io       = 1;
+    p.low_share       = mode.low_share;
+    return p;
+}
+
+// Called by ggml after each node of a graph; true stops llama_decode.
+bool abort_on_failure(void * data) {
+    return ((hobbit_session *) data)->core->failed();
+}
+
+}  // namespace
+
+const char * hobbit_version(void) { return HOBBIT_VERSION; }
+
+int32_t hobbit_abi_version(void) { return HOBBIT_ABI_VERSION; }
+
+const char * hobbit_upstream_commit(void) { return HOBBIT_UPSTREAM_COMMIT; }
+
+const char * hobbit_patches(void) { return HOBBIT_PATCHES; }
+
+const char * hobbit_loaded_patches(void) { return hobbit_patch_id(); }
+
+hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobbit_error * error) {
+    return guarded(error, [&] {
+        const auto * row = hobbit::policy::find_mode(mode);
+        if (row == nullptr) {
+            hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT, hobbit::format("unknown mode '%s'; there are: %s",
+                                                                     mode == nullptr ? "" : mode,
+                                                                     hobbit::policy::mode_names()));
+        }
+        copy_out(params, defaults(*row));
+    });
+}
+
+hobbit_session * hobbit_session_init(const char * path, const char * low_path, const hobbit_params * params,
+                                     hobbit_error * error) {
+    hobbit_session * out = nullptr;
+    guarded(error, [&] {
+        if (strcmp(hobbit_patches(), hobbit_loaded_patches()) != 0) {
+            hobbit::fail(HOBBIT_ERR_STATE,
+                         std::string("another libllama was loaded before ours (it has the patches '") +
+                             hobbit_loaded_patches() + "', this library needs '" + hobbit_patches() +
+                             "'): import hobbit_cpp before llama_cpp, and install one version of hobbit-cpp only");
+        }
+        require(path != nullptr && params != nullptr, "path and params are needed");
+        hobbit_params p = defaults(*hobbit::policy::find_mode("hobbit"));
+        memcpy(&p, params, std::min<size_t>(params->struct_size, sizeof(p)));
+        hobbit::register_expert_buffers();
+        auto core = std::make_shared<session>(path, low_path == nullptr ? "" : low_path, p);
+        core->set_routers(std::make_unique<hobbit::ggml_routers>(core->index()));
+        out = new hobbit_session{ std::move(core) };
+    });
+    return out;
+}
+
+void hobbit_session_free(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->stop();
+        delete s;
+    }
+}
+
+hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * info, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        const auto &      index = s->core->index();
+        hobbit_model_info i     = {};
+        i.n_layer               = index.n_block;
+        i.n_moe_layer           = (uint32_t) index.layers().size();
+        i.n_expert              = index.n_expert;
+        i.n_expert_used         = index.n_expert_used;
+        i.has_low               = index.has_low;
+        i.bytes_dense           = index.bytes_dense;
+        i.bytes_high            = index.bytes_total[0];
+        i.bytes_low             = index.bytes_total[1];
+        i.bytes_expert_high     = index.max_expert[0];
+        i.bytes_expert_low      = index.max_expert[1];
+        for (const auto & layer : index.layers()) {
+            i.bytes_cycle += index.n_expert_used * layer.expert_bytes(hobbit::precision::high);
+        }
+        i.slot_high    = index.max_slot[0];
+        i.slot_low     = index.max_slot[1];
+        i.pool_min     = hobbit::expert_store::pool_min(index, s->core->params());
+        i.pool_max     = hobbit::expert_store::pool_max(index, s->core->params());
+        i.direct_io    = index.direct();
+        i.io_alignment = index.alignment();
+        copy_out(info, i);
+    });
+}
+
+void hobbit_session_bind_thread(hobbit_session * s) {
+    hobbit::bind_thread(s == nullptr ? nullptr : s->core);
+}
+
+const void * hobbit_session_buft_overrides(hobbit_session * s) {
+    return s == nullptr ? nullptr : hobbit::buft_overrides(*s->core);
+}
+
+void * hobbit_abort_callback(void) {
+    return (void *) abort_on_failure;
+}
+
+uint64_t hobbit_context_compute_bytes(const void * context) {
+    return hobbit::context_memory((const llama_context *) context).compute;
+}
+
+uint64_t hobbit_context_resident_bytes(const void * context) {
+    return hobbit::context_memory((const llama_context *) context).resident;
+}
+
+hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        s->core->start(pool_bytes);
+    });
+}
+
+void hobbit_session_stop(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->stop();
+    }
+}
+
+void hobbit_session_begin_sequence(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->begin_sequence();
+    }
+}
+
+hobbit_status hobbit_session_take_error(hobbit_session * s, hobbit_error * error) {
+    return guarded(error, [&] {
+        std::exception_ptr why;
+        if (s != nullptr && s->core->take_error(why) && why) {
+            std::rethrow_exception(why);
+        }
+    });
+}
+
+hobbit_status hobbit_session_stats(hobbit_session * s, hobbit_stats * stats, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        hobbit_stats out = {};
+        out.n_moe_layer  = (uint32_t) s->core->index().layers().size();
+        s->core->stats(out);
+        copy_out(stats, out);
+    });
+}
+
+hobbit_status hobbit_session_layer_stats(hobbit_session * s, uint32_t layer, hobbit_counts * counts, uint32_t * block,
+                                         hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr && counts != nullptr && layer < s->core->index().layers().size(), "no such layer");
+        *counts = {};
+        s->core->layer_stats(layer, *counts);
+        if (block != nullptr) {
+            *block = s->core->index().layers()[layer].block;
+        }
+    });
+}
+
+void hobbit_session_reset_stats(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->reset_stats();
+    }
+}
+
+void hobbit_session_trace(hobbit_session * s, bool on) {
+    if (s != nullptr) {
+        s->core->trace(on);
+    }
+}
+
+uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
+    return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
+}

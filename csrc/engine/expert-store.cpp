@@ -1,0 +1,438 @@
+#include "expert-store.h"
+
+#include "../base/error.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+// Part number of a request that reads into a streaming slot.
+static constexpr uint32_t STREAM_PART = 1u << 16;
+
+uint32_t expert_store::streaming_slots(const expert_index & index) {
+    // Two let a read run under a product; more keep the queue deep when slices are small.
+    return index.max_segment > (8u << 20) ? 2 : 4;
+}
+
+uint64_t expert_store::pool_min(const expert_index & index, const hobbit_params &) {
+    return index.n_expert_used * index.max_slot[0] + streaming_slots(index) * index.max_segment;
+}
+
+uint64_t expert_store::pool_max(const expert_index & index, const hobbit_params & params) {
+    uint64_t n_experts = 0;
+    for (const auto & layer : index.layers()) {
+        n_experts += layer.n_expert;
+    }
+    // With every expert resident in high precision no low copy is ever asked for, except by the weight rule.
+    const bool low = index.has_low && params.precision_rule == HOBBIT_PRECISION_WEIGHT;
+    return n_experts * (index.max_slot[0] + (low ? index.max_slot[1] : 0)) + streaming_slots(index) * index.max_segment;
+}
+
+// Slots by precision out of `bytes`.
+static void split_pool(const expert_index & index, const hobbit_params & params, uint64_t bytes, uint32_t n_slots[2]) {
+    uint64_t n_experts = 0;
+    for (const auto & layer : index.layers()) {
+        n_experts += layer.n_expert;
+    }
+    const bool     with_low = index.has_low && params.precision_rule != HOBBIT_PRECISION_EXACT;
+    const uint64_t all_high = std::min(n_experts, bytes / index.max_slot[0]);
+    n_slots[0]              = (uint32_t) all_high;
+    n_slots[1]              = 0;
+    if (!with_low || (all_high == n_experts && params.precision_rule == HOBBIT_PRECISION_MISS)) {
+        return;
+    }
+    uint64_t low = (uint64_t) ((double) bytes * params.low_share) / index.max_slot[1];
+    // A layer's k experts must fit in high precision, whatever share was asked for.
+    const uint64_t floor_high = (uint64_t) index.n_expert_used * index.max_slot[0];
+    low        = std::min(low, (bytes - std::min(bytes, floor_high)) / index.max_slot[1]);
+    low        = std::min(low, n_experts);
+    n_slots[1] = (uint32_t) low;
+    n_slots[0] = (uint32_t) std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
+}
+
+expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes)
+    : index_(index), params_(params), counts_(index.layers().size()) {
+    const uint64_t floor = pool_min(index, params);
+    if (pool_bytes < floor) {
+        fail(HOBBIT_ERR_BUDGET, format("an expert pool of %s is too small: this model needs at least %s",
+                                       human_bytes(pool_bytes).c_str(), human_bytes(floor).c_str()));
+    }
+    const uint32_t n_stream     = streaming_slots(index);
+    const uint64_t stream_bytes = n_stream * index.max_segment;
+
+    cache_shape shape;
+    shape.n_layer       = (uint32_t) index.layers().size();
+    shape.n_expert      = index.n_expert;
+    shape.slot_bytes[0] = index.max_slot[0];
+    shape.slot_bytes[1] = index.max_slot[1];
+    split_pool(index, params, pool_bytes - stream_bytes, shape.n_slots);
+
+    pool_ = region(stream_bytes + shape.n_slots[0] * shape.slot_bytes[0] + shape.n_slots[1] * shape.slot_bytes[1], true);
+    for (uint32_t i = 0; i < n_stream; ++i) {
+        stream_slots_.push_back(std::make_unique<stream_slot>());
+        stream_slots_.back()->room = pool_.data() + i * index.max_segment;
+    }
+    const eviction_rule rule = find_eviction_rule(params.eviction_rule);
+    cache_        = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
+    now_.n_layer  = shape.n_layer;
+    now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    io_           = std::make_unique<io_pool>(
+        params.io_threads, params.io_block, params.prefetch_reads,
+        [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); });
+}
+
+expert_store::~expert_store() {
+    io_.reset();  // its threads call back into the members
+}
+
+const std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const {
+    const moe_layer &  layer = index_.layers()[entry.layer];
+    const projection & proj  = layer.projections[part];
+    const extent       x     = proj.source[entry.precision].expert(entry.expert);
+    const uint64_t     begin = index_.source(x.file).aligned_begin(x.offset);
+    return entry.data + proj.slot_offset[entry.precision] + (x.offset - begin);
+}
+
+void expert_store::request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out) {
+    const projection & proj = index_.layers()[entry.layer].projections[part];
+    const extent       x    = proj.source[entry.precision].expert(entry.expert);
+    const file &       f    = index_.source(x.file);
+    io_request         r;
+    r.src       = &f;
+    r.offset    = f.aligned_begin(x.offset);
+    r.bytes     = f.aligned_end(x.offset + x.bytes) - r.offset;
+    r.must_have = x.offset + x.bytes - r.offset;
+    r.dst       = entry.data + proj.slot_offset[entry.precision];
+    r.owner     = &entry;
+    r.part      = part;
+    r.cancel    = &entry.cancel;
+    r.urgent    = &entry.demanded;
+    entry.reading |= 1u << part;
+    out.push_back(r);
+}
+
+void expert_store::count_hit(cache_entry & entry, bool was_in_flight) {
+    if (entry.prefetched) {
+        entry.prefetched = false;
+        hobbit_counts & c = counts_[entry.layer];
+        (was_in_flight ? c.prefetches_late : c.prefetches_useful)++;
+    }
+}
+
+void expert_store::on_evicted(void * self, const cache_entry & entry) {
+    if (entry.prefetched) {
+        hobbit_counts & c = ((expert_store *) self)->counts_[entry.layer];
+        c.prefetches_wasted++;
+        c.bytes_wasted += entry.bytes;
+    }
+}
+
+// Prefetches of this layer that the router did not choose: the disk has better to do.
+void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants) {
+    for (size_t i = 0; i < prefetching_.size();) {
+        cache_entry * e    = prefetching_[i];
+        const bool    gone = e->now != cache_entry::state::in_flight || !e->prefetched;
+        bool          drop = gone;
+        if (!gone && e->layer == layer) {
+            drop = std::none_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
+            if (drop) {
+                e->cancel.store(true, std::memory_order_relaxed);
+                e->reading &= ~io_->withdraw(e);
+                counts_[layer].prefetches_wasted++;
+                counts_[layer].bytes_wasted += e->bytes;
+                e->prefetched = false;
+                if (e->reading == 0 && e->pins == 0) {
+                    cache_->abandon(e);
+                }
+            }
+        }
+        if (drop) {
+            prefetching_[i] = prefetching_.back();
+            prefetching_.pop_back();
+        } else {
+            ++i;
+        }
+    }
+}
+
+// Asks again for what a cancelled or failed read left out of an entry that is wanted now.
+void expert_store::resume(cache_entry & entry) {
+    entry.cancel.store(false, std::memory_order_relaxed);
+    std::vector<io_request> requests;
+    for (uint32_t part = 0; part < index_.layers()[entry.layer].projections.size(); ++part) {
+        const uint32_t bit = 1u << part;
+        if ((entry.parts.load(std::memory_order_relaxed) & bit) == 0 && (entry.reading & bit) == 0) {
+            request_parts(entry, part, requests);
+        }
+    }
+    io_->demand(requests);
+}
+
+void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens,
+                           std::vector<expert_want> & wants) {
+    using policy::action;
+    using policy::copy_state;
+    std::lock_guard<std::mutex> lock(mutex_);
+    now_.layer = layer;
+    now_.token += n_tokens;
+    n_tokens_ += n_tokens;
+    cache_->pass++;
+
+    const auto state_of = [](const cache_entry * e) {
+        return e == nullptr                                ? copy_state::absent :
+               e->now == cache_entry::state::in_flight     ? copy_state::in_flight :
+                                                             copy_state::resident;
+    };
+    hobbit_counts & c = counts_[layer];
+
+    // First pin all that is there, so that making room for the rest cannot evict it.
+    for (expert_want & w : wants) {
+        cache_entry * high = cache_->find(layer, w.expert, 0);
+        cache_entry * low  = cache_->find(layer, w.expert, 1);
+        w.action           = policy::resolve(rule, w.need, state_of(high), state_of(low));
+        w.entry            = w.action == action::use_high ? high : w.action == action::use_low ? low : nullptr;
+        use_record & use   = cache_->use(layer, w.expert);
+        use.last_token     = now_.token;
+        use.uses += w.count;
+        switch (w.action) {
+            case action::use_high: c.hits_high += w.count; break;
+            case action::use_low: c.hits_low += w.count; break;
+            case action::load_high: c.loads_high++, c.hits_high += w.count - 1; break;
+            case action::load_low: c.loads_low++, c.hits_low += w.count - 1; break;
+            case action::skip: c.skips += w.count; break;
+        }
+        c.selections += w.count;
+        if (w.action == action::use_high || w.action == action::load_high) {
+            use.high_uses += w.count;
+        } else if (w.action != action::skip) {
+            use.low_uses += w.count;
+        }
+        if (w.entry != nullptr) {
+            cache_->pin(w.entry);
+            cache_->touch(w.entry);
+            const bool in_flight = w.entry->now == cache_entry::state::in_flight;
+            count_hit(*w.entry, in_flight);
+            if (in_flight) {
+                w.entry->demanded.store(true, std::memory_order_relaxed);
+                io_->promote(w.entry);
+                resume(*w.entry);
+            }
+        }
+    }
+    drop_stale_prefetches(layer, wants);
+
+    for (expert_want & w : wants) {
+        if (w.action == action::load_high || w.action == action::load_low) {
+            const int p = w.action == action::load_high ? 0 : 1;
+            w.entry     = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
+            if (w.entry != nullptr) {
+                cache_->pin(w.entry);
+                w.entry->demanded.store(true, std::memory_order_relaxed);
+            }
+        }
+    }
+    // By projection, then by expert: the first product can start when the first slices are there.
+    std::vector<io_request> requests;
+    const auto              n_parts = (uint32_t) index_.layers()[layer].projections.size();
+    for (uint32_t part = 0; part < n_parts; ++part) {
+        for (const expert_want & w : wants) {
+            if (w.entry != nullptr && (w.action == action::load_high || w.action == action::load_low)) {
+                request_parts(*w.entry, part, requests);
+            }
+        }
+    }
+    io_->demand(requests);
+}
+
+void expert_store::release(const std::vector<expert_want> & wants) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const expert_want & w : wants) {
+        if (w.entry != nullptr) {
+            cache_->unpin(w.entry);
+            settle(*w.entry);
+        }
+    }
+}
+
+void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot) {
+    const projection & proj = index_.layers()[layer].projections[part];
+    const extent       x    = proj.source[(int) p].expert(expert);
+    const file &       f    = index_.source(x.file);
+    io_request         r;
+    r.src       = &f;
+    r.offset    = f.aligned_begin(x.offset);
+    r.bytes     = f.aligned_end(x.offset + x.bytes) - r.offset;
+    r.must_have = x.offset + x.bytes - r.offset;
+    r.dst       = slot.room;
+    r.owner     = &slot;
+    r.part      = STREAM_PART;
+    slot.data   = slot.room + (x.offset - r.offset);
+    slot.layer  = layer;
+    slot.ready.store(false, std::memory_order_relaxed);
+    io_->demand({ r });
+}
+
+// Moves an entry on when its last read has ended.
+void expert_store::settle(cache_entry & entry) {
+    if (entry.now != cache_entry::state::in_flight || entry.reading != 0) {
+        return;
+    }
+    const uint32_t all = (1u << index_.layers()[entry.layer].projections.size()) - 1;
+    if (entry.parts.load(std::memory_order_relaxed) == all) {
+        cache_->fulfil(&entry);
+    } else if (entry.pins == 0) {
+        cache_->abandon(&entry);  // cancelled, or a read failed
+    }
+}
+
+void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::exception_ptr why) {
+    if (r.part == STREAM_PART) {
+        auto * slot = (stream_slot *) r.owner;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            counts_[slot->layer].bytes_demand += r.bytes;
+            if (outcome == io_outcome::failed && !error_) {
+                error_ = why;
+            }
+        }
+        if (outcome == io_outcome::failed) {
+            failed_.store(true, std::memory_order_release);
+        } else {
+            slot->ready.store(true, std::memory_order_release);
+        }
+        notify();
+        return;
+    }
+
+    auto * e = (cache_entry *) r.owner;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const bool                  demanded = e->demanded.load(std::memory_order_relaxed);
+        if (outcome == io_outcome::cancelled && demanded) {
+            // The router chose it after all, between the cancel and now.
+            io_request again = r;
+            e->cancel.store(false, std::memory_order_relaxed);
+            io_->demand({ again });
+            return;
+        }
+        const uint64_t bytes = outcome == io_outcome::done ? r.bytes : r.done;
+        (demanded ? counts_[e->layer].bytes_demand : counts_[e->layer].bytes_prefetch) += bytes;
+        e->bytes += bytes;
+        e->reading &= ~(1u << r.part);
+        if (outcome == io_outcome::done) {
+            e->parts.fetch_or(1u << r.part, std::memory_order_release);
+        }
+        if (outcome == io_outcome::failed && demanded && !error_) {
+            error_ = why;  // a failed prefetch is silent: a demand read will tell
+        }
+        settle(*e);
+        if (outcome == io_outcome::failed && demanded) {
+            failed_.store(true, std::memory_order_release);
+        }
+    }
+    notify();
+}
+
+void expert_store::notify() {
+    arrivals_.fetch_add(1, std::memory_order_acq_rel);
+    { std::lock_guard<std::mutex> lock(arrive_mutex_); }
+    arrive_.notify_all();
+}
+
+void expert_store::wait(uint64_t seen) {
+    std::unique_lock<std::mutex> lock(arrive_mutex_);
+    arrive_.wait(lock, [&] { return arrivals() != seen || failed(); });
+}
+
+bool expert_store::take_error(std::exception_ptr & out) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!failed()) {
+        return false;
+    }
+    out    = error_;
+    error_ = nullptr;
+    failed_.store(false, std::memory_order_release);
+    return true;
+}
+
+uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<cache_entry *>  started;
+    uint32_t                    n_missing = 0;
+    // Never more than half of what could be evicted: the running layer and the next one need room too.
+    uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
+    for (const expert_want & w : predicted) {
+        if (w.need == policy::need::skip) {
+            continue;
+        }
+        cache_entry * high = cache_->find(layer, w.expert, 0);
+        cache_entry * low  = cache_->find(layer, w.expert, 1);
+        cache_entry * have = high != nullptr ? high : w.need == policy::need::low ? low : nullptr;
+        if (have != nullptr) {
+            have->protected_until = cache_->pass + passes_ahead;
+            continue;
+        }
+        n_missing++;
+        const int p = w.need == policy::need::low ? 1 : 0;
+        if (room[p] == 0) {
+            continue;
+        }
+        room[p]--;
+        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
+        if (e == nullptr) {
+            continue;
+        }
+        e->prefetched      = true;
+        e->protected_until = cache_->pass + passes_ahead;
+        counts_[layer].prefetches++;
+        prefetching_.push_back(e);
+        started.push_back(e);
+    }
+    std::vector<io_request> requests;
+    for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
+        for (cache_entry * e : started) {
+            request_parts(*e, part, requests);
+        }
+    }
+    io_->prefetch(requests);
+    return n_missing;
+}
+
+void expert_store::begin_sequence() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    cache_->reset_uses();
+    now_.token = 1;
+}
+
+void expert_store::add_counts(uint32_t layer, const hobbit_counts & more) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    hobbit::add_counts(counts_[layer], more);
+}
+
+void expert_store::layer_counts(uint32_t layer, hobbit_counts & out) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    out = counts_[layer];
+}
+
+void expert_store::stats(hobbit_stats & out) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto & c : counts_) {
+        hobbit::add_counts(out.total, c);
+    }
+    out.n_tokens      = n_tokens_;
+    out.pool_bytes    = pool_.size();
+    out.slots_high    = cache_->shape().n_slots[0];
+    out.slots_low     = cache_->shape().n_slots[1];
+    out.resident_high = cache_->resident(0);
+    out.resident_low  = cache_->resident(1);
+    out.direct_io     = index_.direct();
+}
+
+void expert_store::reset_stats() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::fill(counts_.begin(), counts_.end(), hobbit_counts{});
+    n_tokens_ = 0;
+}
+
+}  // namespace hobbit

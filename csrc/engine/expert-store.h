@@ -1,0 +1,128 @@
+// The expert store: experts come in from disk, stay in the cache, are handed out pinned.
+//
+// One lock (mutex_) guards the cache and the counters. It is taken before the lock of the I/O pool, never after. Compute
+// threads look at arrivals without it, through the atomic `parts` of an entry.
+#pragma once
+
+#include "../base/counters.h"
+#include "../base/memory.h"
+#include "../cache/expert-cache.h"
+#include "../io/expert-index.h"
+#include "../io/io-pool.h"
+#include "../policy/precision.h"
+#include "../policy/top-k.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace hobbit {
+
+// One expert (at one precision, for the `weight` rule) that a layer pass wants, and what it got.
+struct expert_want {
+    uint16_t       expert  = 0;
+    policy::need   need    = policy::need::high;
+    uint32_t       count   = 1;  // selections that it serves
+    policy::action action  = policy::action::skip;
+    cache_entry *  entry   = nullptr;  // pinned. NULL with a load: no slot, has to be streamed
+};
+
+// A read past the cache, for experts that found no slot.
+struct stream_slot {
+    std::byte *       room = nullptr;
+    const std::byte * data = nullptr;  // the slice inside `room`
+    std::atomic<bool> ready{ false };
+    uint32_t          layer = 0;
+};
+
+class expert_store {
+  public:
+    // Throws HOBBIT_ERR_BUDGET when the pool is below pool_min().
+    expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes);
+    ~expert_store();
+
+    // Smallest pool: one token's layer in high precision, and the streaming slots.
+    static uint64_t pool_min(const expert_index & index, const hobbit_params & params);
+    static uint64_t pool_max(const expert_index & index, const hobbit_params & params);
+
+    // Resolves the wants of a layer pass: pins what is there, requests all that is missing at once, up and gate before down. Never
+    // waits. `n_tokens` > 0 on the first layer of a batch moves the sequence's clock.
+    void acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens, std::vector<expert_want> & wants);
+    void release(const std::vector<expert_want> & wants);
+
+    // Is projection `part` of a pinned entry there? If so its bytes may be read.
+    static bool ready(const cache_entry & entry, uint32_t part) {
+        return (entry.parts.load(std::memory_order_acquire) & (1u << part)) != 0;
+    }
+
+    // The slice of a projection inside an entry's slot.
+    const std::byte * slice(const cache_entry & entry, uint32_t part) const;
+
+    // Starts a read into a streaming slot; `slot.ready` tells the end.
+    void stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot);
+
+    std::vector<std::unique_ptr<stream_slot>> & stream_slots() { return stream_slots_; }
+
+    // Sleeps until something arrived since `seen` was taken from arrivals(), or until the store failed or stops.
+    uint64_t arrivals() const { return arrivals_.load(std::memory_order_acquire); }
+
+    void wait(uint64_t seen);
+    // Wakes all waiters.
+    void notify();
+
+    // A read failed: nothing can be computed until the error is taken.
+    bool failed() const { return failed_.load(std::memory_order_acquire); }
+
+    bool take_error(std::exception_ptr & out);
+
+    // Queues reads of predicted experts that are missing, protects those that are there until the pass after `passes_ahead`
+    // more. Returns how many were missing. Never waits.
+    uint32_t prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted);
+
+    void begin_sequence();
+
+    // Counters.
+    void add_counts(uint32_t layer, const hobbit_counts & more);
+    void layer_counts(uint32_t layer, hobbit_counts & out);
+    void stats(hobbit_stats & out);
+    void reset_stats();
+
+    io_pool & io() { return *io_; }
+
+    uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
+
+  private:
+    static uint32_t streaming_slots(const expert_index & index);
+
+    void on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
+    void request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
+    void resume(cache_entry & entry);
+    void settle(cache_entry & entry);
+    void count_hit(cache_entry & entry, bool was_in_flight);
+    void drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    static void on_evicted(void * self, const cache_entry & entry);
+
+    const expert_index & index_;
+    const hobbit_params  params_;
+    region               pool_;
+    std::vector<std::unique_ptr<stream_slot>> stream_slots_;
+
+    std::mutex                    mutex_;
+    std::unique_ptr<expert_cache> cache_;
+    std::vector<hobbit_counts>    counts_;  // per layer
+    std::vector<cache_entry *>    prefetching_;
+    eviction_context              now_;
+    uint64_t                      n_tokens_ = 0;
+    std::exception_ptr            error_;
+
+    std::atomic<bool>       failed_{ false };
+    std::mutex              arrive_mutex_;  // only for the condition variable
+    std::condition_variable arrive_;
+    std::atomic<uint64_t>   arrivals_{ 0 };
+
+    std::unique_ptr<io_pool> io_;  // last: its threads end first
+};
+
+}  // namespace hobbit

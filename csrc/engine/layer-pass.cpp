@@ -1,0 +1,183 @@
+#include "layer-pass.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+using policy::action;
+using policy::need;
+
+void layer_pass::release() {
+    if (!wants_.empty()) {
+        store_.release(wants_);
+        wants_.clear();
+    }
+    items_.clear();
+    key = nullptr;
+}
+
+void layer_pass::build(uint32_t layer, const selections & sel, policy::precision_rule rule, policy::thresholds t,
+                       bool has_low, bool renormalize, bool first_layer, policy::threshold_profile * profile,
+                       float * out_weights) {
+    release();
+    layer_                  = layer;
+    const uint32_t n_expert = index_.layers()[layer].n_expert;
+    const size_t   n_sel    = (size_t) sel.n_tokens * sel.k;
+    // Without low copies there is nothing to serve instead: such a file is run as it is.
+    const bool by_score = sel.weights != nullptr && has_low && rule != policy::precision_rule::exact;
+
+    needs_.assign(n_sel, need::high);
+    scores_.resize(sel.k);
+    if (by_score) {
+        for (uint32_t i = 0; i < sel.n_tokens; ++i) {
+            policy::classify(sel.weights + i * sel.weights_stride, sel.k, t, &needs_[(size_t) i * sel.k], scores_.data());
+            if (profile != nullptr) {
+                profile->add(scores_.data(), sel.k);
+            }
+        }
+    }
+
+    // One want per expert; by the weight rule one per expert and precision, since there the cache may not decide.
+    const bool   split = by_score && rule == policy::precision_rule::weight;
+    const size_t kinds = split ? 3 : 1;
+    want_of_.assign(n_expert * kinds, -1);
+    const auto want_index = [&](size_t s) -> int32_t & {
+        const int32_t id = sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
+        return want_of_[(size_t) id * kinds + (split ? (size_t) needs_[s] : 0)];
+    };
+    for (size_t s = 0; s < n_sel; ++s) {
+        int32_t & at = want_index(s);
+        if (at < 0) {
+            at = (int32_t) wants_.size();
+            expert_want w;
+            w.expert = (uint16_t) sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
+            w.need   = needs_[s];
+            w.count  = 0;
+            wants_.push_back(w);
+        }
+        expert_want & w = wants_[(size_t) at];
+        w.need          = std::max(w.need, needs_[s]);
+        w.count++;
+    }
+    store_.acquire(layer, rule, first_layer ? sel.n_tokens : 0, wants_);
+
+    // Items: what is there, what comes, what has to be streamed.
+    constexpr uint32_t NONE = UINT32_MAX;
+    item_of_.assign(wants_.size(), NONE);
+    uses_[0] = uses_[1] = false;
+    const auto rank = [](const expert_want & w) {
+        return w.entry == nullptr ? 2 : w.action == action::use_high || w.action == action::use_low ? 0 : 1;
+    };
+    uint32_t first_row = 0;
+    for (int r = 0; r < 3; ++r) {
+        for (size_t i = 0; i < wants_.size(); ++i) {
+            const expert_want & w = wants_[i];
+            if (w.action == action::skip || rank(w) != r) {
+                continue;
+            }
+            pass_item item;
+            item.expert    = w.expert;
+            item.prec      = w.action == action::use_low || w.action == action::load_low ? precision::low : precision::high;
+            item.entry     = w.entry;
+            item.first_row = first_row;
+            item.n_rows    = 0;
+            first_row += w.count;
+            uses_[(int) item.prec] = true;
+            item_of_[i]            = (uint32_t) items_.size();
+            items_.push_back(item);
+        }
+    }
+    rows_.resize(first_row);
+    skipped_.clear();
+    hobbit_counts masses = {};
+    for (uint32_t token = 0; token < sel.n_tokens; ++token) {
+        const float * weights = sel.weights == nullptr ? nullptr : sel.weights + token * sel.weights_stride;
+        float         sum = 0.0f, low = 0.0f, skipped = 0.0f;
+        for (uint32_t j = 0; j < sel.k; ++j) {
+            const size_t   s    = (size_t) token * sel.k + j;
+            const uint32_t item = item_of_[(size_t) want_index(s)];
+            const float    w    = weights == nullptr ? 0.0f : weights[j];
+            sum += w;
+            if (item == NONE) {
+                skipped_.push_back({ (int32_t) j, (int32_t) token });
+                skipped += w;
+            } else {
+                pass_item & it                      = items_[item];
+                rows_[it.first_row + it.n_rows++] = { (int32_t) j, (int32_t) token };
+                low += it.prec == precision::low ? w : 0.0f;
+            }
+            if (out_weights != nullptr) {
+                out_weights[s] = item == NONE ? 0.0f : w;
+            }
+        }
+        if (sum > 0.0f) {
+            masses.mass_total += 1.0;
+            masses.mass_low += low / sum;
+            masses.mass_skipped += skipped / sum;
+            if (out_weights != nullptr && renormalize && skipped > 0.0f && sum > skipped) {
+                for (uint32_t j = 0; j < sel.k; ++j) {
+                    out_weights[(size_t) token * sel.k + j] *= sum / (sum - skipped);
+                }
+            }
+        }
+    }
+    store_.add_counts(layer, masses);
+
+    const size_t room = index_.layers()[layer].projections.size() * items_.size();
+    if (room > progress_room_) {
+        progress_.reset(new progress[room]);
+        progress_room_ = room;
+    }
+    for (size_t i = 0; i < room; ++i) {
+        progress_[i].next.store(0, std::memory_order_relaxed);
+        progress_[i].finished.store(0, std::memory_order_relaxed);
+        progress_[i].stream.store(nullptr, std::memory_order_relaxed);
+    }
+    streaming_ = std::any_of(items_.begin(), items_.end(), [](const pass_item & i) { return i.entry == nullptr; });
+}
+
+const std::byte * layer_pass::slice(uint32_t part, size_t i) {
+    const pass_item & item = items_[i];
+    if (item.entry != nullptr) {
+        return expert_store::ready(*item.entry, part) ? store_.slice(*item.entry, part) : nullptr;
+    }
+    const stream_slot * slot = at(part, i).stream.load(std::memory_order_acquire);
+    return slot != nullptr && slot->ready.load(std::memory_order_acquire) ? slot->data : nullptr;
+}
+
+void layer_pass::begin_streams(uint32_t part) {
+    if (!streaming_) {
+        return;
+    }
+    std::lock_guard<std::mutex> lock(stream_mutex_);
+    stream_queue_.clear();
+    for (size_t i = items_.size(); i > 0; --i) {
+        if (items_[i - 1].entry == nullptr) {
+            stream_queue_.push_back((uint32_t) (i - 1));
+        }
+    }
+    for (auto & slot : store_.stream_slots()) {
+        stream_next(part, slot.get());
+    }
+}
+
+void layer_pass::stream_next(uint32_t part, stream_slot * slot) {
+    if (stream_queue_.empty()) {
+        return;
+    }
+    const uint32_t i = stream_queue_.back();
+    stream_queue_.pop_back();
+    slot->ready.store(false, std::memory_order_relaxed);
+    at(part, i).stream.store(slot, std::memory_order_release);
+    store_.stream(layer_, items_[i].expert, items_[i].prec, part, *slot);
+}
+
+void layer_pass::item_done(uint32_t part, size_t i) {
+    stream_slot * slot = at(part, i).stream.load(std::memory_order_relaxed);
+    if (slot != nullptr) {
+        std::lock_guard<std::mutex> lock(stream_mutex_);
+        stream_next(part, slot);
+    }
+}
+
+}  // namespace hobbit

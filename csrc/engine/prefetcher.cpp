@@ -1,0 +1,158 @@
+#include "prefetcher.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
+                       router_source & routers)
+    : store_(store), index_(index), params_(params), routers_(routers) {
+    for (auto & per_layer : last_) {
+        per_layer.resize(index.layers().size());
+    }
+    thread_ = std::thread([this] { run(); });
+}
+
+prefetcher::~prefetcher() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    posted_.notify_all();
+    thread_.join();
+}
+
+void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
+                      policy::thresholds t, bool by_score) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        mail_.layer    = layer;
+        mail_.n_tokens = n_tokens;
+        mail_.n_embd   = n_embd;
+        mail_.t        = t;
+        mail_.by_score = by_score;
+        mail_.x.resize(n_tokens * n_embd);
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            std::copy_n(x + i * stride, n_embd, mail_.x.begin() + (ptrdiff_t) (i * n_embd));
+        }
+        has_mail_ = true;
+    }
+    posted_.notify_one();
+}
+
+void prefetcher::run() {
+    job now;
+    while (true) {
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            posted_.wait(lock, [this] { return has_mail_ || stop_; });
+            if (stop_) {
+                return;
+            }
+            std::swap(now, mail_);
+            has_mail_ = false;
+        }
+        if (now.n_tokens == 1) {
+            predict_token(now);
+        } else {
+            predict_batch(now);
+        }
+    }
+}
+
+void prefetcher::predict_token(const job & j) {
+    std::vector<float>        logits;
+    std::vector<expert_want>  wants;
+    std::vector<policy::need> needs;
+    policy::prediction        guess;
+    bool                      queue = true;
+    for (uint32_t d = 1; d <= params_.prefetch_depth && j.layer + d < index_.layers().size(); ++d) {
+        const uint32_t       to = j.layer + d;
+        policy::router_shape shape;
+        if (!routers_.shape(to, shape)) {
+            continue;
+        }
+        logits.resize(shape.n_expert);
+        routers_.logits(j.layer, to, j.x.data(), params_.norm_correction != 0, logits.data());
+        policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
+        {
+            std::lock_guard<std::mutex> lock(recall_mutex_);
+            last_[d - 1][to] = guess.experts;
+        }
+        if (!queue) {
+            continue;  // farther layers are predicted for the recall figures only
+        }
+        needs.assign(guess.experts.size(), policy::need::high);
+        if (j.by_score) {
+            policy::classify(guess.weights.data(), (uint32_t) guess.weights.size(), j.t, needs.data(), nullptr);
+        }
+        wants.clear();
+        for (size_t i = 0; i < guess.experts.size(); ++i) {
+            expert_want w;
+            w.expert = guess.experts[i];
+            w.need   = needs[i];
+            wants.push_back(w);
+        }
+        queue = store_.prefetch(to, d, wants) == 0;
+    }
+}
+
+void prefetcher::predict_batch(const job & j) {
+    // Practically every expert of the next layer is needed by a large batch; a small one is predicted token by token.
+    const uint32_t       to = j.layer + 1;
+    policy::router_shape shape;
+    if (to >= index_.layers().size() || !routers_.shape(to, shape)) {
+        return;
+    }
+    std::vector<uint32_t> votes(shape.n_expert, 0);
+    std::vector<float>    logits(shape.n_expert);
+    policy::prediction    guess;
+    for (uint32_t i = 0; i < j.n_tokens; ++i) {
+        routers_.logits(j.layer, to, j.x.data() + i * j.n_embd, params_.norm_correction != 0, logits.data());
+        policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
+        for (const uint16_t e : guess.experts) {
+            votes[e]++;
+        }
+    }
+    std::vector<expert_want> wants;
+    for (uint32_t e = 0; e < shape.n_expert; ++e) {
+        if (votes[e] > 0) {
+            expert_want w;
+            w.expert = (uint16_t) e;
+            w.count  = votes[e];
+            wants.push_back(w);
+        }
+    }
+    // Most popular first (Fate).
+    std::stable_sort(wants.begin(), wants.end(),
+                     [](const expert_want & a, const expert_want & b) { return a.count > b.count; });
+    store_.prefetch(to, 1, wants);
+}
+
+void prefetcher::observe(uint32_t layer, const int32_t * ids, uint32_t k) {
+    std::lock_guard<std::mutex> lock(recall_mutex_);
+    for (uint32_t d = 0; d < HOBBIT_MAX_LOOKAHEAD; ++d) {
+        auto & guess = last_[d][layer];
+        if (guess.empty()) {
+            continue;
+        }
+        predicted_[d] += k;
+        for (uint32_t i = 0; i < k; ++i) {
+            right_[d] += std::find(guess.begin(), guess.end(), (uint16_t) ids[i]) != guess.end();
+        }
+        guess.clear();
+    }
+}
+
+void prefetcher::recall(uint64_t * predicted, uint64_t * right, bool reset) {
+    std::lock_guard<std::mutex> lock(recall_mutex_);
+    for (uint32_t d = 0; d < HOBBIT_MAX_LOOKAHEAD; ++d) {
+        predicted[d] = predicted_[d];
+        right[d]     = right_[d];
+        if (reset) {
+            predicted_[d] = right_[d] = 0;
+        }
+    }
+}
+
+}  // namespace hobbit

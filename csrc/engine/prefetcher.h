@@ -1,0 +1,78 @@
+// The prefetch thread: HOBBIT's layer-level adaptive prefetch (arXiv 2411.01433, section 3.3).
+//
+// The router input of layer l is put through the routers of layers l+1 .. l+p. Going outwards, the predicted experts that are
+// cached are protected from eviction until their layer has passed; at the first layer where any is missing, the missing ones are
+// queued and the thread stops. Runs beside the compute threads; they only leave the router input in a mailbox.
+#pragma once
+
+#include "expert-store.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace hobbit {
+
+// The model's routers, as far as they are known. Implemented at the seam to ggml.
+class router_source {
+  public:
+    virtual ~router_source() = default;
+    // False when the router of `layer` is not known (yet).
+    virtual bool shape(uint32_t layer, policy::router_shape & out) = 0;
+    // Router logits [n_expert] of layer `to` on `x` [n_embd], the router input of layer `from`. With `norm_correction`, x is
+    // rescaled by w_norm[to] / w_norm[from], the gains of the norms before the routers.
+    virtual void logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) = 0;
+    // NULL, or n_expert values that count for the ranking only.
+    virtual const float * selection_bias(uint32_t layer) = 0;
+};
+
+class prefetcher {
+  public:
+    prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params, router_source & routers);
+    ~prefetcher();
+
+    // Leaves the router input of a layer, `n_tokens` rows of n_embd floats, `stride` floats apart. A job not yet begun is replaced: a
+    // prediction that comes too late is worth nothing. Called by a compute thread.
+    void post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, policy::thresholds t,
+              bool by_score);
+
+    // What the router of `layer` really chose for a single token, for the recall figures.
+    void observe(uint32_t layer, const int32_t * ids, uint32_t k);
+
+    void recall(uint64_t * predicted, uint64_t * right, bool reset);
+
+  private:
+    struct job {
+        uint32_t           layer    = 0;
+        uint32_t           n_tokens = 0;
+        size_t             n_embd   = 0;
+        policy::thresholds t        = { 1.0f, 1.0f };
+        bool               by_score = false;
+        std::vector<float> x;
+    };
+
+    void run();
+    void predict_token(const job & j);
+    void predict_batch(const job & j);
+
+    expert_store &       store_;
+    const expert_index & index_;
+    const hobbit_params  params_;
+    router_source &      routers_;
+
+    std::mutex              mutex_;  // guards the mailbox
+    std::condition_variable posted_;
+    job                     mail_;
+    bool                    has_mail_ = false;
+    bool                    stop_     = false;
+
+    std::mutex recall_mutex_;  // guards the three below
+    std::vector<std::vector<uint16_t>> last_[HOBBIT_MAX_LOOKAHEAD];  // [distance - 1][layer]
+    uint64_t predicted_[HOBBIT_MAX_LOOKAHEAD] = {};
+    uint64_t right_[HOBBIT_MAX_LOOKAHEAD]     = {};
+
+    std::thread thread_;
+};
+
+}  // namespace hobbit

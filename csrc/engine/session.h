@@ -1,0 +1,92 @@
+// One loaded model: index, store, prefetcher, the pass in work, the first error.
+//
+// Lives as long as the caller or a buffer of the llama model holds a reference (shared_ptr), whichever is longer.
+#pragma once
+
+#include "layer-pass.h"
+#include "prefetcher.h"
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace hobbit {
+
+class session : public std::enable_shared_from_this<session> {
+  public:
+    // Throws what expert_index throws, and HOBBIT_ERR_INVALID_ARGUMENT for parameters out of range.
+    session(const std::string & path, const std::string & low_path, const hobbit_params & params);
+    ~session();
+
+    const expert_index & index() const { return index_; }
+
+    const hobbit_params & params() const { return params_; }
+
+    // Makes the pool and starts the threads. `routers` must outlive the session's running time. Throws HOBBIT_ERR_BUDGET, _NO_MEMORY, _STATE.
+    void start(uint64_t pool_bytes);
+    void stop();
+
+    bool running() const { return pass_ != nullptr; }
+
+    void begin_sequence();
+
+    // The router of a layer has spoken: decides, requests, predicts. Compute thread 0 only. `x`: router input, n_tokens rows
+    // of n_embd floats, `x_stride` apart, or NULL. Records an error instead of throwing.
+    void route(uint32_t layer, const void * key, const layer_pass::selections & sel, const float * x, size_t n_embd,
+               size_t x_stride, float * out_weights);
+
+    // The pass in work; valid between route() and the next route(), NULL when not running.
+    layer_pass * pass() { return pass_.get(); }
+
+    expert_store * store() { return store_.get(); }
+
+    // Something failed: llama_decode is to be aborted.
+    bool failed() const;
+    void record_failure(std::exception_ptr why);
+    bool take_error(std::exception_ptr & out);
+
+    void stats(hobbit_stats & out);
+    void layer_stats(uint32_t layer, hobbit_counts & out);
+    void reset_stats();
+
+    void     trace(bool on);
+    uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
+
+    void set_routers(std::unique_ptr<router_source> routers) { routers_ = std::move(routers); }
+
+    router_source * routers() { return routers_.get(); }
+
+    // Regular expression for llama_model_params.tensor_buft_overrides.
+    const std::string & tensor_pattern() const { return pattern_; }
+
+    // A llama_model_tensor_buft_override array, kept by the seam to ggml.
+    std::shared_ptr<void> overrides;
+
+  private:
+    void record_trace(uint32_t layer, const layer_pass::selections & sel);
+
+    const hobbit_params params_;
+    expert_index        index_;
+    std::string         pattern_;
+
+    std::unique_ptr<router_source> routers_;
+    std::unique_ptr<expert_store>  store_;
+    std::unique_ptr<layer_pass>    pass_;
+    std::unique_ptr<prefetcher>    prefetcher_;
+
+    policy::threshold_profile profile_;
+    policy::thresholds        thresholds_;
+
+    std::mutex         failure_mutex_;
+    std::exception_ptr failure_;
+    std::atomic<bool>  failed_{ false };
+
+    std::mutex                         trace_mutex_;
+    std::atomic<bool>                  tracing_{ false };
+    uint64_t                           trace_rows_ = 0;   // begun
+    std::vector<uint16_t>              trace_ids_;
+    std::vector<float>                 trace_weights_;
+};
+
+}  // namespace hobbit

@@ -1,0 +1,51 @@
+// The seam to ggml: a buffer type for routed experts whose data stays on disk.
+//
+// Registered as an extra buffer type of the CPU backend, so that MUL_MAT_ID on its tensors comes to us on every compute thread
+// without a patch in ggml. Tensors get addresses in a range without memory behind it: whoever reads them by another way than ours
+// gets SIGSEGV and not wrong numbers.
+#pragma once
+
+#include "../engine/session.h"
+
+#include "ggml-backend.h"
+
+#include <memory>
+
+// upstream, private
+#include "traits.h"
+
+namespace hobbit {
+
+// One expert tensor: `extra` of its ggml tensor.
+class expert_tensor : public ggml::cpu::tensor_traits {
+  public:
+    expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part)
+        : owner_(std::move(owner)), layer_(layer), part_(part) {}
+
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override;
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override;
+
+    session & owner() const { return *owner_; }
+
+    uint32_t layer() const { return layer_; }
+
+  private:
+    std::shared_ptr<session> owner_;
+    uint32_t                 layer_;
+    uint32_t                 part_;
+};
+
+// Registers buffer type and hooks; once, before the first offloaded model.
+void register_expert_buffers();
+
+// The session that takes the expert tensors of models loaded by this thread, or NULL.
+void bind_thread(std::shared_ptr<session> owner);
+
+// A llama_model_tensor_buft_override array that sends the session's expert tensors here.
+const void * buft_overrides(session & owner);
+
+// NULL when the tensor is not ours.
+expert_tensor * find_expert_tensor(const ggml_tensor * tensor);
+
+
+}  // namespace hobbit

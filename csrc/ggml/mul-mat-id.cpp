@@ -1,0 +1,318 @@
+// MUL_MAT_ID on experts that live in the store: the same kernels on the same data in the same batch widths as ggml's own, so the
+// same bits; only where the slices lie and the order of the experts differ.
+//
+//     dst[:, slot, token] = expert[ids[slot, token]] * src1[:, slot % ne11, token]
+#include "expert-buffer.h"
+
+#include "../base/error.h"
+
+#include "ggml-cpu.h"
+
+// upstream, private
+#include "ggml-cpu-impl.h"
+#include "tiled/tiled.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace hobbit {
+
+namespace {
+
+using steady = std::chrono::steady_clock;
+
+double seconds_since(steady::time_point begin) {
+    return std::chrono::duration<double>(steady::now() - begin).count();
+}
+
+// One source type: a slice of one expert seen as a tensor of a single expert, and src1 in the type its kernel wants.
+struct operand {
+    bool        used = false;
+    ggml_tensor weights;       // ne[2] = 1, data set per expert
+    ggml_tensor result;        // dst with src[0] = &weights
+    const char * rows    = nullptr;  // src1 rows in vec_dot_type
+    size_t       row_stride[2] = { 0, 0 };  // bytes along i11, i12
+    ggml_vec_dot_t vec_dot = nullptr;
+};
+
+size_t aligned(size_t n) {
+    return (n + 63) / 64 * 64;
+}
+
+ggml_type kernel_type(int32_t type) {
+    return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type;
+}
+
+// The slice of `op->src[0]` at another type, as ggml sees a tensor.
+void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
+    o.weights        = *op->src[0];
+    o.weights.type   = (ggml_type) source.type;
+    o.weights.extra  = nullptr;
+    o.weights.buffer = nullptr;
+    o.weights.ne[2]  = 1;
+    o.weights.nb[0]  = ggml_type_size(o.weights.type);
+    o.weights.nb[1]  = source.row_bytes;
+    o.weights.nb[2]  = source.slice;
+    o.weights.nb[3]  = source.slice;
+    o.result         = *op;
+    o.result.src[0]  = &o.weights;
+    o.vec_dot        = ggml_get_type_traits_cpu(o.weights.type)->vec_dot;
+}
+
+// src1 -> `to`, in the type of the kernel, all threads together: a stripe of every row each, as ggml does it.
+void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, char * to) {
+    const auto    from_float = ggml_get_type_traits_cpu(type)->from_float;
+    const int64_t block      = ggml_blck_size(type);
+    const size_t  row        = ggml_row_size(type, src1->ne[0]);
+    const int64_t begin      = (params->ith * src1->ne[0] / block) / params->nth;
+    const int64_t end        = ((params->ith + 1) * src1->ne[0] / block) / params->nth;
+    for (int64_t i12 = 0; i12 < src1->ne[2]; ++i12) {
+        for (int64_t i11 = 0; i11 < src1->ne[1]; ++i11) {
+            const auto * x = (const float *) ((const char *) src1->data + i12 * src1->nb[2] + i11 * src1->nb[1]);
+            from_float(x + begin * block, to + (i12 * src1->ne[1] + i11) * row + begin * ggml_type_size(type),
+                       (end - begin) * block);
+        }
+    }
+}
+
+// Rows [r0, r1) of the expert's matrix times the batch rows [c0, c1) of its list.
+void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
+                    int64_t r1, int64_t c0, int64_t c1) {
+    const int64_t ne00 = o.weights.ne[0];
+    const int64_t ne11 = dst->src[1]->ne[1];
+    const size_t  nb01 = o.weights.nb[1];
+    float         tmp[16];
+    for (int64_t cc = c0; cc < c1; cc += 16) {
+        for (int64_t rr = r0; rr < r1; rr += 16) {
+            const int64_t r_end = std::min(rr + 16, r1);
+            for (int64_t c = cc; c < std::min(cc + 16, c1); ++c) {
+                const pass_row at  = rows[c];
+                const char *   x   = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
+                auto *         out = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
+                for (int64_t r = rr; r < r_end; ++r) {
+                    o.vec_dot((int) ne00, &tmp[r - rr], 0, slice + r * nb01, 0, x, 0, 1);
+                }
+                memcpy(out + rr, tmp, (r_end - rr) * sizeof(float));
+            }
+        }
+    }
+}
+
+// How an expert's product is cut into pieces: ggml's rule, so that the pieces are of a size that suits the caches.
+struct cut {
+    int64_t rows, cols;    // of a piece
+    int64_t n_row_pieces;
+    int32_t n;
+
+    cut(int64_t nr0, int64_t nr1, int nth) {
+        const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
+        int64_t       n0   = (nr0 + size - 1) / size;
+        int64_t       n1   = (nr1 + size - 1) / size;
+        if (n0 * n1 < nth * 4) {
+            n0 = nr0 > nr1 ? nth : 1;
+            n1 = nr0 > nr1 ? 1 : nth;
+        }
+        rows         = (nr0 + n0 - 1) / n0;
+        cols         = (nr1 + n1 - 1) / n1;
+        n_row_pieces = n0;
+        n            = (int32_t) (n0 * n1);
+    }
+};
+
+class product {
+  public:
+    product(session & owner, uint32_t layer, uint32_t part, ggml_compute_params * params, ggml_tensor * op)
+        : owner_(owner), layer_(owner.index().layers()[layer]), part_(part), params_(params), op_(op) {}
+
+    void run(layer_pass & pass) {
+        const auto begin = steady::now();
+        prepare(pass);
+        ggml_barrier(params_->threadpool);
+        work(pass);
+        if (params_->ith == 0) {
+            hobbit_counts c  = {};
+            c.stall_seconds  = stalled_;
+            c.expert_seconds = seconds_since(begin) - stalled_;
+            owner_.store()->add_counts(pass.layer(), c);
+        }
+    }
+
+  private:
+    void prepare(layer_pass & pass) {
+        const ggml_tensor * src1 = op_->src[1];
+        char *              w    = (char *) params_->wdata;
+        for (int p = 0; p < N_PRECISION; ++p) {
+            operand & o = operands_[p];
+            o.used      = pass.uses((precision) p);
+            if (!o.used) {
+                continue;
+            }
+            make_operand(o, op_, layer_.projections[part_].source[p]);
+            const ggml_type type = kernel_type(o.weights.type);
+            if (src1->type == type) {
+                o.rows          = (const char *) src1->data;
+                o.row_stride[0] = src1->nb[1];
+                o.row_stride[1] = src1->nb[2];
+                continue;
+            }
+            const size_t row = ggml_row_size(type, src1->ne[0]);
+            o.row_stride[0]  = row;
+            o.row_stride[1]  = row * src1->ne[1];
+            if (p == 1 && operands_[0].used && kernel_type(operands_[0].weights.type) == type) {
+                o.rows = operands_[0].rows;
+                continue;
+            }
+            o.rows = w;
+            convert_rows(params_, src1, type, w);
+            w += aligned(row * src1->ne[1] * src1->ne[2]);
+        }
+        scratch_ = (char *) params_->wdata + params_->wsize - tiled_bytes();
+        scratch_ = (char *) ((uintptr_t) scratch_ / 64 * 64);
+        if (params_->ith == 0) {
+            for (const pass_row & at : pass.skipped()) {
+                memset((char *) op_->data + at.slot * op_->nb[1] + at.token * op_->nb[2], 0, op_->ne[0] * sizeof(float));
+            }
+            pass.begin_streams(part_);
+        }
+    }
+
+    size_t tiled_bytes() {
+        size_t n = 0;
+        for (operand & o : operands_) {
+            n = o.used ? std::max(n, ggml_tiled_wdata_size(params_->nth, &o.result)) : n;
+        }
+        return n;
+    }
+
+    // ggml's tiled kernel, where it takes the type and the number of rows: each thread does its share of the expert.
+    bool multiply_tiled(const layer_pass & pass, const pass_item & item, const std::byte * slice) {
+        operand & o               = operands_[(int) item.prec];
+        o.weights.data            = (void *) slice;
+        ggml_compute_params mine  = *params_;
+        mine.wdata                = (void *) o.rows;
+        return ggml_compute_forward_mul_mat_id_tiled(&mine, &o.result, 0, item.n_rows,
+                                                     (const int32_t *) &pass.rows()[item.first_row], scratch_);
+    }
+
+    // Whatever can be done on the item now. True when this thread is through with it.
+    bool advance(layer_pass & pass, size_t i) {
+        const pass_item &  item  = pass.items()[i];
+        const std::byte *  slice = pass.slice(part_, i);
+        if (slice == nullptr) {
+            return pass.at(part_, i).next.load(std::memory_order_relaxed) > 0;  // others have finished it already
+        }
+        layer_pass::progress & progress = pass.at(part_, i);
+        const operand &        o        = operands_[(int) item.prec];
+        if (multiply_tiled(pass, item, slice)) {
+            if (progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == params_->nth) {
+                pass.item_done(part_, i);
+            }
+            return true;
+        }
+        const cut pieces(o.weights.ne[1], item.n_rows, params_->nth);
+        while (true) {
+            const int32_t piece = progress.next.fetch_add(1, std::memory_order_relaxed);
+            if (piece >= pieces.n) {
+                return true;
+            }
+            const int64_t r0 = piece % pieces.n_row_pieces * pieces.rows;
+            const int64_t c0 = piece / pieces.n_row_pieces * pieces.cols;
+            multiply_block(o, op_, (const char *) slice, &pass.rows()[item.first_row], r0,
+                           std::min(r0 + pieces.rows, o.weights.ne[1]), c0,
+                           std::min<int64_t>(c0 + pieces.cols, item.n_rows));
+            if (progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces.n) {
+                pass.item_done(part_, i);
+            }
+        }
+    }
+
+    void work(layer_pass & pass) {
+        thread_local std::vector<uint32_t> left;  // items this thread is not through with
+        left.resize(pass.items().size());
+        for (size_t i = 0; i < left.size(); ++i) {
+            left[i] = (uint32_t) i;
+        }
+        expert_store & store = *owner_.store();
+        while (!left.empty()) {
+            const uint64_t seen = store.arrivals();
+            const size_t   before = left.size();
+            left.erase(std::remove_if(left.begin(), left.end(), [&](uint32_t i) { return advance(pass, i); }), left.end());
+            if (left.empty() || owner_.failed()) {
+                break;
+            }
+            if (left.size() == before) {
+                const auto begin = steady::now();
+                store.wait(seen);
+                stalled_ += seconds_since(begin);
+            }
+        }
+        left.clear();
+    }
+
+    session &             owner_;
+    const moe_layer &     layer_;
+    uint32_t              part_;
+    ggml_compute_params * params_;
+    ggml_tensor *         op_;
+    operand               operands_[N_PRECISION];
+    char *                scratch_ = nullptr;
+    double                stalled_ = 0.0;
+};
+
+}  // namespace
+
+bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & size) {
+    if (op->op != GGML_OP_MUL_MAT_ID) {
+        return false;
+    }
+    const ggml_tensor * src1  = op->src[1];
+    size_t              rows  = 0;
+    size_t              tiled = 0;
+    for (const tensor_source & source : owner_->index().layers()[layer_].projections[part_].source) {
+        if (source.type < 0) {
+            continue;
+        }
+        operand o;
+        make_operand(o, op, source);
+        rows += aligned(ggml_row_size(kernel_type(source.type), src1->ne[0]) * src1->ne[1] * src1->ne[2]);
+        tiled = std::max(tiled, ggml_tiled_wdata_size(n_threads, &o.result));
+    }
+    size = rows + tiled + 128;
+    return true;
+}
+
+bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
+    if (op->op != GGML_OP_MUL_MAT_ID) {
+        return false;
+    }
+    session &           owner = *owner_;
+    const ggml_tensor * ids   = op->src[2];
+    if (!owner.running()) {
+        if (params->ith == 0) {
+            memset(op->data, 0, ggml_nbytes(op));
+            owner.record_failure(std::make_exception_ptr(
+                error(HOBBIT_ERR_STATE, 0, "the model was used before its expert pool was made or after it was closed")));
+        }
+        return true;
+    }
+    // A read can fail at any moment, so nothing before the last barrier may depend on failed(): threads would part ways.
+    // A graph without our node before the products (build_route declined): the ids are all there is, so all in high precision.
+    const bool known = owner.pass()->key == ids && owner.pass()->layer() == layer_;
+    if (!known) {
+        ggml_barrier(params->threadpool);  // all threads have looked
+        if (params->ith == 0) {
+            layer_pass::selections sel;
+            sel.ids        = (const int32_t *) ids->data;
+            sel.ids_stride = ids->nb[1] / sizeof(int32_t);
+            sel.k          = (uint32_t) ids->ne[0];
+            sel.n_tokens   = (uint32_t) ids->ne[1];
+            owner.route(layer_, ids, sel, nullptr, 0, 0, nullptr);
+        }
+        ggml_barrier(params->threadpool);
+    }
+    product(owner, layer_, part_, params, op).run(*owner.pass());
+    return true;
+}
+
+}  // namespace hobbit

@@ -1,0 +1,221 @@
+// The quantisation section of hobbit.h: ggml's public quantisers behind checks.
+//
+// ggml asserts on what it cannot do: a row that its block does not divide, a missing importance matrix, a NaN in an IQ type. An
+// assertion ends the process, so all of this is refused here first.
+
+#include "../base/error.h"
+#include "../hobbit.h"
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <new>
+
+namespace hobbit {
+
+namespace {
+
+// Removed types keep their number and a row in ggml's table, with a block of 0.
+bool known_type(int32_t type) {
+    return type >= 0 && type < GGML_TYPE_COUNT && ggml_get_type_traits((ggml_type) type)->blck_size > 0;
+}
+
+bool same_name(const char * a, const char * b) {
+    for (; *a != '\0' && *b != '\0'; a++, b++) {
+        // ASCII by hand: tolower() would follow the locale
+        const char ca = *a >= 'A' && *a <= 'Z' ? (char) (*a + 32) : *a;
+        const char cb = *b >= 'A' && *b <= 'Z' ? (char) (*b + 32) : *b;
+        if (ca != cb) {
+            return false;
+        }
+    }
+    return *a == *b;
+}
+
+// The cases of ggml_quantize_chunk, which has no way to say no.
+bool can_quantize(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+            return true;
+        // meant for activations only
+        case GGML_TYPE_Q8_1:
+        case GGML_TYPE_Q8_K:
+            return false;
+        default:
+            return ggml_get_type_traits(type)->is_quantized;
+    }
+}
+
+// Largest magnitude that survives: most types keep either their values or the scale of a block as F16.
+float max_magnitude(ggml_type type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? FLT_MAX : 65504.0f;
+}
+
+// Index of the first value that is NaN, infinite or too large; -1 when there is none. The maximum over short runs is what the
+// compiler vectorises; `!(x <= limit)` is true for NaN.
+int64_t find_unusable(const float * src, int64_t n, float limit) {
+    const int64_t run = 4096;
+    for (int64_t begin = 0; begin < n; begin += run) {
+        const int64_t end = begin + run < n ? begin + run : n;
+        int           bad = 0;
+        for (int64_t i = begin; i < end; i++) {
+            bad |= !(std::fabs(src[i]) <= limit);
+        }
+        for (int64_t i = begin; bad != 0 && i < end; i++) {
+            if (!(std::fabs(src[i]) <= limit)) {
+                return i;
+            }
+        }
+    }
+    return -1;
+}
+
+ggml_type check_type(int32_t type) {
+    if (!known_type(type)) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, format("type %d is not a ggml type", type));
+    }
+    return (ggml_type) type;
+}
+
+void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+              const float * imatrix) {
+    const ggml_type type  = check_type(type_id);
+    const char *    name  = ggml_type_name(type);
+    const int64_t   block = ggml_blck_size(type);
+
+    if (!can_quantize(type)) {
+        fail(HOBBIT_ERR_UNSUPPORTED, format("ggml has no quantiser for %s", name));
+    }
+    if (n_rows < 0 || n_per_row <= 0 || (n_rows > 0 && n_per_row > INT64_MAX / 8 / n_rows)) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT,
+             format("n_rows = %lld, n_per_row = %lld: out of range", (long long) n_rows, (long long) n_per_row));
+    }
+    if (n_per_row % block != 0) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT,
+             format("n_per_row = %lld is not a multiple of the %lld elements of a %s block", (long long) n_per_row,
+                    (long long) block, name));
+    }
+    if (n_rows == 0) {
+        return;
+    }
+    if (src == nullptr || dst == nullptr) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, "src and dst must not be NULL");
+    }
+    if (imatrix == nullptr && ggml_quantize_requires_imatrix(type)) {
+        fail(HOBBIT_ERR_UNSUPPORTED, format("%s needs an importance matrix", name));
+    }
+    const int64_t bad = find_unusable(src, n_rows * n_per_row, max_magnitude(type));
+    if (bad >= 0) {
+        fail(HOBBIT_ERR_FORMAT,
+             format("row %lld, column %lld holds %g, which %s cannot represent", (long long) (bad / n_per_row),
+                    (long long) (bad % n_per_row), (double) src[bad], name));
+    }
+    const size_t written = ggml_quantize_chunk(type, src, dst, 0, n_rows, n_per_row, imatrix);
+    if (written != (size_t) n_rows * ggml_row_size(type, n_per_row)) {
+        fail(HOBBIT_ERR_INTERNAL, format("ggml wrote %zu bytes of %s", written, name));
+    }
+}
+
+void dequantize(int32_t type_id, const void * src, float * dst, int64_t n) {
+    const ggml_type          type   = check_type(type_id);
+    const ggml_type_traits * traits = ggml_get_type_traits(type);
+
+    if (type != GGML_TYPE_F32 && traits->to_float == nullptr) {
+        fail(HOBBIT_ERR_UNSUPPORTED, format("ggml cannot turn %s into floats", traits->type_name));
+    }
+    if (n < 0 || n % traits->blck_size != 0) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, format("n = %lld is not a multiple of the %lld elements of a %s block",
+                                                 (long long) n, (long long) traits->blck_size, traits->type_name));
+    }
+    if (n == 0) {
+        return;
+    }
+    if (src == nullptr || dst == nullptr) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, "src and dst must not be NULL");
+    }
+    if (type == GGML_TYPE_F32) {
+        memcpy(dst, src, (size_t) n * sizeof(float));
+    } else {
+        traits->to_float(src, dst, n);
+    }
+}
+
+// No exception crosses the C API.
+template <typename F>
+hobbit_status guarded(hobbit_error * out, const F & body) {
+    try {
+        body();
+        return HOBBIT_OK;
+    } catch (const error & e) {
+        fill_error(out, e.status(), e.os_errno(), e.what());
+        return e.status();
+    } catch (const std::bad_alloc &) {
+        fill_error(out, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
+        return HOBBIT_ERR_NO_MEMORY;
+    } catch (const std::exception & e) {
+        fill_error(out, HOBBIT_ERR_INTERNAL, 0, e.what());
+        return HOBBIT_ERR_INTERNAL;
+    }
+}
+
+}  // namespace
+
+}  // namespace hobbit
+
+extern "C" {
+
+int32_t hobbit_type_from_name(const char * name) {
+    if (name == nullptr) {
+        return -1;
+    }
+    for (int32_t type = 0; type < GGML_TYPE_COUNT; type++) {
+        if (hobbit::known_type(type) && hobbit::same_name(name, ggml_type_name((ggml_type) type))) {
+            return type;
+        }
+    }
+    return -1;
+}
+
+const char * hobbit_type_name(int32_t type) {
+    return hobbit::known_type(type) ? ggml_type_name((ggml_type) type) : nullptr;
+}
+
+uint32_t hobbit_type_block(int32_t type) {
+    return hobbit::known_type(type) ? (uint32_t) ggml_blck_size((ggml_type) type) : 0;
+}
+
+uint64_t hobbit_type_block_bytes(int32_t type) {
+    return hobbit::known_type(type) ? (uint64_t) ggml_type_size((ggml_type) type) : 0;
+}
+
+int32_t hobbit_type_needs_imatrix(int32_t type) {
+    return hobbit::known_type(type) && ggml_quantize_requires_imatrix((ggml_type) type) ? 1 : 0;
+}
+
+int32_t hobbit_type_computable(int32_t type) {
+    return hobbit::known_type(type) && ggml_get_type_traits_cpu((ggml_type) type)->vec_dot != nullptr ? 1 : 0;
+}
+
+void hobbit_quantize_init(int32_t type) {
+    if (hobbit::known_type(type)) {
+        ggml_quantize_init((ggml_type) type);
+    }
+}
+
+hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+                              const float * imatrix, hobbit_error * error) {
+    return hobbit::guarded(error, [&] { hobbit::quantize(type, src, dst, n_rows, n_per_row, imatrix); });
+}
+
+hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error) {
+    return hobbit::guarded(error, [&] { hobbit::dequantize(type, src, dst, n); });
+}
+
+}  // extern "C"

@@ -1,0 +1,40 @@
+// The model's routers as llama.cpp holds them, learnt from the graph: no architecture is named here.
+#pragma once
+
+#include "../engine/prefetcher.h"
+#include "ggml.h"
+#include "hobbit-hooks.h"
+
+#include <atomic>
+#include <vector>
+
+namespace hobbit {
+
+class ggml_routers : public router_source {
+  public:
+    explicit ggml_routers(const expert_index & index);
+
+    // Called while a graph is built, once per layer and graph; the first call counts.
+    void learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * input, uint32_t k);
+
+    bool          shape(uint32_t layer, policy::router_shape & out) override;
+    void          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
+    const float * selection_bias(uint32_t layer) override;
+
+  private:
+    struct router {
+        std::atomic<bool>    known{ false };  // set last
+        policy::router_shape shape;
+        const ggml_tensor *  weight         = nullptr;
+        const float *        bias           = nullptr;
+        const float *        selection_bias = nullptr;
+        const float *        norm           = nullptr;  // gain of the norm before it, n_embd values
+    };
+
+    const expert_index & index_;
+    std::vector<router>  routers_;
+    std::vector<float>   scaled_;  // of logits(): one caller, the prefetch thread
+    std::vector<char>    packed_;
+};
+
+}  // namespace hobbit

@@ -1,0 +1,250 @@
+/*
+ * hobbit.h - the C API of hobbit-cpp, declared only here.
+ *
+ * Read by C++, by the C test, by cffi (which strips the preprocessor lines) and by people.
+ *
+ * Conventions
+ *  - Handles are opaque and come in init/free pairs; free accepts NULL.
+ *  - Parameter and statistics structs begin with `struct_size`, set by the caller to sizeof(the struct).
+ *    A field that a smaller, older struct does not have keeps its default.
+ *  - A call that can fail returns a hobbit_status and takes a caller-owned hobbit_error (may be NULL),
+ *    which is written only on failure.
+ *  - The library never prints, never aborts and lets no exception cross this boundary.
+ *  - Strings are UTF-8 and NUL-terminated. A returned `const char *` lives as long as the handle it came
+ *    from, or for ever where there is no handle.
+ *  - Sizes are bytes, times are seconds.
+ */
+#ifndef HOBBIT_H
+#define HOBBIT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define HOBBIT_API __declspec(dllexport)
+#else
+#    define HOBBIT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bumped whenever a struct or a signature below changes its meaning. */
+#define HOBBIT_ABI_VERSION 1
+
+/* Layers ahead whose predictions are counted. */
+#define HOBBIT_MAX_LOOKAHEAD 4
+
+#define HOBBIT_MESSAGE_SIZE 1024
+
+/* ---- versions: checked when the Python package is imported ------------------------------------------- */
+
+HOBBIT_API const char * hobbit_version(void);
+HOBBIT_API int32_t      hobbit_abi_version(void);
+HOBBIT_API const char * hobbit_upstream_commit(void);
+/* The patch series this library was built for, and the one that the loaded libllama was built with. They differ when
+ * another libllama was loaded first; then nothing here may be used. */
+HOBBIT_API const char * hobbit_patches(void);
+HOBBIT_API const char * hobbit_loaded_patches(void);
+
+/* ---- errors ------------------------------------------------------------------------------------------ */
+
+typedef enum hobbit_status {
+    HOBBIT_OK                   = 0,
+    HOBBIT_ERR_INVALID_ARGUMENT = 1, /* a parameter out of range; the message names it */
+    HOBBIT_ERR_FILE             = 2, /* cannot open or stat a file; os_errno is set */
+    HOBBIT_ERR_FORMAT           = 3, /* not a GGUF, truncated or corrupt */
+    HOBBIT_ERR_NOT_MOE          = 4, /* a GGUF without routed experts: nothing to offload */
+    HOBBIT_ERR_READ             = 5, /* a read of expert data failed; os_errno is set, 0 for a short read */
+    HOBBIT_ERR_BUDGET           = 6, /* the memory budget is below the smallest that works */
+    HOBBIT_ERR_NO_MEMORY        = 7, /* the system refused an allocation */
+    HOBBIT_ERR_UNSUPPORTED      = 8, /* this model or type cannot be offloaded */
+    HOBBIT_ERR_STATE            = 9, /* call out of order */
+    HOBBIT_ERR_INTERNAL         = 10 /* a defect in hobbit-cpp: please report */
+} hobbit_status;
+
+typedef struct hobbit_error {
+    int32_t status;
+    int32_t os_errno;
+    char    message[1024];
+} hobbit_error;
+
+/* ---- what a file holds ------------------------------------------------------------------------------- */
+
+typedef struct hobbit_model_info {
+    uint32_t struct_size;
+    uint32_t n_layer;         /* all blocks of the model, dense ones too */
+    uint32_t n_moe_layer;     /* blocks with routed experts */
+    uint32_t n_expert;        /* most experts in a layer */
+    uint32_t n_expert_used;   /* top-k */
+    uint32_t has_low;         /* 1: low-precision copies are present for every expert */
+    uint64_t bytes_dense;     /* everything that is not a routed expert */
+    uint64_t bytes_high;      /* routed experts, high precision */
+    uint64_t bytes_low;       /* routed experts, low precision */
+    uint64_t bytes_expert_high; /* largest single expert (all projections) */
+    uint64_t bytes_expert_low;
+    uint64_t bytes_cycle;     /* experts of one token: sum over layers of k x expert, high precision */
+    uint64_t slot_high;       /* memory of one resident high-precision expert, with padding */
+    uint64_t slot_low;
+    uint64_t pool_min;        /* the smallest expert pool that works */
+    uint64_t pool_max;        /* a pool that holds every expert */
+    uint32_t direct_io;       /* 1: reads go past the page cache */
+    uint32_t io_alignment;    /* of direct reads; 1 when buffered */
+} hobbit_model_info;
+
+/* ---- session: one loaded model ------------------------------------------------------------------------ */
+
+typedef struct hobbit_session hobbit_session;
+
+typedef enum hobbit_precision_rule {
+    HOBBIT_PRECISION_EXACT  = 0, /* every selected expert in high precision */
+    HOBBIT_PRECISION_MISS   = 1, /* HOBBIT: low or skip, decided on a cache miss only */
+    HOBBIT_PRECISION_WEIGHT = 2  /* by router weight alone, whatever is cached: reproducible */
+} hobbit_precision_rule;
+
+typedef enum hobbit_eviction_rule {
+    HOBBIT_EVICT_LRU    = 0,
+    HOBBIT_EVICT_LFU    = 1,
+    HOBBIT_EVICT_HOBBIT = 2, /* HOBBIT eq. 3, with the weights below */
+    HOBBIT_EVICT_LCU    = 3  /* MoE-APEX: least cost-weighted use */
+} hobbit_eviction_rule;
+
+typedef struct hobbit_params {
+    uint32_t struct_size;
+    int32_t  precision_rule; /* hobbit_precision_rule */
+    int32_t  eviction_rule;  /* hobbit_eviction_rule */
+    float    t1;             /* unimportance up to which an expert is read in high precision (HOBBIT, T1) */
+    float    t2;             /* and up to which in low precision; beyond it is skipped (T2) */
+    uint32_t renormalize;    /* 1: surviving router weights are scaled up after a skip */
+    float    w_lru;          /* weights of eq. 3; they sum to 1 */
+    float    w_lfu;
+    float    w_lhu;
+    float    w_fld;
+    uint32_t prefetch_depth; /* layers ahead, 0 = no prefetch, at most HOBBIT_MAX_LOOKAHEAD */
+    uint32_t prefetch_reads; /* most prefetch reads in flight */
+    uint32_t norm_correction;/* 1: router input rescaled by w_norm[l+d]/w_norm[l] before predicting */
+    uint32_t io_threads;     /* reader threads = queue depth */
+    uint32_t io_block;       /* bytes of one prefetch read between two looks at the abort flag */
+    uint32_t direct_io;      /* 1: O_DIRECT where the file system has it */
+    float    low_share;      /* share of the pool for low-precision copies, 0..0.9 */
+} hobbit_params;
+
+/* Fills `params` with the defaults of a mode: "hobbit", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
+HOBBIT_API hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobbit_error * error);
+
+/* Opens a GGUF (all parts of a split one), reads its header and builds the expert index. No weights are read.
+ * `low_path` (may be NULL): a file with the low-precision copies only. */
+HOBBIT_API hobbit_session * hobbit_session_init(const char * path, const char * low_path, const hobbit_params * params,
+                                                hobbit_error * error);
+/* Stops the threads and drops the caller's reference. The memory goes when the llama model is freed as well. */
+HOBBIT_API void hobbit_session_free(hobbit_session * session);
+
+HOBBIT_API hobbit_status hobbit_session_info(const hobbit_session * session, hobbit_model_info * info,
+                                             hobbit_error * error);
+
+/* Bracket llama_model_load_from_file and llama_init_from_model, on the thread that calls them: expert tensors of the
+ * model loaded in between belong to `session`. Pass NULL to end. */
+HOBBIT_API void hobbit_session_bind_thread(hobbit_session * session);
+
+/* For llama_model_params.tensor_buft_overrides, llama_context_params.abort_callback and its data. */
+HOBBIT_API const void * hobbit_session_buft_overrides(hobbit_session * session);
+HOBBIT_API void *       hobbit_abort_callback(void);
+
+/* Bytes that a llama context holds or may come to hold beyond what is resident now: its compute buffers, and what
+ * ggml needs to plan a graph. `context` is a llama_context *. */
+HOBBIT_API uint64_t hobbit_context_compute_bytes(const void * context);
+/* Model and context (KV) bytes of the ggml buffers of a llama context, host memory only. */
+HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);
+
+/* Allocates and pre-faults the expert pool (`pool_bytes`, cut to what is useful) and starts the threads. Decoding before this call
+ * fails. HOBBIT_ERR_BUDGET below hobbit_model_info.pool_min. */
+HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
+/* Stops the threads; decoding fails from then on. Call before the llama model is freed. */
+HOBBIT_API void hobbit_session_stop(hobbit_session * session);
+
+/* A new sequence starts: sequence-level statistics (HOBBIT section 3.4) are reset, the cache keeps its contents. */
+HOBBIT_API void hobbit_session_begin_sequence(hobbit_session * session);
+
+/* After llama_decode failed: moves the recorded error out (and clears it). HOBBIT_OK when there was none. */
+HOBBIT_API hobbit_status hobbit_session_take_error(hobbit_session * session, hobbit_error * error);
+
+/* ---- statistics -------------------------------------------------------------------------------------- */
+
+/* Counted per selection (one expert chosen for one token). Contract:
+ *     selections == hits_high + hits_low + loads_high + loads_low + skips
+ * In a batch the first selection of an expert that had to be read is the load, the others are hits. */
+typedef struct hobbit_counts {
+    uint64_t selections;
+    uint64_t hits_high;
+    uint64_t hits_low;
+    uint64_t loads_high;
+    uint64_t loads_low;
+    uint64_t skips;
+    double   mass_total;   /* sum of router weights, normalised over each token's selection */
+    double   mass_low;     /* of these served in low precision */
+    double   mass_skipped;
+    uint64_t prefetches;        /* experts whose prefetch was started */
+    uint64_t prefetches_useful; /* whole before they were asked for, and asked for */
+    uint64_t prefetches_late;   /* asked for while still in flight */
+    uint64_t prefetches_wasted; /* aborted, or evicted without use */
+    uint64_t bytes_demand;
+    uint64_t bytes_prefetch;
+    uint64_t bytes_wasted;      /* of bytes_prefetch */
+    double   stall_seconds;     /* compute threads had nothing to do but wait for a read */
+    double   expert_seconds;    /* in the expert products, stalls taken off */
+} hobbit_counts;
+
+typedef struct hobbit_stats {
+    uint32_t struct_size;
+    uint32_t n_moe_layer;
+    uint64_t n_tokens;
+    hobbit_counts total;
+    uint64_t predicted[4];       /* selections predicted d+1 layers ahead */
+    uint64_t predicted_right[4]; /* and of these truly selected */
+    uint64_t pool_bytes;
+    uint64_t slots_high;
+    uint64_t slots_low;
+    uint64_t resident_high;
+    uint64_t resident_low;
+    uint32_t direct_io;
+} hobbit_stats;
+
+HOBBIT_API hobbit_status hobbit_session_stats(hobbit_session * session, hobbit_stats * stats, hobbit_error * error);
+/* Counts of one MoE layer, 0 <= layer < n_moe_layer; `block` receives the number of the block it stands in. */
+HOBBIT_API hobbit_status hobbit_session_layer_stats(hobbit_session * session, uint32_t layer, hobbit_counts * counts,
+                                                    uint32_t * block, hobbit_error * error);
+HOBBIT_API void hobbit_session_reset_stats(hobbit_session * session);
+
+/* Selections of the tokens decoded since tracing was switched on, oldest first, for `hobbit trace` and the tests.
+ * ids, weights: [n_rows][n_moe_layer][k]. Returns the rows available; copies at most max_rows. Prefill counts too. */
+HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);
+HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids,
+                                              float * weights);
+
+/* ---- quantisation, by ggml's own code ---------------------------------------------------------------- */
+
+/* -1 for an unknown name. Names as llama.cpp prints them, in any case: "Q8_0", "q4_k", "IQ4_NL", "F16". */
+HOBBIT_API int32_t      hobbit_type_from_name(const char * name);
+HOBBIT_API const char * hobbit_type_name(int32_t type);
+/* Elements of a block, and its bytes. 0 for an unknown type. */
+HOBBIT_API uint32_t hobbit_type_block(int32_t type);
+HOBBIT_API uint64_t hobbit_type_block_bytes(int32_t type);
+/* 1 when quantising to `type` is impossible without an importance matrix. */
+HOBBIT_API int32_t hobbit_type_needs_imatrix(int32_t type);
+/* 1 when ggml can multiply by a matrix of this type (MUL_MAT_ID on the CPU). */
+HOBBIT_API int32_t hobbit_type_computable(int32_t type);
+
+/* n_rows x n_per_row floats -> `dst` (n_rows rows of the type). Safe to call from several threads on disjoint rows after
+ * hobbit_quantize_init(type). `imatrix`: NULL or n_per_row weights. */
+HOBBIT_API void          hobbit_quantize_init(int32_t type);
+HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows,
+                                         int64_t n_per_row, const float * imatrix, hobbit_error * error);
+HOBBIT_API hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* HOBBIT_H */

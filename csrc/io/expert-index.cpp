@@ -1,0 +1,300 @@
+#include "expert-index.h"
+
+#include "../base/error.h"
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <regex>
+#include <set>
+
+namespace hobbit {
+
+const char * const LOW_PREFIX = "hobbit.low.";
+
+namespace {
+
+struct gguf_deleter {
+    void operator()(gguf_context * c) const { gguf_free(c); }
+};
+
+struct ggml_deleter {
+    void operator()(ggml_context * c) const { ggml_free(c); }
+};
+
+// `blk.<N>.<projection>_exps.weight` -> N and <projection>_exps; false for other names.
+bool parse_name(const std::string & name, uint32_t & block, std::string & what) {
+    static const std::regex pattern(R"(^blk\.(\d{1,6})\.([a-z_0-9]+_(?:ch)?exps)\.weight$)");
+    std::smatch             match;
+    if (!std::regex_match(name, match, pattern)) {
+        return false;
+    }
+    block = (uint32_t) std::stoul(match[1]);
+    what  = match[2];
+    return true;
+}
+
+uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t otherwise) {
+    const int64_t id = gguf_find_key(g, key.c_str());
+    if (id < 0) {
+        return otherwise;
+    }
+    switch (gguf_get_kv_type(g, id)) {
+        case GGUF_TYPE_UINT32: return gguf_get_val_u32(g, id);
+        case GGUF_TYPE_INT32: return (uint32_t) std::max(0, gguf_get_val_i32(g, id));
+        case GGUF_TYPE_UINT16: return gguf_get_val_u16(g, id);
+        case GGUF_TYPE_UINT64: return (uint32_t) gguf_get_val_u64(g, id);
+        case GGUF_TYPE_ARRAY: {  // a value per layer: the largest serves for sizes
+            const size_t    n    = gguf_get_arr_n(g, id);
+            const gguf_type type = gguf_get_arr_type(g, id);
+            if (type != GGUF_TYPE_UINT32 && type != GGUF_TYPE_INT32) {
+                return otherwise;
+            }
+            const auto * v = (const uint32_t *) gguf_get_arr_data(g, id);
+            return n == 0 ? otherwise : *std::max_element(v, v + n);
+        }
+        default: return otherwise;
+    }
+}
+
+std::string read_string(const gguf_context * g, const char * key) {
+    const int64_t id = gguf_find_key(g, key);
+    return id >= 0 && gguf_get_kv_type(g, id) == GGUF_TYPE_STRING ? gguf_get_val_str(g, id) : "";
+}
+
+// model-00001-of-00004.gguf -> the name of part `no` (from 0).
+std::string split_name(const std::string & path, uint32_t no, uint32_t count) {
+    const std::string first = format("-%05u-of-%05u.gguf", 1u, count);
+    if (path.size() <= first.size() || path.compare(path.size() - first.size(), first.size(), first) != 0) {
+        fail(HOBBIT_ERR_FORMAT, path + " is part of a split model; open the part called *-00001-of-" +
+                                    format("%05u.gguf", count));
+    }
+    return path.substr(0, path.size() - first.size()) + format("-%05u-of-%05u.gguf", no + 1, count);
+}
+
+}  // namespace
+
+uint64_t moe_layer::expert_bytes(precision p) const {
+    uint64_t n = 0;
+    for (const auto & proj : projections) {
+        n += proj.source[(int) p].slice;
+    }
+    return n;
+}
+
+uint64_t moe_layer::slot_bytes(precision p) const {
+    uint64_t n = 0;
+    for (const auto & proj : projections) {
+        n += proj.slot_bytes[(int) p];
+    }
+    return n;
+}
+
+expert_index::expert_index(const std::string & path, const std::string & low_path, bool direct) : path_(path) {
+    read_file(path, direct, false);
+    if (!low_path.empty()) {
+        read_file(low_path, direct, true);
+    }
+    check_layers();
+    lay_out_slots();
+    // The header came in through the page cache, with read-ahead; nothing of the file shall stay there.
+    drop_page_cache();
+}
+
+void expert_index::read_file(const std::string & path, bool direct, bool low_only) {
+    uint32_t n_parts = 1;
+    for (uint32_t part = 0; part < n_parts; ++part) {
+        const std::string part_path = part == 0 ? path : split_name(path, part, n_parts);
+        files_.push_back(std::make_unique<file>(part_path, direct));
+        const file & f       = *files_.back();
+        const auto   file_id = (uint16_t) (files_.size() - 1);
+
+        ggml_context *   meta_raw = nullptr;
+        gguf_init_params params   = { /*.no_alloc =*/true, /*.ctx =*/&meta_raw };
+        std::unique_ptr<gguf_context, gguf_deleter> g(gguf_init_from_file(part_path.c_str(), params));
+        std::unique_ptr<ggml_context, ggml_deleter> meta(meta_raw);
+        if (!g) {
+            fail(HOBBIT_ERR_FORMAT, part_path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
+        }
+        if (part == 0) {
+            n_parts = std::max(1u, read_u32(g.get(), "split.count", 1));
+            if (n_parts > 1 && read_u32(g.get(), "split.no", 0) != 0) {
+                split_name(path, 0, n_parts);
+            }
+            if (!low_only) {
+                const std::string arch = read_string(g.get(), "general.architecture");
+                n_block       = read_u32(g.get(), arch + ".block_count", 0);
+                n_expert_used = read_u32(g.get(), arch + ".expert_used_count", 0);
+                n_group       = read_u32(g.get(), arch + ".expert_group_count", 0);
+                n_group_used  = read_u32(g.get(), arch + ".expert_group_used_count", 0);
+            }
+        }
+
+        const uint64_t data = gguf_get_data_offset(g.get());
+        for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
+            const std::string   full   = gguf_get_tensor_name(g.get(), i);
+            const ggml_tensor * t      = ggml_get_tensor(meta.get(), full.c_str());
+            const uint64_t      bytes  = ggml_nbytes(t);
+            const uint64_t      offset = data + gguf_get_tensor_offset(g.get(), i);
+            if (offset > f.size() || bytes > f.size() - offset) {
+                fail(HOBBIT_ERR_FORMAT, format("%s is cut short: tensor %s ends at byte %" PRIu64 ", the file has %" PRIu64
+                                               "; download or convert it again",
+                                               part_path.c_str(), full.c_str(), offset + bytes, f.size()));
+            }
+            const bool        is_low = full.compare(0, strlen(LOW_PREFIX), LOW_PREFIX) == 0;
+            const std::string name   = is_low ? full.substr(strlen(LOW_PREFIX)) : full;
+            uint32_t          block  = 0;
+            std::string       what;
+            if (!parse_name(name, block, what) || t->ne[2] < 2 || t->ne[3] != 1) {
+                if (!low_only) {
+                    bytes_dense += bytes;
+                }
+                continue;
+            }
+            if (low_only && !is_low) {
+                continue;
+            }
+
+            // Two expert sets in one block (chexps) are two layers to the engine: each has a router call of its own.
+            const bool  ch    = what.find("_chexps") != std::string::npos;
+            moe_layer * layer = nullptr;
+            for (auto & l : layers_) {
+                if (l.block == block && (l.projections[0].name.find("_chexps") != std::string::npos) == ch) {
+                    layer = &l;
+                }
+            }
+            if (layer == nullptr) {
+                layers_.emplace_back();
+                layer           = &layers_.back();
+                layer->block    = block;
+                layer->n_expert = (uint32_t) t->ne[2];
+            }
+            projection * proj = nullptr;
+            for (auto & p : layer->projections) {
+                proj = p.name == name ? &p : proj;
+            }
+            if (proj == nullptr) {
+                layer->projections.emplace_back();
+                proj          = &layer->projections.back();
+                proj->name    = name;
+                proj->n_in    = t->ne[0];
+                proj->n_out   = t->ne[1];
+                proj->is_down = what.compare(0, 8, "ffn_down") == 0;
+            }
+            if (proj->n_in != t->ne[0] || proj->n_out != t->ne[1] || layer->n_expert != (uint32_t) t->ne[2]) {
+                fail(HOBBIT_ERR_FORMAT, part_path + ": the shape of " + full + " does not agree with the other experts of its block");
+            }
+            tensor_source & src = proj->source[is_low ? 1 : 0];
+            if (src.type >= 0) {
+                fail(HOBBIT_ERR_FORMAT, part_path + ": tensor " + full + " occurs twice");
+            }
+            src = { (int32_t) t->type, file_id, offset, ggml_row_size(t->type, t->ne[0]), bytes / (uint64_t) t->ne[2] };
+        }
+    }
+}
+
+void expert_index::check_layers() {
+    if (layers_.empty()) {
+        fail(HOBBIT_ERR_NOT_MOE, path_ + " has no routed experts: a dense model has nothing to offload; load it with offload=None");
+    }
+    std::sort(layers_.begin(), layers_.end(), [](const moe_layer & a, const moe_layer & b) {
+        return a.block != b.block ? a.block < b.block : a.projections[0].name < b.projections[0].name;
+    });
+    has_low = true;
+    for (auto & layer : layers_) {
+        if (layer.projections.size() > MAX_PROJECTIONS) {
+            fail(HOBBIT_ERR_UNSUPPORTED, format("block %u has %zu expert tensors; at most %d are supported", layer.block,
+                                                layer.projections.size(), MAX_PROJECTIONS));
+        }
+        // The down projection is needed last: it is read last.
+        std::stable_sort(layer.projections.begin(), layer.projections.end(),
+                         [](const projection & a, const projection & b) { return a.is_down < b.is_down; });
+        n_expert = std::max(n_expert, layer.n_expert);
+        for (const auto & p : layer.projections) {
+            if (p.source[0].type < 0) {
+                fail(HOBBIT_ERR_FORMAT, path_ + " has a low-precision copy of " + p.name + " but not the tensor itself");
+            }
+            has_low = has_low && p.source[1].type >= 0;
+        }
+    }
+    if (n_expert_used == 0 || n_expert_used > n_expert) {
+        fail(HOBBIT_ERR_FORMAT, path_ + ": the metadata does not say how many experts a token uses (expert_used_count)");
+    }
+}
+
+void expert_index::lay_out_slots() {
+    for (auto & layer : layers_) {
+        for (int p = 0; p < N_PRECISION; ++p) {
+            uint64_t at = 0;
+            for (auto & proj : layer.projections) {
+                const tensor_source & src = proj.source[p];
+                proj.slot_offset[p]       = at;
+                if (src.type < 0) {
+                    continue;
+                }
+                const file & f = *files_[src.file];
+                for (uint32_t e = 0; e < layer.n_expert; ++e) {
+                    const extent   x    = src.expert(e);
+                    const uint64_t span = f.aligned_end(x.offset + x.bytes) - f.aligned_begin(x.offset);
+                    proj.slot_bytes[p]  = std::max<uint64_t>(proj.slot_bytes[p], align_up(span, PAGE));
+                }
+                at += proj.slot_bytes[p];
+                max_segment = std::max(max_segment, proj.slot_bytes[p]);
+            }
+            const auto prec = (precision) p;
+            bytes_total[p] += layer.expert_bytes(prec) * layer.n_expert;
+            max_expert[p] = std::max(max_expert[p], layer.expert_bytes(prec));
+            max_slot[p]   = std::max(max_slot[p], layer.slot_bytes(prec));
+        }
+    }
+}
+
+std::pair<int, int> expert_index::find(const std::string & name) const {
+    for (size_t l = 0; l < layers_.size(); ++l) {
+        for (size_t p = 0; p < layers_[l].projections.size(); ++p) {
+            if (layers_[l].projections[p].name == name) {
+                return { (int) l, (int) p };
+            }
+        }
+    }
+    return { -1, -1 };
+}
+
+std::string expert_index::tensor_pattern() const {
+    std::set<std::string> kinds;
+    for (const auto & layer : layers_) {
+        for (const auto & p : layer.projections) {
+            kinds.insert(p.name.substr(p.name.find('.', 4) + 1));
+        }
+    }
+    std::string out = "^blk\\.[0-9]+\\.(";
+    for (const auto & kind : kinds) {
+        out += (out.back() == '(' ? "" : "|") + std::regex_replace(kind, std::regex("\\."), "\\.");
+    }
+    return out + ")$";
+}
+
+bool expert_index::direct() const {
+    return std::all_of(files_.begin(), files_.end(), [](const auto & f) { return f->direct(); });
+}
+
+uint32_t expert_index::alignment() const {
+    uint32_t n = 1;
+    for (const auto & f : files_) {
+        n = std::max(n, f->alignment());
+    }
+    return n;
+}
+
+void expert_index::drop_page_cache() const {
+    for (const auto & f : files_) {
+        f->drop_page_cache();
+    }
+}
+
+}  // namespace hobbit

@@ -1,0 +1,96 @@
+// Where every expert's bytes are: GGUF header(s) -> extent per layer, expert, projection and precision.
+//
+// Tensors are known by name and shape, not by architecture: a routed expert tensor is three-dimensional, [n_in, n_out, n_expert], and
+// called `blk.<N>.<projection>_exps.weight` (or `_chexps`). Its low-precision copy is called `hobbit.low.<that name>`.
+#pragma once
+
+#include "file.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace hobbit {
+
+enum class precision : uint8_t { high = 0, low = 1 };
+constexpr int N_PRECISION = 2;
+
+constexpr int MAX_PROJECTIONS = 4;
+
+extern const char * const LOW_PREFIX;  // "hobbit.low."
+
+// One expert tensor at one precision.
+struct tensor_source {
+    int32_t  type       = -1;  // ggml_type; -1: there is none
+    uint16_t file       = 0;
+    uint64_t offset     = 0;   // of expert 0, from the start of the file
+    uint64_t row_bytes  = 0;
+    uint64_t slice      = 0;   // bytes of one expert
+
+    extent expert(uint32_t e) const { return { file, offset + e * slice, slice }; }
+};
+
+// gate, up, down or fused gate_up.
+struct projection {
+    std::string   name;  // of the tensor
+    int64_t       n_in   = 0;
+    int64_t       n_out  = 0;
+    bool          is_down = false;  // needed last
+    tensor_source source[N_PRECISION];
+    uint64_t      slot_offset[N_PRECISION] = { 0, 0 };  // where it lies in a slot
+    uint64_t      slot_bytes[N_PRECISION]  = { 0, 0 };  // room for the aligned range around the largest slice
+};
+
+struct moe_layer {
+    uint32_t                block    = 0;  // N of blk.N
+    uint32_t                n_expert = 0;
+    std::vector<projection> projections;
+
+    uint64_t expert_bytes(precision p) const;  // to read, without padding
+    uint64_t slot_bytes(precision p) const;    // with padding
+};
+
+class expert_index {
+  public:
+    // Opens the GGUF and, when it is the first of a split, its other parts. Throws HOBBIT_ERR_FILE, _FORMAT, _NOT_MOE, _UNSUPPORTED.
+    expert_index(const std::string & path, const std::string & low_path, bool direct);
+
+    const std::string & path() const { return path_; }
+
+    const std::vector<moe_layer> & layers() const { return layers_; }
+
+    const file & source(uint16_t i) const { return *files_[i]; }
+
+    // {layer, projection} of a tensor, {-1, -1} when it is not a routed expert.
+    std::pair<int, int> find(const std::string & tensor_name) const;
+
+    // Regular expressions (ECMAScript) that match all expert tensors and nothing else of the model.
+    std::string tensor_pattern() const;
+
+    uint32_t n_block       = 0;
+    uint32_t n_expert      = 0;  // most of a layer
+    uint32_t n_expert_used = 0;
+    uint32_t n_group       = 0;  // expert groups (DeepSeek), 0: none
+    uint32_t n_group_used  = 0;
+    bool     has_low       = false;  // complete
+    uint64_t bytes_dense   = 0;
+    uint64_t bytes_total[N_PRECISION] = { 0, 0 };
+    uint64_t max_expert[N_PRECISION]  = { 0, 0 };  // bytes
+    uint64_t max_slot[N_PRECISION]    = { 0, 0 };
+    uint64_t max_segment   = 0;  // largest slot_bytes of a projection at either precision
+
+    bool     direct() const;
+    uint32_t alignment() const;
+    void     drop_page_cache() const;
+
+  private:
+    void read_file(const std::string & path, bool direct, bool low_only);
+    void check_layers();
+    void lay_out_slots();
+
+    std::string                        path_;
+    std::vector<std::unique_ptr<file>> files_;
+    std::vector<moe_layer>             layers_;
+};
+
+}  // namespace hobbit

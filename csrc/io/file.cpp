@@ -1,0 +1,109 @@
+#include "file.h"
+
+#include "../base/error.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cinttypes>
+
+namespace hobbit {
+
+// The offset alignment that direct reads of this file need, 0 when unknown.
+static uint32_t direct_alignment(int fd) {
+#ifdef STATX_DIOALIGN
+    struct statx sx = {};
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &sx) == 0 && (sx.stx_mask & STATX_DIOALIGN) != 0) {
+        return sx.stx_dio_offset_align;
+    }
+#else
+    (void) fd;
+#endif
+    return 0;
+}
+
+file::file(const std::string & path, bool direct) : path_(path) {
+    if (direct) {
+        fd_     = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+        direct_ = fd_ >= 0;
+    }
+    if (fd_ < 0) {
+        fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    }
+    if (fd_ < 0) {
+        fail_os(HOBBIT_ERR_FILE, errno, "cannot open " + path);
+    }
+    struct stat st = {};
+    if (fstat(fd_, &st) != 0 || !S_ISREG(st.st_mode)) {
+        const int err = S_ISDIR(st.st_mode) ? EISDIR : errno;
+        close(fd_);
+        fail_os(HOBBIT_ERR_FILE, err, "not a regular file: " + path);
+    }
+    size_ = (uint64_t) st.st_size;
+    if (direct_) {
+        const uint32_t told = direct_alignment(fd_);
+        // 4096 serves every disk that does not say what it needs.
+        alignment_ = told == 0 ? PAGE : told;
+        // Some file systems open with O_DIRECT and refuse the first read: find out now.
+        region probe(PAGE, true);
+        if (size_ >= PAGE && pread(fd_, probe.data(), PAGE, 0) < 0 && errno == EINVAL) {
+            close(fd_);
+            direct_    = false;
+            alignment_ = 1;
+            fd_        = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+            if (fd_ < 0) {
+                fail_os(HOBBIT_ERR_FILE, errno, "cannot open " + path);
+            }
+        }
+    }
+    if (!direct_) {
+        // Slices are read at random: read-ahead would fetch the neighbours' bytes and charge them to the memory cgroup.
+        posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
+    }
+}
+
+file::~file() {
+    if (fd_ >= 0) {
+        close(fd_);
+    }
+}
+
+void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const {
+    uint64_t done = 0;
+    while (done < bytes) {
+        const ssize_t n = pread(fd_, dst + done, bytes - done, (off_t) (offset + done));
+        if (n < 0) {
+            if (errno == EINTR) {
+                continue;
+            }
+            fail_os(HOBBIT_ERR_READ, errno,
+                    format("read of %" PRIu64 " bytes at offset %" PRIu64 " of %s failed", bytes - done, offset + done,
+                           path_.c_str()));
+        }
+        done += (uint64_t) n;
+        // The end of file may stand in the middle of the last aligned block.
+        if (n == 0 || (done >= must_have && done < bytes && offset + done >= size_)) {
+            break;
+        }
+        if (direct_ && done < bytes && done % alignment_ != 0) {
+            break;  // a direct read stops in mid-block only at the end of file
+        }
+    }
+    if (done < must_have) {
+        fail(HOBBIT_ERR_READ,
+             format("short read: %" PRIu64 " of %" PRIu64 " bytes at offset %" PRIu64
+                    " of %s; was the file truncated or replaced while it was in use?",
+                    done, must_have, offset, path_.c_str()));
+    }
+    if (!direct_) {
+        posix_fadvise(fd_, (off_t) offset, (off_t) bytes, POSIX_FADV_DONTNEED);
+    }
+}
+
+void file::drop_page_cache() const {
+    posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+}  // namespace hobbit

@@ -1,0 +1,58 @@
+// Positional reads of one file, past the page cache where the file system can.
+#pragma once
+
+#include "../base/memory.h"
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+namespace hobbit {
+
+// A byte range of a file.
+struct extent {
+    uint16_t file   = 0;  // which file of the model
+    uint64_t offset = 0;
+    uint64_t bytes  = 0;
+};
+
+// An open, read-only file. All methods are const and safe to call from several threads at once.
+class file {
+  public:
+    // Throws HOBBIT_ERR_FILE. `direct`: O_DIRECT where it works; a file system without it is read through the page cache.
+    file(const std::string & path, bool direct);
+    ~file();
+    file(const file &)             = delete;
+    file & operator=(const file &) = delete;
+
+    const std::string & path() const { return path_; }
+
+    uint64_t size() const { return size_; }
+
+    bool direct() const { return direct_; }
+
+    // Reads start and end at multiples of this; 1 when buffered.
+    uint32_t alignment() const { return alignment_; }
+
+    // Offset and length of the aligned range around an extent; `size` below the file's end may be cut by the end of file.
+    uint64_t aligned_begin(uint64_t offset) const { return align_down(offset, alignment_); }
+
+    uint64_t aligned_end(uint64_t end) const { return align_up(end, alignment_); }
+
+    // Reads [offset, offset + bytes), both multiples of alignment(), into `dst` (page-aligned). Bytes past the end of file are left
+    // as they are, but `must_have` bytes have to exist. Throws HOBBIT_ERR_READ with file, offset and errno; a file that
+    // became shorter is a short read.
+    void read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const;
+
+    // Tells the kernel that what it cached of this file is not needed.
+    void drop_page_cache() const;
+
+  private:
+    std::string path_;
+    int         fd_        = -1;
+    uint64_t    size_      = 0;
+    bool        direct_    = false;
+    uint32_t    alignment_ = 1;
+};
+
+}  // namespace hobbit

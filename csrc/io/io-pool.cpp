@@ -1,0 +1,165 @@
+#include "io-pool.h"
+
+#include "../base/error.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+static bool is_set(const std::atomic<bool> * flag) {
+    return flag != nullptr && flag->load(std::memory_order_relaxed);
+}
+
+io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end)
+    : block_(align_up(std::max<uint64_t>(block_bytes, PAGE), PAGE)),
+      max_prefetch_(max_prefetch),
+      on_end_(std::move(on_end)) {
+    threads_.reserve(n_threads);
+    for (uint32_t i = 0; i < n_threads; ++i) {
+        threads_.emplace_back([this] { run(); });
+    }
+}
+
+io_pool::~io_pool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+        demand_.clear();
+        prefetch_.clear();
+    }
+    work_.notify_all();
+    for (auto & thread : threads_) {
+        thread.join();
+    }
+}
+
+void io_pool::demand(const std::vector<io_request> & requests) {
+    if (requests.empty()) {
+        return;
+    }
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        demand_.insert(demand_.end(), requests.begin(), requests.end());
+        n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
+    }
+    if (requests.size() == 1) {
+        work_.notify_one();
+    } else {
+        work_.notify_all();
+    }
+}
+
+void io_pool::prefetch(const std::vector<io_request> & requests) {
+    if (requests.empty()) {
+        return;
+    }
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        prefetch_.insert(prefetch_.end(), requests.begin(), requests.end());
+    }
+    work_.notify_all();
+}
+
+void io_pool::promote(const void * owner) {
+    std::vector<io_request> moved;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        for (auto it = prefetch_.begin(); it != prefetch_.end();) {
+            if (it->owner == owner) {
+                moved.push_back(*it);
+                it = prefetch_.erase(it);
+            } else {
+                ++it;
+            }
+        }
+    }
+    demand(moved);
+}
+
+uint32_t io_pool::withdraw(const void * owner) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint32_t                    parts = 0;
+    for (auto it = prefetch_.begin(); it != prefetch_.end();) {
+        if (it->owner == owner) {
+            parts |= 1u << it->part;
+            it = prefetch_.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    return parts;
+}
+
+bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
+    while (r.done < r.bytes) {
+        if (is_set(r.cancel) && !is_set(r.urgent)) {
+            outcome = io_outcome::cancelled;
+            return true;
+        }
+        if (demand_pending() > 0 && !is_set(r.urgent)) {
+            return false;
+        }
+        const uint64_t n    = std::min(block_, r.bytes - r.done);
+        const uint64_t must = r.must_have > r.done ? std::min(n, r.must_have - r.done) : 0;
+        r.src->read(r.dst + r.done, r.offset + r.done, n, must);
+        r.done += n;
+    }
+    outcome = io_outcome::done;
+    return true;
+}
+
+void io_pool::run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+        work_.wait(lock, [this] {
+            return stop_ || !demand_.empty() || (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) && demand_pending() == 0);
+        });
+        if (stop_) {
+            return;
+        }
+        const bool is_demand = !demand_.empty();
+        auto &     queue     = is_demand ? demand_ : prefetch_;
+        io_request request   = queue.front();
+        queue.pop_front();
+        n_prefetching_ += is_demand ? 0 : 1;
+        lock.unlock();
+
+        io_outcome         outcome = io_outcome::done;
+        std::exception_ptr why;
+        bool               ended = true;
+        try {
+            if (is_demand) {
+                const uint64_t must = request.must_have > request.done ? request.must_have - request.done : 0;
+                request.src->read(request.dst + request.done, request.offset + request.done,
+                                  request.bytes - request.done, must);
+            } else {
+                ended = read_prefetch(request, outcome);
+            }
+        } catch (...) {
+            outcome = io_outcome::failed;
+            why     = std::current_exception();
+        }
+        if (ended) {
+            on_end_(request, outcome, why);
+        }
+
+        lock.lock();
+        if (is_demand) {
+            if (n_demand_.fetch_sub(1, std::memory_order_relaxed) == 1 && !prefetch_.empty()) {
+                work_.notify_all();  // the prefetch queue has its turn
+            }
+        } else {
+            n_prefetching_--;
+            if (!ended && !stop_) {
+                if (is_set(request.urgent)) {
+                    demand_.push_front(request);
+                    n_demand_.fetch_add(1, std::memory_order_relaxed);
+                } else {
+                    prefetch_.push_front(request);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace hobbit

@@ -1,0 +1,22 @@
+// The modes: rows of one table. A new idea is a new pure function and a new row.
+#pragma once
+
+#include "../hobbit.h"
+
+namespace hobbit::policy {
+
+struct mode {
+    const char * name;
+    int32_t      precision_rule;
+    int32_t      eviction_rule;
+    uint32_t     prefetch_depth;
+    float        low_share;
+};
+
+// NULL for an unknown name.
+const mode * find_mode(const char * name);
+
+// "hobbit, lru": for messages.
+const char * mode_names();
+
+}  // namespace hobbit::policy

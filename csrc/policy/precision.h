@@ -1,0 +1,57 @@
+// Which precision an expert is served in: HOBBIT's token-level dynamic loading (arXiv 2411.01433, section 3.2). Pure functions.
+#pragma once
+
+#include <cstdint>
+
+namespace hobbit::policy {
+
+// What a selection asks for, in rising order: of the tokens of a batch that share an expert the highest need counts.
+enum class need : uint8_t { skip = 0, low = 1, high = 2 };
+
+enum class precision_rule { exact = 0, miss = 1, weight = 2 };
+
+// State of one copy of an expert in the cache.
+enum class copy_state : uint8_t { absent, in_flight, resident };
+
+enum class action : uint8_t { use_high, use_low, load_high, load_low, skip };
+
+struct thresholds {
+    float t1;
+    float t2;
+};
+
+// Thresholds at the same quantiles as the paper's 0.6 and 0.9 on top-2 routing (67 % high, 30 % low, 3 % skipped over
+// all selections), which do not transfer to wider routing. k = 2: the paper. k = 4 and k = 6: the 67 % and 97 % quantiles of s measured
+// on routing traces of gpt-oss-20b and DeepSeek-V2-Lite; k >= 8 continues them.
+thresholds default_thresholds(uint32_t k);
+
+// The needs of one token's k selections. `weights`: router weights as the model gives them (not sorted, any sum > 0).
+// Sorted by weight, largest first, the unimportance score of selection i is the share of the weight before it (eq. 2):
+//     s[0] = 0;  s[i] = g_0 + ... + g_{i-1}
+// i == 0 or s[i] <= t1: high;  s[i] <= t2: low;  else skip. `scores` (may be NULL) receives s in the order of `weights`.
+void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores);
+
+// The distribution of unimportance scores on the model at hand, from which thresholds are taken at the paper's quantiles
+// (67 % high, 30 % low, 3 % skipped of all selections).
+class threshold_profile {
+  public:
+    void add(const float * scores, uint32_t k);
+    // `otherwise` until enough selections were seen.
+    thresholds at_quantiles(thresholds otherwise) const;
+
+  private:
+    static constexpr uint32_t N_BIN      = 256;
+    static constexpr uint64_t MIN_COUNT  = 4096;
+    static constexpr double   SHARE_HIGH = 0.67;
+    static constexpr double   SHARE_KEPT = 0.97;
+
+    uint64_t bins_[N_BIN] = {};
+    uint64_t count_       = 0;
+};
+
+// Precision of one expert of a layer pass given what is cached. `miss`: only an expert that is not there may be read low or skipped; a
+// high copy serves a low need, a low copy does not serve a high need. A copy that is already on its way counts as there,
+// except for a selection that could be skipped. `weight`: the need alone decides.
+action resolve(precision_rule rule, need n, copy_state high, copy_state low);
+
+}  // namespace hobbit::policy

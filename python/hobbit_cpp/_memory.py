@@ -1,0 +1,162 @@
+"""How much memory there is, seen through cgroup limits, and how much this process holds. Bytes throughout."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Iterator, List, NamedTuple, Optional, Union
+
+from .errors import ParameterError
+
+Size = Union[int, str]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+# A cgroup without a limit shows a number near 2**63.
+_NO_LIMIT = 1 << 60
+
+
+def parse_size(size: Size, *, of: Optional[int] = None) -> int:
+    """ "4GiB", "700MiB", "1.5G", 123456 or, of a whole, "50%" -> bytes. K, M, G, T are powers of 1024 with and without iB;
+    KB, MB, GB, TB are powers of 1000.
+
+    Raises:
+        ParameterError: not a size, or not positive.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise ParameterError(f"a size is a number of bytes or a text like '4GiB', not {size!r}")
+    if isinstance(size, int):
+        value = float(size)
+    else:
+        text = size.strip()
+        percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+        unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(iB|B)?", text, re.IGNORECASE)
+        if percent and of is not None:
+            value = float(percent[1]) / 100 * of
+            if float(percent[1]) > 100:
+                raise ParameterError(f"'{size}' is more than the whole")
+        elif unit:
+            decimal = (unit[3] or "").upper() == "B" and unit[2]
+            base = _UNITS[unit[2].upper()] if not decimal else 1000 ** "KMGT".index(unit[2].upper()) * 1000
+            value = float(unit[1]) * base
+        else:
+            raise ParameterError(f"'{size}' is not a size: write '4GiB', '700MiB', '50%' or a number of bytes")
+    if value < 1:
+        raise ParameterError(f"a size must be positive, not {size!r}")
+    return int(value)
+
+
+def human(n: float) -> str:
+    """1610612736 -> '1.50 GiB'."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}" if unit == "GiB" else f"{n / size:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+def _field(path: str, name: str) -> int:
+    """A `Name:  123 kB` line of a /proc file, in bytes; 0 when there is none."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as f:
+            for line in f:
+                if line.startswith(name + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def resident() -> int:
+    """Memory this process holds now."""
+    with open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * _PAGE
+
+
+def peak_resident() -> int:
+    """The most this process ever held."""
+    return _field("/proc/self/status", "VmHWM")
+
+
+class CgroupLimit(NamedTuple):
+    """A memory limit that holds for this process."""
+
+    path: Path
+    limit: int
+    used: int  # without what the kernel gives back by itself: file pages
+
+
+def _read_int(path: Path) -> Optional[int]:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _file_pages(stat: Path, names: List[str]) -> int:
+    total = 0
+    try:
+        for line in stat.read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            total += int(value) if name in names else 0
+    except (OSError, ValueError):
+        return 0
+    return total
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    """The memory cgroups this process is in, from its own up to the root, of version 1 or 2."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        roots = ["/sys/fs/cgroup/memory"] if controllers else ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        for root in roots:
+            folder = Path(root) / path.lstrip("/")
+            # In a container the path may be that of the host, and the root the container's own group.
+            candidates = [folder, *folder.parents] if folder.is_dir() else [Path(root)]
+            for candidate in candidates:
+                if str(candidate).startswith(root):
+                    yield candidate
+
+
+def cgroup_limits() -> List[CgroupLimit]:
+    """All memory limits above this process."""
+    out = []
+    for folder in _cgroup_folders():
+        limit = _read_int(folder / "memory.max")
+        used = _read_int(folder / "memory.current")
+        names = ["inactive_file", "active_file"]
+        if limit is None:
+            limit = _read_int(folder / "memory.limit_in_bytes")
+            used = _read_int(folder / "memory.usage_in_bytes")
+            names = ["total_inactive_file", "total_active_file"]
+        if limit is not None and limit < _NO_LIMIT and used is not None:
+            out.append(CgroupLimit(folder, limit, max(0, used - _file_pages(folder / "memory.stat", names))))
+    return out
+
+
+def total() -> int:
+    """Memory of the machine or of the tightest cgroup, whichever is less."""
+    return min([_field("/proc/meminfo", "MemTotal"), *(c.limit for c in cgroup_limits())])
+
+
+def available() -> int:
+    """What could still be allocated without swapping or hitting a cgroup limit."""
+    free = _field("/proc/meminfo", "MemAvailable")
+    return max(0, min([free, *(c.limit - c.used for c in cgroup_limits())]))
+
+
+def default_budget() -> int:
+    """What the process may take when nobody says: what it has and most of what is free.
+
+    The rest is for the page cache and for other programs: an engine that takes all of memory is the first victim of the
+    kernel, and a machine that swaps is slower than a smaller cache.
+    """
+    free = available()
+    return resident() + max(free // 2, min(free * 4 // 5, free - (2 << 30)))

@@ -1,0 +1,277 @@
+"""A session of the core (csrc/hobbit.h) as a Python object: one loaded model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, Optional
+
+from . import _lib, _memory
+from ._memory import Size, human
+from .errors import HobbitError, HobbitWarning, MemoryBudgetError, StateError, from_c
+from .params import OffloadParams
+from .stats import LayerCounts, OffloadStats
+
+# What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
+_SLACK = 24 << 20
+_SLACK_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file holds; sizes in bytes. See hobbit_model_info in csrc/hobbit.h."""
+
+    n_layer: int
+    n_moe_layer: int
+    n_expert: int
+    n_expert_used: int
+    has_low: bool
+    bytes_dense: int
+    bytes_high: int
+    bytes_low: int
+    bytes_expert_high: int
+    bytes_expert_low: int
+    bytes_cycle: int
+    slot_high: int
+    slot_low: int
+    pool_min: int
+    pool_max: int
+    direct_io: bool
+    io_alignment: int
+
+
+def _struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:
+    """Plain numbers of a C struct by name."""
+    ctype = ffi.typeof(struct)
+    return {
+        name: getattr(struct, name)
+        for name, f in (ctype.item if ctype.kind == "pointer" else ctype).fields
+        if f.type.kind == "primitive" and name != "struct_size"
+    }
+
+
+class Session:
+    """Opened on a file, bound to a thread while llama.cpp loads it, started when the memory left for experts is known."""
+
+    def __init__(self, path: str, params: OffloadParams, low_path: Optional[str] = None) -> None:
+        self._ffi, self._lib = _lib.core()
+        self.params = params
+        self.path = path
+        self.eval_seconds = 0.0
+        self.memory_budget = 0
+        self._base_budget: Optional[int] = None
+        error = self._ffi.new("hobbit_error *")
+        c = self._new_struct("hobbit_params")
+        self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
+        params.apply_to(c)
+        low = self._ffi.NULL if low_path is None else os.fsencode(low_path)
+        self._handle = self._lib.hobbit_session_init(os.fsencode(path), low, c, error)
+        if self._handle == self._ffi.NULL:
+            raise from_c(self._ffi, self._lib, error)
+        info = self._new_struct("hobbit_model_info")
+        self._check(self._lib.hobbit_session_info(self._handle, info, error), error)
+        fields = _struct_fields(self._ffi, info)
+        fields.update(has_low=bool(info.has_low), direct_io=bool(info.direct_io))
+        self.info = ModelInfo(**fields)
+
+    def _new_struct(self, name: str) -> Any:
+        struct = self._ffi.new(f"{name} *")
+        struct.struct_size = self._ffi.sizeof(name)
+        return struct
+
+    def _check(self, status: int, error: Any) -> None:
+        if status != self._lib.HOBBIT_OK:
+            raise from_c(self._ffi, self._lib, error)
+
+    def _alive(self) -> Any:
+        if self._handle == self._ffi.NULL:
+            raise StateError("the model is closed")
+        return self._handle
+
+    # ---- what llama.cpp is given ----
+
+    def buft_overrides(self) -> int:
+        """Address for llama_model_params.tensor_buft_overrides."""
+        return int(self._ffi.cast("uintptr_t", self._lib.hobbit_session_buft_overrides(self._alive())))
+
+    def abort_callback(self) -> int:
+        """Address for llama_context_params.abort_callback."""
+        return int(self._ffi.cast("uintptr_t", self._lib.hobbit_abort_callback()))
+
+    def address(self) -> int:
+        """Address for llama_context_params.abort_callback_data."""
+        return int(self._ffi.cast("uintptr_t", self._alive()))
+
+    @contextlib.contextmanager
+    def bound(self) -> Iterator[None]:
+        """Expert tensors of the model that this thread loads meanwhile belong to this session."""
+        self._lib.hobbit_session_bind_thread(self._alive())
+        try:
+            yield
+        finally:
+            self._lib.hobbit_session_bind_thread(self._ffi.NULL)
+
+    # ---- memory ----
+
+    def plan(self, memory: Optional[Size]) -> None:
+        """Fixes the budget, and refuses one that cannot work, before anything is loaded.
+
+        Raises:
+            MemoryBudgetError: with the smallest budget that works.
+        """
+        if memory is not None:
+            self._base_budget = _memory.parse_size(memory, of=_memory.total())
+        elif self.params.expert_cache is None:
+            self._base_budget = _memory.default_budget()
+        if self._base_budget is not None:
+            self._require(self._base_budget, _memory.resident() + self.info.bytes_dense + self._pool_floor())
+
+    def _pool_floor(self) -> int:
+        wanted = self.params.expert_cache
+        return self.info.pool_min if wanted is None else min(self._parse_pool(wanted), self.info.pool_max)
+
+    def _parse_pool(self, size: Size) -> int:
+        return _memory.parse_size(size, of=self.info.pool_max)
+
+    def _require(self, budget: int, needed: int) -> None:
+        if needed > budget:
+            floor = needed + _SLACK + int(needed * _SLACK_SHARE)
+            raise MemoryBudgetError(
+                f"a memory budget of {human(budget)} is too small for {self.path}: it needs at least {human(floor)} "
+                f"(dense weights {human(self.info.bytes_dense)}, expert pool {human(self._pool_floor())}, the rest is "
+                "the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps)"
+            )
+
+    def start(self, context: int, extra: int) -> None:
+        """Makes the expert pool out of what the budget leaves, and starts the threads.
+
+        Args:
+            context: address of the llama_context.
+            extra: bytes that the caller will come to use beside what it holds now.
+        """
+        ctx = self._ffi.cast("void *", context)
+        held = _memory.resident() + int(self._lib.hobbit_context_compute_bytes(ctx)) + extra
+        pool: Optional[int] = None
+        if self.params.expert_cache is not None:
+            pool = self._parse_pool(self.params.expert_cache)
+        if self._base_budget is not None:
+            budget = self._base_budget
+            spare = budget - held - _SLACK - int(budget * _SLACK_SHARE)
+            if spare < self._pool_floor():
+                self._require(budget, held + self._pool_floor())
+                self._require(budget, budget + 1 + self._pool_floor() - max(spare, 0) - _SLACK)
+            self.memory_budget = budget
+            pool = spare if pool is None else pool
+        assert pool is not None
+        pool = min(pool, self.info.pool_max)
+        free = _memory.available()
+        if pool > free:
+            raise MemoryBudgetError(
+                f"an expert pool of {human(pool)} does not fit: only {human(free)} of memory are free. "
+                f"Give a smaller memory= (at most {human(held + free)})"
+            )
+        if not self.memory_budget:
+            self.memory_budget = held + pool + _SLACK
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
+        stats = self.stats()
+        cycle = self.info.n_moe_layer * self.info.n_expert_used
+        if stats.slots_high < cycle:
+            warnings.warn(
+                f"the expert pool holds {stats.slots_high} experts, less than the {cycle} that one token uses: with LRU "
+                "eviction nothing would ever be found there, and prompts are read from disk for each batch. More memory "
+                "helps a lot.",
+                HobbitWarning,
+                stacklevel=4,
+            )
+        if not stats.direct_io:
+            warnings.warn(
+                f"{self.path} lies on a file system without direct I/O: experts are read through the page cache",
+                HobbitWarning,
+                stacklevel=4,
+            )
+
+    # ---- running ----
+
+    def begin_sequence(self) -> None:
+        self._lib.hobbit_session_begin_sequence(self._alive())
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Around calls of llama_decode: times them, and turns a failed read into its exception."""
+        self._alive()
+        begin = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as e:
+            pending = self.pending_error()
+            if pending is not None:
+                raise pending from e
+            raise
+        finally:
+            self.eval_seconds += time.perf_counter() - begin
+
+    def pending_error(self) -> Optional[HobbitError]:
+        """The error that stopped the last llama_decode; it is cleared."""
+        error = self._ffi.new("hobbit_error *")
+        status = self._lib.hobbit_session_take_error(self._alive(), error)
+        return None if status == self._lib.HOBBIT_OK else from_c(self._ffi, self._lib, error)
+
+    def stats(self) -> OffloadStats:
+        handle, error = self._alive(), self._ffi.new("hobbit_error *")
+        c = self._new_struct("hobbit_stats")
+        self._check(self._lib.hobbit_session_stats(handle, c, error), error)
+        layers = []
+        for i in range(c.n_moe_layer):
+            counts, block = self._ffi.new("hobbit_counts *"), self._ffi.new("uint32_t *")
+            self._check(self._lib.hobbit_session_layer_stats(handle, i, counts, block, error), error)
+            layers.append(LayerCounts(**_struct_fields(self._ffi, counts), block=int(block[0])))
+        recall = {d + 1: c.predicted_right[d] / c.predicted[d] for d in range(len(c.predicted)) if c.predicted[d]}
+        return OffloadStats(
+            **_struct_fields(self._ffi, c.total),
+            n_tokens=c.n_tokens,
+            eval_seconds=self.eval_seconds,
+            peak_memory=_memory.peak_resident(),
+            memory_budget=self.memory_budget,
+            pool_bytes=c.pool_bytes,
+            slots_high=c.slots_high,
+            slots_low=c.slots_low,
+            resident_high=c.resident_high,
+            resident_low=c.resident_low,
+            recall=recall,
+            direct_io=bool(c.direct_io),
+            layers=layers,
+        )
+
+    def reset_stats(self) -> None:
+        self._lib.hobbit_session_reset_stats(self._alive())
+        self.eval_seconds = 0.0
+
+    def trace(self, on: bool) -> None:
+        self._lib.hobbit_session_trace(self._alive(), on)
+
+    def trace_read(self) -> Any:
+        """(ids, weights) of the tokens since trace(True): uint16 and float32 arrays [tokens, MoE layers, k]."""
+        import numpy as np
+
+        handle = self._alive()
+        n = int(self._lib.hobbit_session_trace_read(handle, 0, self._ffi.NULL, self._ffi.NULL))
+        shape = (n, self.info.n_moe_layer, self.info.n_expert_used)
+        ids, weights = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
+        self._lib.hobbit_session_trace_read(
+            handle, n, self._ffi.from_buffer("uint16_t[]", ids), self._ffi.from_buffer("float[]", weights)
+        )
+        return ids, weights
+
+    def stop(self) -> None:
+        """Ends the threads. Before the llama model is freed: they look at its routers."""
+        if self._handle != self._ffi.NULL:
+            self._lib.hobbit_session_stop(self._handle)
+
+    def close(self) -> None:
+        if self._handle != self._ffi.NULL:
+            self._lib.hobbit_session_free(self._handle)
+            self._handle = self._ffi.NULL

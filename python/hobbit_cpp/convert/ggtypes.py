@@ -1,0 +1,110 @@
+"""The tensor types ggml knows, as plain data, so that planning needs no native code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import ConvertError
+
+__all__ = ["TypeInfo", "TypeTable", "load_types"]
+
+# ggml's enum has gaps and grows; ids far beyond it do not exist.
+_MAX_TYPE_ID = 256
+
+# A type stands in for another only when it is meant for ordinary weights. Left out: the ternary and binary types (Q1_0,
+# Q2_0, TQ1_0, TQ2_0), which suit models trained for them, the micro-scaling formats (MXFP4, NVFP4), and activations.
+# Of two types of the same size the one further left is taken. Q4_0 before IQ4_NL, although that is nearer to the source
+# (relative error .077 for .086 on Gaussian weights): ggml needs a hundred times as long to make it.
+_FALLBACK_ORDER = (
+    "F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K",
+    "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ1_M",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TypeInfo:
+    """One ggml type."""
+
+    id: int
+    name: str
+    block: int
+    """Elements of a block."""
+    block_bytes: int
+    needs_imatrix: bool
+    computable: bool
+    """ggml can multiply by a matrix of this type."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight."""
+        return self.block_bytes * 8 / self.block
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of a row of `n` elements, which the block must divide."""
+        return n // self.block * self.block_bytes
+
+
+class TypeTable:
+    """All types, by id and by name in any case."""
+
+    def __init__(self, types: Iterable[TypeInfo]) -> None:
+        self.by_id = {t.id: t for t in types}
+        self.by_name = {t.name.upper(): t for t in self.by_id.values()}
+
+    def get(self, type_id: int) -> TypeInfo | None:
+        """The type of this number; None for one that this ggml does not know."""
+        return self.by_id.get(type_id)
+
+    def target(self, name: str) -> TypeInfo:
+        """The type called `name`, to quantise to; ConvertError when that cannot be done."""
+        info = self.by_name.get(name.upper())
+        usable = ", ".join(t.name for t in self.targets())
+        if info is None:
+            raise ConvertError(f"unknown type {name!r}: use one of {usable}")
+        if info.needs_imatrix:
+            raise ConvertError(
+                f"{info.name} needs an importance matrix, which hobbit convert does not have: use one of {usable}"
+            )
+        if not info.computable or info not in self.targets():
+            raise ConvertError(f"experts cannot be stored as {info.name}: use one of {usable}")
+        return info
+
+    def targets(self) -> list[TypeInfo]:
+        """Types to quantise to, most bits first."""
+        good = [t for t in self.by_id.values() if t.computable and not t.needs_imatrix]
+        return sorted(good, key=lambda t: (-t.bits, t.id))
+
+    def fit(self, wanted: TypeInfo, row: int) -> TypeInfo | None:
+        """`wanted` if its block divides `row`, else the type nearest in bits per weight whose block does."""
+        if row % wanted.block == 0:
+            return wanted
+        candidates = [
+            t
+            for name in _FALLBACK_ORDER
+            for t in (self.by_name.get(name),)
+            if t is not None and t.computable and not t.needs_imatrix and row % t.block == 0
+        ]
+        return min(candidates, key=lambda t: abs(t.bits - wanted.bits), default=None)
+
+
+def load_types() -> TypeTable:
+    """The types of the ggml that this package was built with."""
+    from hobbit_cpp._lib import core
+
+    ffi, lib = core()
+    types = []
+    for type_id in range(_MAX_TYPE_ID):
+        block = int(lib.hobbit_type_block(type_id))
+        if block > 0:
+            types.append(
+                TypeInfo(
+                    id=type_id,
+                    name=ffi.string(lib.hobbit_type_name(type_id)).decode().upper(),
+                    block=block,
+                    block_bytes=int(lib.hobbit_type_block_bytes(type_id)),
+                    needs_imatrix=bool(lib.hobbit_type_needs_imatrix(type_id)),
+                    computable=bool(lib.hobbit_type_computable(type_id)),
+                )
+            )
+    return TypeTable(types)

@@ -1,0 +1,79 @@
+"""Checks a file that was just written, by reading it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .errors import ConvertError
+from .ggtypes import TypeInfo, TypeTable
+from .header import TensorInfo, Value
+from .plan import Output, Plan
+from .quantise import Bytes, Quantiser
+from .source import Source
+
+__all__ = ["verify"]
+
+_SAMPLE_ELEMENTS = 1 << 14
+# Root mean square of weights that may as well be zero (those of an expert that was never trained): scales are F16.
+_NEGLIGIBLE = 1e-6
+
+
+def verify(
+    path: Path, source: Source, plan: Plan, values: dict[str, Value], types: TypeTable, quantiser: Quantiser
+) -> None:
+    """ConvertError unless `path` has the header that was planned and, in samples, the data."""
+    with Source(path, types) as made:
+        header = made.header
+        expected = [TensorInfo(o.name, o.source.shape, o.type.id, o.offset) for o in plan.outputs]
+        if header.tensors != expected or header.values != values:
+            raise ConvertError(f"{path}: the header that was written does not read back: please report this")
+        size = path.stat().st_size
+        if size != header.data_offset + plan.data_bytes:
+            raise ConvertError(f"{path}: {size} bytes long, {header.data_offset + plan.data_bytes} expected")
+        for output in plan.outputs:
+            step = max(1, _SAMPLE_ELEMENTS // output.source.row)
+            last = max(0, output.source.n_rows - step)
+            # the ends show a misplaced tensor, the middle a misplaced chunk
+            for first in sorted({0, last // 2, last}):
+                n = min(step, output.source.n_rows - first)
+                _check_rows(made, source, quantiser, output, header.data_offset, first, n)
+
+
+def _read(source: Source, part: int, offset: int, kind: TypeInfo, row: int, n_rows: int) -> Bytes:
+    data = np.empty(n_rows * kind.row_bytes(row), np.uint8)
+    source.read(part, offset, data.data)
+    return data
+
+
+def _check_rows(
+    made: Source, source: Source, quantiser: Quantiser, output: Output, data_offset: int, first: int, n_rows: int
+) -> None:
+    tensor, kind = output.source, output.type
+    row = tensor.row
+    theirs = _read(source, tensor.part, tensor.offset + first * tensor.type.row_bytes(row), tensor.type, row, n_rows)
+    ours = _read(made, 0, data_offset + output.offset + first * kind.row_bytes(row), kind, row, n_rows)
+    if kind is tensor.type:
+        if not np.array_equal(ours, theirs):
+            raise ConvertError(f"{output.name}: what was written is not what was read: check the disk, convert again")
+        return
+    before = np.empty(n_rows * row, np.float32)
+    quantiser.to_float(tensor.type, theirs, before, tensor.name)
+    again = np.empty_like(ours)
+    quantiser.quantise(kind, before, again, row, tensor.name)
+    if not np.array_equal(ours, again):
+        raise ConvertError(f"{output.name}: what was written is not what was made: check the disk, convert again")
+    after = np.empty_like(before)
+    quantiser.to_float(kind, ours, after, output.name)
+    norm = max(float(np.linalg.norm(before)), _NEGLIGIBLE * before.size**0.5)
+    error = float(np.linalg.norm(after - before))
+    if not error <= error_limit(kind) * norm:
+        raise ConvertError(f"{output.name}: {kind.name} is too far from the source (relative error {error / norm:.3g})")
+
+
+def error_limit(kind: TypeInfo) -> float:
+    """The largest relative error (of norms) that `kind` can be blamed for, with outliers in every block."""
+    if kind.bits >= 7:
+        return 0.03
+    return 0.5 if kind.bits >= 3 else 1.0 if kind.bits >= 2.5 else 2.0

@@ -1,0 +1,164 @@
+"""Fills the new file: a few threads, each with one chunk of rows in hand, write at the places the plan gave.
+
+A chunk of an expert tensor is read and turned into floats once for both precisions. No thread ever holds more than its
+chunk, and neither what was read nor what was written stays in the page cache.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from .plan import Output, Plan, Tensor
+from .progress import Progress
+from .quantise import Bytes, Floats, Quantiser
+from .source import Source
+
+__all__ = ["CHUNK_ELEMENTS", "Chunk", "chunks", "write_data", "write_fully"]
+
+# Elements of a chunk: 4 MiB as floats. Enough for a disk's full rate, and little memory.
+CHUNK_ELEMENTS = 1 << 20
+# Bytes written between two calls of fdatasync, which bound the dirty pages.
+_SYNC_BYTES = 256 << 20
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a source tensor and all that is made of them."""
+
+    source: Tensor
+    first_row: int
+    n_rows: int
+    outputs: tuple[Output, ...]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.source.name}, rows from {self.first_row}"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes to read."""
+        return self.n_rows * self.source.type.row_bytes(self.source.row)
+
+
+def chunks(plan: Plan) -> Iterator[Chunk]:
+    """The work, in the order of the new file; high and low copies of the same rows together."""
+    by_source: dict[str, list[Output]] = {}
+    for output in plan.outputs:
+        by_source.setdefault(output.source.name, []).append(output)
+    for outputs in by_source.values():
+        source = outputs[0].source
+        step = max(1, CHUNK_ELEMENTS // source.row)
+        for row in range(0, source.n_rows, step):
+            yield Chunk(source, row, min(step, source.n_rows - row), tuple(outputs))
+
+
+def write_fully(fd: int, data: memoryview, offset: int) -> None:
+    """pwrite until all is written."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+class _Worker:
+    """The buffers of one thread, and what it does with a chunk."""
+
+    def __init__(self, source: Source, quantiser: Quantiser, fd: int, data_offset: int) -> None:
+        self._source, self._quantiser, self._fd, self._data_offset = source, quantiser, fd, data_offset
+        self._read: Bytes = np.empty(0, np.uint8)
+        self._made: Bytes = np.empty(0, np.uint8)
+        self._floats: Floats = np.empty(0, np.float32)
+
+    def run(self, chunk: Chunk) -> int:
+        """Converts a chunk; the bytes written."""
+        source = chunk.source
+        if self._read.size < chunk.n_bytes:
+            self._read = np.empty(chunk.n_bytes, np.uint8)
+        data = self._read[: chunk.n_bytes]
+        place = source.offset + chunk.first_row * source.type.row_bytes(source.row)
+        self._source.read(source.part, place, data.data)
+        floats = None
+        written = 0
+        for output in chunk.outputs:
+            made = data
+            if output.type is not source.type:
+                if floats is None:
+                    floats = self._to_float(chunk, data)
+                made = self._quantise(output, floats, chunk.name)
+            offset = self._data_offset + output.offset + chunk.first_row * output.type.row_bytes(source.row)
+            write_fully(self._fd, made.data, offset)
+            written += made.size
+        return written
+
+    def _to_float(self, chunk: Chunk, data: Bytes) -> Floats:
+        n = chunk.n_rows * chunk.source.row
+        if self._floats.size < n:
+            self._floats = np.empty(n, np.float32)
+        floats = self._floats[:n]
+        self._quantiser.to_float(chunk.source.type, data, floats, chunk.name)
+        return floats
+
+    def _quantise(self, output: Output, floats: Floats, what: str) -> Bytes:
+        row = output.source.row
+        n = floats.size // row * output.type.row_bytes(row)
+        if self._made.size < n:
+            self._made = np.empty(n, np.uint8)
+        made = self._made[:n]
+        self._quantiser.quantise(output.type, floats, made, row, what)
+        return made
+
+
+def write_data(
+    source: Source, plan: Plan, quantiser: Quantiser, fd: int, data_offset: int, threads: int, progress: Progress
+) -> None:
+    """Writes the data of all tensors. On an exception (Ctrl-C too) all threads have stopped when it comes out."""
+    for kind in {o.type.id: o.type for o in plan.outputs if o.type is not o.source.type}.values():
+        quantiser.prepare(kind)
+    work = chunks(plan)
+    lock = threading.Lock()
+    stop = threading.Event()
+    read = written = synced = 0
+
+    def worker() -> None:
+        nonlocal read, written
+        hands = _Worker(source, quantiser, fd, data_offset)
+        while not stop.is_set():
+            with lock:
+                chunk = next(work, None)
+            if chunk is None:
+                return
+            n = hands.run(chunk)
+            with lock:
+                read += chunk.n_bytes
+                written += n
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="hobbit-convert") as pool:
+        futures = [pool.submit(worker) for _ in range(threads)]
+        try:
+            pending: Sequence[object] = futures
+            while pending:
+                done, not_done = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                pending = list(not_done)
+                progress.update(read)
+                if written - synced >= _SYNC_BYTES:
+                    synced = written
+                    flush(fd)
+        finally:
+            stop.set()
+    progress.update(read)
+
+
+def flush(fd: int) -> None:
+    """Makes what was written durable and drops it from the page cache."""
+    os.fsync(fd)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

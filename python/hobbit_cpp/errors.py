@@ -1,0 +1,90 @@
+"""Exceptions of hobbit_cpp, and the one table that maps a status of the C API to a class."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, Optional, Type
+
+
+class HobbitError(Exception):
+    """Base class of everything that hobbit_cpp raises on purpose.
+
+    Attributes:
+        os_errno: errno of the failed system call, or None.
+    """
+
+    def __init__(self, message: str, os_errno: Optional[int] = None) -> None:
+        super().__init__(message)
+        self.os_errno = os_errno
+
+
+class ParameterError(HobbitError, ValueError):
+    """A parameter is unknown or out of range."""
+
+
+class ModelFileError(HobbitError, OSError):
+    """A model file cannot be opened."""
+
+
+class ModelFormatError(HobbitError, ValueError):
+    """Not a GGUF, or a damaged or truncated one."""
+
+
+class NotMoeError(HobbitError, ValueError):
+    """The model has no routed experts: there is nothing to offload."""
+
+
+class ReadError(HobbitError, OSError):
+    """Expert data could not be read while the model was running. The object stays usable."""
+
+
+class MemoryBudgetError(HobbitError, MemoryError):
+    """The memory budget is smaller than the smallest that works, or larger than what is there."""
+
+
+class OutOfMemoryError(HobbitError, MemoryError):
+    """The system refused an allocation."""
+
+
+class UnsupportedModelError(HobbitError, NotImplementedError):
+    """This model, or this use of it, cannot be offloaded."""
+
+
+class StateError(HobbitError, RuntimeError):
+    """The object was used before it was ready or after it was closed."""
+
+
+class InternalError(HobbitError, RuntimeError):
+    """A defect in hobbit_cpp."""
+
+
+class HobbitWarning(UserWarning):
+    """Something works, but not as well as it could."""
+
+
+# hobbit_status of csrc/hobbit.h; a test shows that it is complete.
+STATUS_TO_EXCEPTION: Dict[str, Type[HobbitError]] = {
+    "HOBBIT_ERR_INVALID_ARGUMENT": ParameterError,
+    "HOBBIT_ERR_FILE": ModelFileError,
+    "HOBBIT_ERR_FORMAT": ModelFormatError,
+    "HOBBIT_ERR_NOT_MOE": NotMoeError,
+    "HOBBIT_ERR_READ": ReadError,
+    "HOBBIT_ERR_BUDGET": MemoryBudgetError,
+    "HOBBIT_ERR_NO_MEMORY": OutOfMemoryError,
+    "HOBBIT_ERR_UNSUPPORTED": UnsupportedModelError,
+    "HOBBIT_ERR_STATE": StateError,
+    "HOBBIT_ERR_INTERNAL": InternalError,
+}
+
+
+def from_c(ffi: Any, lib: Any, error: Any) -> HobbitError:
+    """The exception for a filled `hobbit_error *`."""
+    message = ffi.string(error.message).decode("utf-8", "replace")
+    by_number = {int(getattr(lib, name)): cls for name, cls in STATUS_TO_EXCEPTION.items()}
+    cls = by_number.get(int(error.status), InternalError)
+    os_errno = int(error.os_errno) or None
+    out = cls(message, os_errno)
+    if os_errno is not None and isinstance(out, OSError):
+        out.errno = os_errno
+        out.strerror = os.strerror(os_errno)
+    return out

@@ -1,0 +1,180 @@
+"""`Llama`: llama-cpp-python's class, and the offload of routed experts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+
+from . import _lib
+from ._memory import Size
+from ._session import ModelInfo, Session
+from .errors import ModelFileError, ParameterError, StateError
+from .params import OffloadParams
+from .stats import OffloadStats
+
+llama_cpp: Any = _lib.load_bindings()
+_c: Any = llama_cpp.llama_cpp
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama as _Llama
+else:
+    _Llama = llama_cpp.Llama
+
+
+class Llama(_Llama):
+    """A llama.cpp model whose routed experts may stay on disk.
+
+    Everything that `llama_cpp.Llama` has, unchanged, and these arguments:
+
+    Args:
+        model_path: a GGUF; of a split one the first part.
+        offload: "hobbit" (HOBBIT, arXiv 2411.01433: mixed precision on a miss, layer-ahead prefetch, cost-aware cache),
+            "lru" (load on demand), `OffloadParams`, or None: stock llama.cpp, without any of the engine.
+        memory: what the whole process may take: "4GiB", "50%" of the memory there is, or bytes. Covers dense weights, KV
+            cache, compute buffers and the expert pool. Default: most of what is free, seen through cgroup limits.
+        expert_cache: size of the expert pool alone.
+        exact: only high precision: the logits of stock llama.cpp, bit for bit.
+        precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
+
+    Raises:
+        ModelFormatError, NotMoeError, UnsupportedModelError: the file cannot be offloaded, with the reason.
+        MemoryBudgetError: the budget is too small, with the smallest that works.
+
+    Example:
+        >>> llm = Llama("qwen3-30b-a3b-q4_k_m.gguf", offload="hobbit", memory="6GiB", n_ctx=4096)
+        >>> llm.create_chat_completion([{"role": "user", "content": "Hello"}])
+        >>> llm.offload_stats().hit_rate
+    """
+
+    def __init__(
+        self,
+        model_path: Union[str, "os.PathLike[str]"],
+        *,
+        offload: Union[str, OffloadParams, None] = None,
+        memory: Optional[Size] = None,
+        expert_cache: Optional[Size] = None,
+        exact: Optional[bool] = None,
+        precision_rule: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        self._session: Optional[Session] = None
+        path = os.fspath(model_path)
+        if offload is None:
+            given = {"memory": memory, "expert_cache": expert_cache, "exact": exact, "precision_rule": precision_rule}
+            set_ = [name for name, value in given.items() if value is not None]
+            if set_:
+                raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
+            super().__init__(path, **kwargs)
+            return
+
+        params = OffloadParams.of(offload, exact=exact, precision_rule=precision_rule, expert_cache=expert_cache)
+        for name, why in (
+            ("use_mlock", "the expert pool and the dense weights are in anonymous memory already"),
+            ("vocab_only", "there are no experts to offload in a vocabulary"),
+        ):
+            if kwargs.get(name):
+                raise ParameterError(f"{name}=True does not go with offload: {why}")
+        if not os.path.exists(path):
+            raise ModelFileError(f"there is no file {path}")
+        session = Session(path, params)
+        self._session = session
+        try:
+            session.plan(memory)
+            with session.bound():
+                super().__init__(path, **kwargs)
+            context = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value
+            session.start(context or 0, self._memory_to_come())
+        except BaseException:
+            self.close()
+            raise
+
+    # llama_cpp.Llama makes these two structs in its constructor, fills them in and hands them to llama.cpp. As properties
+    # they carry what the offload needs on top, whatever the constructor has set.
+
+    @property
+    def model_params(self) -> Any:
+        params = self.__dict__["_model_params"]
+        if self._session is not None:
+            # Dense weights are read once, past the page cache, into anonymous memory.
+            params.load_mode = _c.LLAMA_LOAD_MODE_DIRECT_IO
+            params.tensor_buft_overrides = self._session.buft_overrides()
+        return params
+
+    @model_params.setter
+    def model_params(self, value: Any) -> None:
+        self.__dict__["_model_params"] = value
+
+    @property
+    def context_params(self) -> Any:
+        params = self.__dict__["_context_params"]
+        if self._session is not None:
+            params.abort_callback = ctypes.cast(self._session.abort_callback(), _c.ggml_abort_callback)
+            params.abort_callback_data = self._session.address()
+            if not self.__dict__.get("_logits_all", True) and not params.embeddings:
+                # Only the last token's logits are asked for; for a whole batch of them llama.cpp would reserve
+                # n_batch * n_vocab floats.
+                params.n_outputs_max = 1
+        return params
+
+    @context_params.setter
+    def context_params(self, value: Any) -> None:
+        self.__dict__["_context_params"] = value
+
+    def _memory_to_come(self) -> int:
+        """Bytes that this object will touch beside the ggml buffers: logits, candidates, the work buffer of a graph."""
+        n_vocab, n_batch = self.n_vocab(), self.n_batch
+        rows = 0
+        if self._logits_all:
+            rows = self.n_ctx() + n_batch  # `scores`, and llama.cpp's output buffer
+        return n_vocab * (64 + 4 * rows)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        session = self._session
+        if session is None:
+            super().eval(tokens)
+            return
+        if self.n_tokens == 0:
+            session.begin_sequence()
+        with session.decoding():
+            super().eval(tokens)
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        session = self._session
+        if session is None:
+            return super().embed(*args, **kwargs)
+        session.begin_sequence()
+        with session.decoding():
+            return super().embed(*args, **kwargs)
+
+    def _offloaded(self) -> Session:
+        if self._session is None:
+            raise StateError("this model is not offloaded: load it with offload='hobbit'")
+        return self._session
+
+    @property
+    def offload_info(self) -> ModelInfo:
+        """What the file holds: layers, experts, sizes."""
+        return self._offloaded().info
+
+    def offload_stats(self) -> OffloadStats:
+        """What the offload did since the model was loaded or the statistics were reset.
+
+        Raises:
+            StateError: not offloaded, or closed.
+        """
+        return self._offloaded().stats()
+
+    def reset_offload_stats(self) -> None:
+        """All counts go to zero; the cache keeps its contents."""
+        self._offloaded().reset_stats()
+
+    def close(self) -> None:
+        """Frees the model and the expert pool; safe to call twice."""
+        session = self.__dict__.get("_session")
+        if session is not None:
+            session.stop()
+        if "_stack" in self.__dict__:
+            super().close()
+        if session is not None:
+            session.close()

@@ -1,0 +1,113 @@
+"""What can be set about the offload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Tuple, Union
+
+from ._memory import Size
+from .errors import ParameterError
+
+_PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2}
+_EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3}
+
+
+@dataclass(frozen=True)
+class OffloadParams:
+    """Parameters of the offload; None means the mode's default.
+
+    Attributes:
+        mode: "hobbit" (mixed precision, prefetch, cost-aware cache) or "lru" (load on demand: the baseline).
+        exact: only high precision: the logits of stock llama.cpp, bit for bit.
+        precision_rule: "miss" (HOBBIT: an expert of little weight that is not cached is read in low precision or skipped)
+            or "weight" (by router weight alone, whatever is cached: lossy, but the same text for the same prompt).
+        t1, t2: thresholds on the unimportance score s in [0, 1] (HOBBIT eq. 2): s <= t1 high, s <= t2 low, else skip.
+            None: at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores.
+        renormalize: scale up the surviving router weights of a token after a skip.
+        eviction: "lru", "lfu", "hobbit" (eq. 3) or "lcu" (MoE-APEX).
+        eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1.
+        prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
+        prefetch_reads: most prefetch reads in flight.
+        norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
+        expert_cache: the expert pool in bytes or as text; None: what `memory` leaves.
+        low_share: share of the pool for low-precision copies, 0 to 0.9.
+        io_threads: reader threads, that is, the queue depth.
+        io_block: bytes of a prefetch read between two looks at the abort flag.
+        direct_io: read past the page cache where the file system can.
+    """
+
+    mode: str = "hobbit"
+    exact: bool = False
+    precision_rule: str = "miss"
+    t1: Optional[float] = None
+    t2: Optional[float] = None
+    renormalize: bool = True
+    eviction: Optional[str] = None
+    eviction_weights: Optional[Tuple[float, float, float, float]] = None
+    prefetch_depth: Optional[int] = None
+    prefetch_reads: Optional[int] = None
+    norm_correction: bool = True
+    expert_cache: Optional[Size] = None
+    low_share: Optional[float] = None
+    io_threads: Optional[int] = None
+    io_block: Optional[int] = None
+    direct_io: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision_rule not in ("miss", "weight"):
+            raise ParameterError(f"precision_rule must be 'miss' or 'weight', not {self.precision_rule!r}")
+        if self.eviction is not None and self.eviction not in _EVICTION_RULES:
+            raise ParameterError(f"eviction must be one of {', '.join(_EVICTION_RULES)}, not {self.eviction!r}")
+        if (self.t1 is None) != (self.t2 is None):
+            raise ParameterError("t1 and t2 are given together or not at all")
+        if self.t1 is not None and self.t2 is not None and not 0 <= self.t1 <= self.t2:
+            raise ParameterError(f"thresholds must satisfy 0 <= t1 <= t2, not {self.t1}, {self.t2}")
+        if self.eviction_weights is not None and len(self.eviction_weights) != 4:
+            raise ParameterError("eviction_weights are four: w_lru, w_lfu, w_lhu, w_fld")
+
+    @classmethod
+    def of(
+        cls,
+        offload: Union[str, OffloadParams],
+        *,
+        exact: Optional[bool] = None,
+        precision_rule: Optional[str] = None,
+        expert_cache: Optional[Size] = None,
+    ) -> OffloadParams:
+        """From what `Llama(offload=...)` takes; the other arguments override."""
+        if isinstance(offload, cls):
+            params = offload
+        elif isinstance(offload, str):
+            params = cls(mode=offload)
+        else:
+            raise ParameterError(f"offload is 'hobbit', 'lru', None or OffloadParams, not {offload!r}")
+        if exact is not None:
+            params = replace(params, exact=exact)
+        if precision_rule is not None:
+            params = replace(params, precision_rule=precision_rule)
+        if expert_cache is not None:
+            params = replace(params, expert_cache=expert_cache)
+        return params
+
+    def apply_to(self, c: Any) -> None:
+        """Writes what is set over the mode's defaults in a `hobbit_params`."""
+        if self.exact:
+            c.precision_rule = _PRECISION_RULES["exact"]
+        elif self.precision_rule != "miss":
+            c.precision_rule = _PRECISION_RULES[self.precision_rule]
+        if self.eviction is not None:
+            c.eviction_rule = _EVICTION_RULES[self.eviction]
+        if self.t1 is not None and self.t2 is not None:
+            c.t1, c.t2 = self.t1, self.t2
+        c.renormalize = self.renormalize
+        if self.eviction_weights is not None:
+            c.w_lru, c.w_lfu, c.w_lhu, c.w_fld = self.eviction_weights
+        c.norm_correction = self.norm_correction
+        c.direct_io = self.direct_io
+        for name in ("prefetch_depth", "prefetch_reads", "low_share", "io_threads", "io_block"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    setattr(c, name, value)
+                except (OverflowError, TypeError) as e:
+                    raise ParameterError(f"{name}={value!r} is out of range") from e

@@ -1,0 +1,88 @@
+"""What the offload did: the numbers behind `Llama.offload_stats()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List
+
+
+@dataclass(frozen=True)
+class OffloadCounts:
+    """Counted per selection, that is, per expert chosen for a token:
+
+        selections == hits_high + hits_low + loads_high + loads_low + skips
+
+    In a batch the first selection of an expert that had to be read is the load, the others are hits. Router mass is the
+    sum of router weights, normalised over each token's selection: `mass_total` is the number of (token, layer) pairs.
+    """
+
+    selections: int = 0
+    hits_high: int = 0
+    hits_low: int = 0
+    loads_high: int = 0
+    loads_low: int = 0
+    skips: int = 0
+    mass_total: float = 0.0
+    mass_low: float = 0.0
+    mass_skipped: float = 0.0
+    prefetches: int = 0
+    prefetches_useful: int = 0
+    prefetches_late: int = 0
+    prefetches_wasted: int = 0
+    bytes_demand: int = 0
+    bytes_prefetch: int = 0
+    bytes_wasted: int = 0
+    stall_seconds: float = 0.0
+    expert_seconds: float = 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """From disk, on demand and ahead."""
+        return self.bytes_demand + self.bytes_prefetch
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the selections that were served, or begun to be read, before they were asked for."""
+        return (self.hits_high + self.hits_low) / self.selections if self.selections else 0.0
+
+
+@dataclass(frozen=True)
+class LayerCounts(OffloadCounts):
+    """Counts of one MoE layer; `block` is N of blk.N."""
+
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class OffloadStats(OffloadCounts):
+    """Totals since the model was loaded or the statistics were reset, and the counts of each MoE layer.
+
+    Attributes:
+        n_tokens: tokens computed, those of prompts too.
+        eval_seconds: wall time in llama_decode; compute_seconds: the same less the stalls.
+        peak_memory: the most this process ever held (not reset), in bytes.
+        memory_budget: what `memory=` came to; pool_bytes: the expert pool in it.
+        recall: share of the selections that were predicted 1, 2, ... layers ahead, of those predicted at all.
+        direct_io: reads go past the page cache.
+    """
+
+    n_tokens: int = 0
+    eval_seconds: float = 0.0
+    peak_memory: int = 0
+    memory_budget: int = 0
+    pool_bytes: int = 0
+    slots_high: int = 0
+    slots_low: int = 0
+    resident_high: int = 0
+    resident_low: int = 0
+    recall: Dict[int, float] = field(default_factory=dict)
+    direct_io: bool = True
+    layers: List[LayerCounts] = field(default_factory=list)
+
+    @property
+    def compute_seconds(self) -> float:
+        return max(0.0, self.eval_seconds - self.stall_seconds)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_read / self.n_tokens if self.n_tokens else 0.0

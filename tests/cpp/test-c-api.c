@@ -1,0 +1,20 @@
+/* The C API read by a C compiler, and called. */
+#include "hobbit.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static int failed = 0;
+
+static void check(int ok, const char * claim) {
+    printf("%s  %s\n", ok ? "ok    " : "FAILED", claim);
+    failed += !ok;
+}
+
+int main(void) {
+    check(hobbit_abi_version() == HOBBIT_ABI_VERSION, "the library has the ABI of the header");
+    check(strlen(hobbit_version()) > 0, "the library says its version");
+    check(strlen(hobbit_upstream_commit()) > 0, "the library says what llama.cpp it was built from");
+    check(strcmp(hobbit_patches(), hobbit_loaded_patches()) == 0, "the loaded libllama has our patches");
+    return failed != 0;
+}

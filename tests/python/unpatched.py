@@ -1,0 +1,45 @@
+"""Where libllama without our patches lies: for tests that compare with it, bit for bit, in a process of its own.
+
+    env = unpatched_env()
+    subprocess.run([sys.executable, "-c", "import llama_cpp; ..."], env=env)
+
+scripts/test.sh builds it beside ours and names the folder in HOBBIT_UNPATCHED_LIB. Without that, it is built here at
+the first call (in the cache folder of hobbit-cpp, outside of the clone; minutes, once).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def unpatched_lib_dir() -> Path:
+    named = os.environ.get("HOBBIT_UNPATCHED_LIB")
+    if named:
+        folder = Path(named)
+    else:
+        cache = os.environ.get("HOBBIT_CACHE_DIR") or os.path.join(
+            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hobbit-cpp"
+        )
+        build = Path(cache) / "build" / f"unpatched-python{sys.version_info[0]}.{sys.version_info[1]}"
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "cmake"
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DHOBBIT_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+        subprocess.run(configure + [f"-DPython_EXECUTABLE={sys.executable}"], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "llama-unpatched", "-j"], check=True)
+        folder = build / "unpatched"
+    if not (folder / "libllama.so").is_file():
+        raise FileNotFoundError(f"no unpatched libllama in {folder}: build it with sh scripts/test.sh")
+    return folder
+
+
+def unpatched_env() -> Dict[str, str]:
+    """The environment in which `import llama_cpp` uses the unpatched library."""
+    return dict(os.environ, LLAMA_CPP_LIB_PATH=str(unpatched_lib_dir()))
