@@ -83,9 +83,13 @@ use_build_dir() {
     # times) would be taken for unchanged.
     manifest=$(find "$PWD/csrc" "$PWD/tests/cpp" "$PWD/scripts/gen_cffi.py" -type f -exec sha256sum {} + | sort)
     if [ -f "$BUILD/sources" ]; then
-        printf '%s\n' "$manifest" | sort | comm -23 - "$BUILD/sources" | cut -c67- | while IFS= read -r path; do
-            [ "$path" -nt "$BUILD/sources" ] || touch "$path"
-        done
+        printf '%s\n' "$manifest" |
+            awk '{ sum = $1; path = substr($0, 67) }
+                 NR == FNR { old[path] = sum; next }
+                 (path in old) && old[path] != sum { print path }' "$BUILD/sources" - |
+            while IFS= read -r path; do
+                [ "$path" -nt "$BUILD/sources" ] || touch "$path"
+            done
     fi
     SOURCES=$manifest
 }
@@ -98,4 +102,4 @@ adopt_build_dir() {
 }
 
 # build_is_done: the sources in the build folder are now those of $SOURCES.
-build_is_done() { printf '%s\n' "$SOURCES" | sort >"$BUILD/sources"; }
+build_is_done() { printf '%s\n' "$SOURCES" >"$BUILD/sources"; }

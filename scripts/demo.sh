@@ -35,7 +35,6 @@ hobbit=$(dirname "$PY")/hobbit
 
 if [ ! -f "$model" ]; then
     say "making the demo model: $model"
-    [ ! -f scripts/demo_model/requirements.txt ] || "$PY" -m pip install --quiet -r scripts/demo_model/requirements.txt
     "$PY" scripts/make_demo_model.py --preset demo --out "$demo/part-q8_0.gguf"
     mv "$demo/part-q8_0.gguf" "$model"
 else
@@ -44,6 +43,7 @@ fi
 
 if [ ! -f "$converted" ]; then
     say "converting it: experts in Q8_0 as they are, and in Q4_0 beside them"
+    rm -f "$demo/part-hobbit.gguf"
     "$hobbit" convert "$model" -o "$demo/part-hobbit.gguf" --high keep --low Q4_0
     mv "$demo/part-hobbit.gguf" "$converted"
 else

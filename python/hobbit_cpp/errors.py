@@ -15,7 +15,11 @@ class HobbitError(Exception):
 
     def __init__(self, message: str, os_errno: Optional[int] = None) -> None:
         super().__init__(message)
+        self.message = message
         self.os_errno = os_errno
+
+    def __str__(self) -> str:
+        return self.message  # an OSError with errno would print that alone
 
 
 class ParameterError(HobbitError, ValueError):

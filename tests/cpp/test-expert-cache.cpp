@@ -1,0 +1,395 @@
+// cache/expert-cache.h: its states as stories, and random operations against a plain map.
+#include "cache/expert-cache.h"
+
+#include "test.h"
+
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+
+using namespace hobbit;
+using state = cache_entry::state;
+
+namespace {
+
+constexpr int HIGH = 0, LOW = 1;
+
+float by_uses(const use_record & use, uint32_t, const eviction_context &) { return (float) use.uses; }
+
+// A cache of 2 layers x 8 experts with `n_high` and `n_low` slots, and words for what happens to it.
+class cache_story {
+  public:
+    explicit cache_story(uint32_t n_high, uint32_t n_low = 1) :
+        pool_(n_high * 64 + n_low * 32), cache(shape(n_high, n_low), pool_.data(), by_uses) {}
+
+    cache_entry * insert(uint32_t expert, int precision = HIGH) {
+        evicted.clear();
+        return cache.insert(0, expert, precision, now, note, this);
+    }
+
+    cache_entry * load(uint32_t expert, int precision = HIGH) {
+        cache_entry * e = insert(expert, precision);
+        if (e != nullptr) {
+            cache.fulfil(e);
+        }
+        return e;
+    }
+
+    void uses(uint32_t expert, uint32_t n) { cache.use(0, expert).uses = n; }
+
+    bool has(uint32_t expert, int precision = HIGH) { return cache.find(0, expert, precision) != nullptr; }
+
+    std::vector<int> evicted;  // experts, by the last insert
+    eviction_context now;
+
+  private:
+    static cache_shape shape(uint32_t n_high, uint32_t n_low) {
+        cache_shape s;
+        s.n_layer       = 2;
+        s.n_expert      = 8;
+        s.n_slots[0]    = n_high;
+        s.n_slots[1]    = n_low;
+        s.slot_bytes[0] = 64;
+        s.slot_bytes[1] = 32;
+        return s;
+    }
+
+    static void note(void * self, const cache_entry & e) { ((cache_story *) self)->evicted.push_back(e.expert); }
+
+    std::vector<std::byte> pool_;
+
+  public:
+    expert_cache cache;
+};
+
+}  // namespace
+
+TEST("an expert is absent, then in flight, then resident, then evicted") {
+    cache_story s(1);
+    CHECK(!s.has(3));
+    cache_entry * e = s.insert(3);
+    CHECK(s.cache.find(0, 3, HIGH) == e && e->now == state::in_flight);
+    CHECK(e->layer == 0 && e->expert == 3 && e->precision == HIGH && e->data != nullptr);
+    CHECK_EQ(s.cache.resident(HIGH), 0u);
+    s.cache.fulfil(e);
+    CHECK(e->now == state::resident);
+    CHECK_EQ(s.cache.resident(HIGH), 1u);
+    CHECK(s.load(4) != nullptr);
+    CHECK(!s.has(3) && s.has(4));
+    CHECK_EQ(s.evicted.size(), 1u);
+    CHECK_EQ(s.evicted[0], 3);
+}
+
+TEST("a read that was given up leaves the expert absent and its slot free") {
+    cache_story s(1);
+    s.cache.abandon(s.insert(3));
+    CHECK(!s.has(3));
+    CHECK_EQ(s.cache.available(HIGH), 1u);
+    CHECK(s.load(4) != nullptr && s.evicted.empty());
+}
+
+TEST("an expert in flight is never evicted") {
+    cache_story s(1);
+    s.insert(3);
+    CHECK_EQ(s.cache.available(HIGH), 0u);
+    CHECK(s.insert(4) == nullptr);
+    CHECK(s.has(3) && !s.has(4));
+}
+
+TEST("a pinned expert is never evicted, until the last pin is gone") {
+    cache_story   s(1);
+    cache_entry * e = s.load(3);
+    s.cache.pin(e);
+    s.cache.pin(e);
+    CHECK(s.insert(4) == nullptr);
+    s.cache.unpin(e);
+    CHECK_EQ(s.cache.available(HIGH), 0u);
+    CHECK(s.insert(4) == nullptr && s.has(3));
+    s.cache.unpin(e);
+    CHECK_EQ(s.cache.available(HIGH), 1u);
+    CHECK(s.insert(4) != nullptr && !s.has(3));
+}
+
+TEST("the entry of lowest priority goes") {
+    cache_story s(3);
+    s.load(1), s.load(2), s.load(3);
+    s.uses(1, 5), s.uses(2, 2), s.uses(3, 7);
+    s.load(4);
+    CHECK(!s.has(2) && s.has(1) && s.has(3));
+}
+
+TEST("of equal priorities the least recently touched goes") {
+    cache_story s(3);
+    s.load(1), s.load(2), s.load(3);
+    s.cache.touch(s.cache.find(0, 1, HIGH));
+    s.load(4);
+    CHECK(!s.has(2));
+    s.load(5);
+    CHECK(!s.has(3) && s.has(1));
+}
+
+TEST("a protected expert goes only when nothing else can") {
+    cache_story s(2);
+    s.load(1)->protected_until = s.cache.pass + 1;
+    s.load(2);
+    s.uses(1, 0), s.uses(2, 9);
+    s.load(3);
+    CHECK(s.has(1) && !s.has(2));  // 1 has the lowest priority, but is protected
+    s.cache.pin(s.cache.find(0, 3, HIGH));
+    CHECK(s.load(4) != nullptr);  // 3 is pinned: now it is 1's turn
+    CHECK(!s.has(1) && s.has(3));
+}
+
+TEST("of protected experts the one of lowest priority goes") {
+    cache_story s(2);
+    s.load(1)->protected_until = s.cache.pass;
+    s.load(2)->protected_until = s.cache.pass + 3;
+    s.uses(1, 5), s.uses(2, 1);
+    s.load(3);
+    CHECK(s.has(1) && !s.has(2));
+}
+
+TEST("protection ends when its layer has passed") {
+    cache_story s(2);
+    s.load(1)->protected_until = s.cache.pass;
+    s.load(2);
+    s.uses(1, 0), s.uses(2, 9);
+    s.cache.pass++;
+    s.load(3);
+    CHECK(!s.has(1) && s.has(2));
+}
+
+TEST("the slot of an evicted expert is clean for the next") {
+    cache_story   s(1);
+    cache_entry * e    = s.load(1);
+    e->protected_until = 99;
+    e->prefetched      = true;
+    e->bytes           = 7;
+    e->cancel          = true;
+    e->demanded        = true;
+    e->parts           = 7;
+    e                  = s.insert(2);
+    CHECK(e->protected_until == 0 && !e->prefetched && e->bytes == 0 && e->reading == 0 && e->pins == 0);
+    CHECK(!e->cancel && !e->demanded && e->parts == 0);
+}
+
+TEST("high and low copies have slots of their own") {
+    cache_story   s(1, 1);
+    cache_entry * high = s.load(1, HIGH);
+    cache_entry * low  = s.load(1, LOW);
+    CHECK(high != low && high->data != low->data);
+    CHECK(s.load(2, LOW) != nullptr);
+    CHECK(s.has(1, HIGH) && !s.has(1, LOW));
+    CHECK_EQ(s.cache.resident(HIGH), 1u);
+    CHECK_EQ(s.cache.resident(LOW), 1u);
+}
+
+TEST("a dropped expert gives its slot back") {
+    cache_story s(1);
+    s.cache.drop(s.load(1));
+    CHECK(!s.has(1));
+    CHECK(s.load(2) != nullptr && s.evicted.empty());
+}
+
+TEST("a new sequence forgets the uses and keeps the contents") {
+    cache_story s(2);
+    s.load(1), s.uses(1, 5);
+    s.cache.reset_uses();
+    CHECK(s.has(1));
+    CHECK_EQ(s.cache.use(0, 1).uses, 0u);
+}
+
+namespace {
+
+struct copy_key {
+    uint32_t layer, expert;
+    int      precision;
+
+    bool operator<(const copy_key & o) const {
+        return std::tie(layer, expert, precision) < std::tie(o.layer, o.expert, o.precision);
+    }
+};
+
+struct copy_model {
+    bool     resident        = false;
+    uint32_t pins            = 0;
+    uint64_t tick            = 0;
+    uint64_t protected_until = 0;
+};
+
+// Random operations on a cache and on a map that does the same in the plainest way.
+class random_run {
+  public:
+    explicit random_run(uint32_t seed) : random_(seed), pool_(POOL), cache_(shape(), pool_.data(), priority_hobbit) {}
+
+    void step() {
+        now_.token = 1 + random_() % 50;
+        now_.layer = random_() % N_LAYER;
+        const copy_key key{ random_() % N_LAYER, random_() % N_EXPERT, (int) (random_() % 2) };
+        const auto     at = model_.find(key);
+        switch (random_() % 8) {
+            case 0:
+            case 1:
+            case 2: at == model_.end() ? insert(key) : fulfil(key, at->second); break;
+            case 3: at != model_.end() ? pin(key, at->second) : use(key); break;
+            case 4: at != model_.end() && at->second.pins > 0 ? unpin(key, at->second) : use(key); break;
+            case 5: at != model_.end() ? touch(key, at->second) : use(key); break;
+            case 6: at != model_.end() && at->second.pins == 0 && random_() % 4 == 0 ? take_out(key) : use(key); break;
+            case 7: random_() % 2 ? void(cache_.pass++) : at != model_.end() ? protect(key, at->second) : use(key); break;
+        }
+        compare();
+    }
+
+  private:
+    static constexpr uint32_t N_LAYER = 3, N_EXPERT = 6, N_HIGH = 7, N_LOW = 4;
+    static constexpr size_t   POOL = N_HIGH * 16 + N_LOW * 8;
+
+    static cache_shape shape() {
+        cache_shape s;
+        s.n_layer       = N_LAYER;
+        s.n_expert      = N_EXPERT;
+        s.n_slots[0]    = N_HIGH;
+        s.n_slots[1]    = N_LOW;
+        s.slot_bytes[0] = 16;
+        s.slot_bytes[1] = 8;
+        return s;
+    }
+
+    cache_entry * entry(const copy_key & k) { return cache_.find(k.layer, k.expert, k.precision); }
+
+    uint32_t count(int precision) const {
+        uint32_t n = 0;
+        for (const auto & [key, copy] : model_) {
+            n += key.precision == precision;
+        }
+        return n;
+    }
+
+    // Who has to go: the smallest (protected, priority, tick) of the resident, unpinned ones. End: nobody can.
+    std::map<copy_key, copy_model>::iterator victim(int precision) {
+        auto best = model_.end();
+        auto rank = [&](const std::pair<const copy_key, copy_model> & c) {
+            const auto & [key, copy] = c;
+            return std::make_tuple(copy.protected_until >= cache_.pass,
+                                   priority_hobbit(cache_.use(key.layer, key.expert), key.layer, now_), copy.tick);
+        };
+        for (auto it = model_.begin(); it != model_.end(); ++it) {
+            if (it->first.precision == precision && it->second.resident && it->second.pins == 0 &&
+                (best == model_.end() || rank(*it) < rank(*best))) {
+                best = it;
+            }
+        }
+        return best;
+    }
+
+    void insert(const copy_key & key) {
+        const bool full = count(key.precision) == (key.precision == HIGH ? N_HIGH : N_LOW);
+        const auto goes = full ? victim(key.precision) : model_.end();
+        evicted_.clear();
+        cache_entry * e = cache_.insert(key.layer, key.expert, key.precision, now_, note, this);
+        CHECK_EQ(e != nullptr, !full || goes != model_.end());
+        CHECK_EQ(evicted_.size(), full && e != nullptr ? 1u : 0u);
+        if (e == nullptr) {
+            return;
+        }
+        if (full) {
+            CHECK(!(evicted_[0] < goes->first) && !(goes->first < evicted_[0]));
+            model_.erase(goes);
+        }
+        model_[key].tick = ++clock_;
+    }
+
+    void fulfil(const copy_key & key, copy_model & copy) {
+        if (!copy.resident) {
+            cache_.fulfil(entry(key));
+            copy.resident = true;
+        }
+    }
+
+    void pin(const copy_key & key, copy_model & copy) {
+        cache_.pin(entry(key));
+        copy.pins++;
+    }
+
+    void unpin(const copy_key & key, copy_model & copy) {
+        cache_.unpin(entry(key));
+        copy.pins--;
+    }
+
+    void touch(const copy_key & key, copy_model & copy) {
+        cache_.touch(entry(key));
+        copy.tick = ++clock_;
+    }
+
+    void protect(const copy_key & key, copy_model & copy) {
+        copy.protected_until = entry(key)->protected_until = cache_.pass + random_() % 4;
+    }
+
+    void take_out(const copy_key & key) {
+        model_[key].resident ? cache_.drop(entry(key)) : cache_.abandon(entry(key));
+        model_.erase(key);
+    }
+
+    void use(const copy_key & key) {
+        use_record & use = cache_.use(key.layer, key.expert);
+        use.last_token   = random_() % 50;
+        use.uses         = random_() % 4;
+        use.high_uses    = random_() % (use.uses + 1);
+    }
+
+    void compare() {
+        std::set<const std::byte *> slots;
+        uint32_t                    n[2] = { 0, 0 }, resident[2] = { 0, 0 }, stuck[2] = { 0, 0 };
+        for (uint32_t layer = 0; layer < N_LAYER; ++layer) {
+            for (uint32_t expert = 0; expert < N_EXPERT; ++expert) {
+                for (const int p : { HIGH, LOW }) {
+                    const cache_entry * e  = cache_.find(layer, expert, p);
+                    const auto          at = model_.find({ layer, expert, p });
+                    CHECK_EQ(e != nullptr, at != model_.end());
+                    if (e == nullptr) {
+                        continue;
+                    }
+                    const copy_model & copy = at->second;
+                    CHECK(e->layer == layer && e->expert == expert && e->precision == p);
+                    CHECK(e->now == (copy.resident ? state::resident : state::in_flight));
+                    CHECK(e->pins == copy.pins && e->tick == copy.tick && e->protected_until == copy.protected_until);
+                    CHECK(slots.insert(e->data).second);
+                    n[p]++;
+                    resident[p] += copy.resident;
+                    stuck[p] += !copy.resident || copy.pins > 0;
+                }
+            }
+        }
+        for (const int p : { HIGH, LOW }) {
+            CHECK_EQ(n[p], count(p));
+            CHECK_EQ(cache_.resident(p), resident[p]);
+            CHECK_EQ(cache_.available(p), (p == HIGH ? N_HIGH : N_LOW) - stuck[p]);
+        }
+    }
+
+    static void note(void * self, const cache_entry & e) {
+        ((random_run *) self)->evicted_.push_back({ e.layer, e.expert, e.precision });
+    }
+
+    std::mt19937                   random_;
+    std::vector<std::byte>         pool_;
+    expert_cache                   cache_;
+    eviction_context               now_{ 1, 0, N_LAYER, 0.5f, { 0.25f, 0.25f, 0.25f, 0.25f } };
+    std::map<copy_key, copy_model> model_;
+    uint64_t                       clock_ = 0;
+    std::vector<copy_key>          evicted_;
+};
+
+}  // namespace
+
+TEST("random operations do what a plain map does") {
+    for (const uint32_t seed : { 1u, 2u, 3u, 4u }) {
+        random_run run(seed);
+        for (int i = 0; i < 100000; ++i) {
+            run.step();
+        }
+    }
+}
+
+TEST_MAIN()

@@ -1,0 +1,217 @@
+// policy/precision.h: HOBBIT's token-level dynamic loading (arXiv 2411.01433, section 3.2, eq. 2), by hand and at random.
+#include "policy/precision.h"
+
+#include "test.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+using namespace hobbit::policy;
+
+namespace {
+
+// One letter a selection, in the order of the weights: h(igh), l(ow), - (skip).
+std::string needs_of(const std::vector<float> & weights, thresholds t) {
+    std::vector<need> needs(weights.size());
+    classify(weights.data(), (uint32_t) weights.size(), t, needs.data(), nullptr);
+    std::string out;
+    for (const need n : needs) {
+        out += n == need::high ? 'h' : n == need::low ? 'l' : '-';
+    }
+    return out;
+}
+
+std::vector<float> scores_of(const std::vector<float> & weights) {
+    std::vector<need>  needs(weights.size());
+    std::vector<float> scores(weights.size(), -1.0f);
+    classify(weights.data(), (uint32_t) weights.size(), { 0.6f, 0.9f }, needs.data(), scores.data());
+    return scores;
+}
+
+bool near(const std::vector<float> & a, const std::vector<float> & b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](float x, float y) { return std::fabs(x - y) < 1e-6f; });
+}
+
+std::vector<float> random_weights(std::mt19937 & random) {
+    std::vector<float>                    out(1 + random() % 8);
+    std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+    for (float & w : out) {
+        w = random() % 8 == 0 ? 0.25f : uniform(random) * (random() % 2 ? 1.0f : 10.0f);  // some ties
+    }
+    return out;
+}
+
+constexpr copy_state STATES[] = { copy_state::absent, copy_state::in_flight, copy_state::resident };
+
+char letter(action a) {
+    switch (a) {
+        case action::use_high: return 'H';
+        case action::use_low: return 'L';
+        case action::load_high: return 'h';
+        case action::load_low: return 'l';
+        case action::skip: return '-';
+    }
+    return '?';
+}
+
+// The nine states of the high and the low copy, the low one turning faster: absent, in flight, resident.
+std::string row(precision_rule rule, need n) {
+    std::string out;
+    for (const copy_state high : STATES) {
+        for (const copy_state low : STATES) {
+            out += letter(resolve(rule, n, high, low));
+        }
+        out += ' ';
+    }
+    out.pop_back();
+    return out;
+}
+
+}  // namespace
+
+TEST("the score of a selection is the weight before it (k = 2)") {
+    CHECK(near(scores_of({ 0.7f, 0.3f }), { 0.0f, 0.7f }));
+    CHECK_EQ(needs_of({ 0.7f, 0.3f }, { 0.6f, 0.9f }), "hl");    // 0.6 < 0.7 <= 0.9
+    CHECK_EQ(needs_of({ 0.55f, 0.45f }, { 0.6f, 0.9f }), "hh");  // 0.55 <= 0.6
+    CHECK_EQ(needs_of({ 0.95f, 0.05f }, { 0.6f, 0.9f }), "h-");  // 0.95 > 0.9
+}
+
+TEST("the score of a selection is the weight before it (k = 4)") {
+    // 0.4 | 0.3 | 0.2 | 0.1 has the scores 0, 0.4, 0.7, 0.9
+    CHECK(near(scores_of({ 0.4f, 0.3f, 0.2f, 0.1f }), { 0.0f, 0.4f, 0.7f, 0.9f }));
+    CHECK_EQ(needs_of({ 0.4f, 0.3f, 0.2f, 0.1f }, { 0.6f, 0.8f }), "hhl-");
+}
+
+TEST("weights need not come sorted: scores keep their order") {
+    CHECK(near(scores_of({ 0.1f, 0.4f, 0.2f, 0.3f }), { 0.9f, 0.0f, 0.7f, 0.4f }));
+    CHECK_EQ(needs_of({ 0.1f, 0.4f, 0.2f, 0.3f }, { 0.6f, 0.8f }), "-hlh");
+    CHECK_EQ(needs_of({ 0.05f, 0.95f }, { 0.6f, 0.9f }), "-h");
+}
+
+TEST("of equal weights the first comes first") {
+    CHECK(near(scores_of({ 0.25f, 0.25f, 0.25f, 0.25f }), { 0.0f, 0.25f, 0.5f, 0.75f }));
+    CHECK(near(scores_of({ 0.2f, 0.4f, 0.4f }), { 0.8f, 0.0f, 0.4f }));
+}
+
+TEST("weights of any sum are normalised") {
+    CHECK(near(scores_of({ 7.0f, 3.0f }), { 0.0f, 0.7f }));
+    CHECK(near(scores_of({ 0.07f, 0.03f }), { 0.0f, 0.7f }));
+    CHECK(near(scores_of({ 1.0f, 4.0f, 2.0f, 3.0f }), { 0.9f, 0.0f, 0.7f, 0.4f }));
+    CHECK_EQ(needs_of({ 19.0f, 1.0f }, { 0.6f, 0.9f }), "h-");
+}
+
+TEST("a threshold belongs to what is below it") {
+    CHECK_EQ(needs_of({ 0.5f, 0.5f }, { 0.5f, 0.9f }), "hh");
+    CHECK_EQ(needs_of({ 0.75f, 0.25f }, { 0.5f, 0.75f }), "hl");
+}
+
+TEST("weights that sum to nothing leave all in high precision") {
+    CHECK_EQ(needs_of({ 0.0f, 0.0f, 0.0f }, { 0.6f, 0.9f }), "hhh");
+    CHECK(near(scores_of({ 0.0f, 0.0f, 0.0f }), { 0.0f, 0.0f, 0.0f }));
+}
+
+TEST("the most important expert is never low and never skipped") {
+    std::mt19937 random(1);
+    for (int i = 0; i < 2000; ++i) {
+        const auto weights = random_weights(random);
+        const auto best    = std::max_element(weights.begin(), weights.end()) - weights.begin();
+        CHECK_EQ(needs_of(weights, { -1.0f, -1.0f })[(size_t) best], 'h');  // the harshest thresholds there are
+    }
+    CHECK_EQ(needs_of({ 1.0f }, { -1.0f, -1.0f }), "h");
+}
+
+TEST("higher thresholds never lower a need, a smaller weight never has a higher one") {
+    std::mt19937                          random(2);
+    std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+    for (int i = 0; i < 5000; ++i) {
+        const auto weights = random_weights(random);
+        const auto k       = (uint32_t) weights.size();
+        float      t[4]    = { uniform(random), uniform(random), uniform(random), uniform(random) };
+        std::sort(t, t + 4);
+        std::vector<need> strict(k), generous(k);
+        classify(weights.data(), k, { t[0], t[2] }, strict.data(), nullptr);
+        classify(weights.data(), k, { t[1], t[3] }, generous.data(), nullptr);
+        for (uint32_t a = 0; a < k; ++a) {
+            CHECK(generous[a] >= strict[a]);
+            for (uint32_t b = 0; b < k; ++b) {
+                CHECK(weights[a] <= weights[b] || strict[a] >= strict[b]);
+            }
+        }
+    }
+}
+
+//                                              high:  absent | in flight | resident      low: absent, in flight, resident
+TEST("the exact rule reads in high precision whatever is needed") {
+    for (const need n : { need::skip, need::low, need::high }) {
+        CHECK_EQ(row(precision_rule::exact, n), "hhh HHH HHH");
+    }
+}
+
+TEST("the miss rule replaces or skips only what is not there") {
+    CHECK_EQ(row(precision_rule::miss, need::high), "hhh HHH HHH");  // a low copy does not serve a high need
+    CHECK_EQ(row(precision_rule::miss, need::low), "lLL HHL HHH");   // a high copy serves a low one, what is there first
+    CHECK_EQ(row(precision_rule::miss, need::skip), "--L --L HHH");  // what is on its way is not waited for
+}
+
+TEST("the weight rule does not look at the other copy") {
+    CHECK_EQ(row(precision_rule::weight, need::high), "hhh HHH HHH");
+    CHECK_EQ(row(precision_rule::weight, need::low), "lLL lLL lLL");
+    CHECK_EQ(row(precision_rule::weight, need::skip), "--- --- ---");
+}
+
+TEST("default thresholds are the paper's for top-2 and in order for all") {
+    CHECK_EQ(default_thresholds(2).t1, 0.6f);
+    CHECK_EQ(default_thresholds(2).t2, 0.9f);
+    for (uint32_t k = 1; k <= 64; ++k) {
+        const thresholds t = default_thresholds(k);
+        CHECK(0.0f < t.t1 && t.t1 < t.t2 && t.t2 < 1.0f);
+    }
+    CHECK(default_thresholds(8).t1 > default_thresholds(4).t1);  // wider routing: scores lie closer to 1
+}
+
+TEST("a profile that has seen little keeps the thresholds it is given") {
+    threshold_profile  profile;
+    std::vector<float> scores(4095, 0.5f);
+    profile.add(scores.data(), (uint32_t) scores.size());
+    CHECK_EQ(profile.at_quantiles({ 0.1f, 0.2f }).t1, 0.1f);
+    CHECK_EQ(profile.at_quantiles({ 0.1f, 0.2f }).t2, 0.2f);
+    profile.add(scores.data(), 1);  // the 4096th
+    CHECK(profile.at_quantiles({ 0.1f, 0.2f }).t1 >= 0.5f);
+}
+
+TEST("a profile splits the selections 67 / 30 / 3, to within a bin") {
+    constexpr float                       BIN = 1.0f / 256;
+    std::mt19937                          random(3);
+    std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+    for (const float power : { 0.3f, 1.0f, 3.0f }) {
+        threshold_profile  profile;
+        std::vector<float> scores(20000);
+        for (float & s : scores) {
+            s = std::pow(uniform(random), power);
+            profile.add(&s, 1);
+        }
+        const thresholds t        = profile.at_quantiles({ -1.0f, -1.0f });
+        const auto       share_to = [&](float limit) {
+            return (double) std::count_if(scores.begin(), scores.end(), [=](float s) { return s <= limit; }) /
+                   (double) scores.size();
+        };
+        CHECK(share_to(t.t1) >= 0.67 && share_to(t.t1 - BIN) <= 0.67);
+        CHECK(share_to(t.t2) >= 0.97 && share_to(t.t2 - BIN) <= 0.97);
+    }
+}
+
+TEST("a profile of scores at the ends stays within 0 and 1") {
+    threshold_profile  profile;
+    std::vector<float> scores;
+    for (int i = 0; i < 8192; ++i) {
+        scores.push_back(i % 2 ? 1.0f : 0.0f);
+    }
+    profile.add(scores.data(), (uint32_t) scores.size());
+    const thresholds t = profile.at_quantiles({ -1.0f, -1.0f });
+    CHECK_EQ(t.t1, 1.0f);
+    CHECK_EQ(t.t2, 1.0f);
+}
+
+TEST_MAIN()

@@ -1,0 +1,42 @@
+"""Run a model over a text and keep the logits: in this process, or as a program in another one.
+
+    python decode.py MODEL TOKENS.npy OUT.npy CHUNK THREADS     with whatever llama_cpp the environment gives
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+TEXT = b"The quick brown fox jumps over the lazy dog, and runs away from all the hunters in the wood; then it sleeps. "
+
+
+def load(cls: Any, path: str, threads: int, **kwargs: Any) -> Any:
+    return cls(
+        path, n_ctx=256, n_batch=64, n_ubatch=64, logits_all=True, verbose=False, n_threads=threads,
+        n_threads_batch=threads, **kwargs,
+    )  # fmt: skip
+
+
+def logits(llm: Any, tokens: Sequence[int], chunk: int) -> npt.NDArray[np.float32]:
+    """[tokens, vocabulary]; `chunk` tokens a llama_decode."""
+    llm.reset()
+    for i in range(0, len(tokens), chunk):
+        llm.eval(list(tokens[i : i + chunk]))
+    out: npt.NDArray[np.float32] = llm.scores[: len(tokens)].copy()
+    return out
+
+
+def words(llm: Any, n: int) -> list[int]:
+    tokens = llm.tokenize(TEXT)
+    return list((tokens * (n // len(tokens) + 1))[:n])
+
+
+if __name__ == "__main__":
+    import llama_cpp
+
+    model = load(llama_cpp.Llama, sys.argv[1], int(sys.argv[5]))
+    np.save(sys.argv[3], logits(model, np.load(sys.argv[2]).tolist(), int(sys.argv[4])))
