@@ -75,23 +75,23 @@ typedef struct hobbit_error {
 
 typedef struct hobbit_model_info {
     uint32_t struct_size;
-    uint32_t n_layer;         /* all blocks of the model, dense ones too */
-    uint32_t n_moe_layer;     /* blocks with routed experts */
-    uint32_t n_expert;        /* most experts in a layer */
-    uint32_t n_expert_used;   /* top-k */
-    uint32_t has_low;         /* 1: low-precision copies are present for every expert */
-    uint64_t bytes_dense;     /* everything that is not a routed expert */
-    uint64_t bytes_high;      /* routed experts, high precision */
-    uint64_t bytes_low;       /* routed experts, low precision */
+    uint32_t n_layer;           /* all blocks of the model, dense ones too */
+    uint32_t n_moe_layer;       /* blocks with routed experts */
+    uint32_t n_expert;          /* most experts in a layer */
+    uint32_t n_expert_used;     /* top-k */
+    uint32_t has_low;           /* 1: low-precision copies are present for every expert */
+    uint64_t bytes_dense;       /* everything that is not a routed expert */
+    uint64_t bytes_high;        /* routed experts, high precision */
+    uint64_t bytes_low;         /* routed experts, low precision */
     uint64_t bytes_expert_high; /* largest single expert (all projections) */
     uint64_t bytes_expert_low;
-    uint64_t bytes_cycle;     /* experts of one token: sum over layers of k x expert, high precision */
-    uint64_t slot_high;       /* memory of one resident high-precision expert, with padding */
+    uint64_t bytes_cycle; /* experts of one token: sum over layers of k x expert, high precision */
+    uint64_t slot_high;   /* memory of one resident high-precision expert, with padding */
     uint64_t slot_low;
-    uint64_t pool_min;        /* the smallest expert pool that works */
-    uint64_t pool_max;        /* a pool that holds every expert */
-    uint32_t direct_io;       /* 1: reads go past the page cache */
-    uint32_t io_alignment;    /* of direct reads; 1 when buffered */
+    uint64_t pool_min;     /* the smallest expert pool that works */
+    uint64_t pool_max;     /* a pool that holds every expert */
+    uint32_t direct_io;    /* 1: reads go past the page cache */
+    uint32_t io_alignment; /* of direct reads; 1 when buffered */
 } hobbit_model_info;
 
 /* ---- session: one loaded model ------------------------------------------------------------------------ */
@@ -122,13 +122,13 @@ typedef struct hobbit_params {
     float    w_lfu;
     float    w_lhu;
     float    w_fld;
-    uint32_t prefetch_depth; /* layers ahead, 0 = no prefetch, at most HOBBIT_MAX_LOOKAHEAD */
-    uint32_t prefetch_reads; /* most prefetch reads in flight */
-    uint32_t norm_correction;/* 1: router input rescaled by w_norm[l+d]/w_norm[l] before predicting */
-    uint32_t io_threads;     /* reader threads = queue depth */
-    uint32_t io_block;       /* bytes of one prefetch read between two looks at the abort flag */
-    uint32_t direct_io;      /* 1: O_DIRECT where the file system has it */
-    float    low_share;      /* share of the pool for low-precision copies, 0..0.9 */
+    uint32_t prefetch_depth;  /* layers ahead, 0 = no prefetch, at most HOBBIT_MAX_LOOKAHEAD */
+    uint32_t prefetch_reads;  /* most prefetch reads in flight */
+    uint32_t norm_correction; /* 1: router input rescaled by w_norm[l+d]/w_norm[l] before predicting */
+    uint32_t io_threads;      /* reader threads = queue depth */
+    uint32_t io_block;        /* bytes of one prefetch read between two looks at the abort flag */
+    uint32_t direct_io;       /* 1: O_DIRECT where the file system has it */
+    float    low_share;       /* share of the pool for low-precision copies, 0..0.9 */
 } hobbit_params;
 
 /* Fills `params` with the defaults of a mode: "hobbit", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
@@ -141,8 +141,7 @@ HOBBIT_API hobbit_session * hobbit_session_init(const char * path, const char * 
 /* Stops the threads and drops the caller's reference. The memory goes when the llama model is freed as well. */
 HOBBIT_API void hobbit_session_free(hobbit_session * session);
 
-HOBBIT_API hobbit_status hobbit_session_info(const hobbit_session * session, hobbit_model_info * info,
-                                             hobbit_error * error);
+HOBBIT_API hobbit_status hobbit_session_info(const hobbit_session * session, hobbit_model_info * info, hobbit_error * error);
 
 /* Bracket llama_model_load_from_file and llama_init_from_model, on the thread that calls them: expert tensors of the
  * model loaded in between belong to `session`. Pass NULL to end. */
@@ -182,8 +181,8 @@ typedef struct hobbit_counts {
     uint64_t loads_high;
     uint64_t loads_low;
     uint64_t skips;
-    double   mass_total;   /* sum of router weights, normalised over each token's selection */
-    double   mass_low;     /* of these served in low precision */
+    double   mass_total; /* sum of router weights, normalised over each token's selection */
+    double   mass_low;   /* of these served in low precision */
     double   mass_skipped;
     uint64_t prefetches;        /* experts whose prefetch was started */
     uint64_t prefetches_useful; /* whole before they were asked for, and asked for */
@@ -191,37 +190,36 @@ typedef struct hobbit_counts {
     uint64_t prefetches_wasted; /* aborted, or evicted without use */
     uint64_t bytes_demand;
     uint64_t bytes_prefetch;
-    uint64_t bytes_wasted;      /* of bytes_prefetch */
-    double   stall_seconds;     /* compute threads had nothing to do but wait for a read */
-    double   expert_seconds;    /* in the expert products, stalls taken off */
+    uint64_t bytes_wasted;   /* of bytes_prefetch */
+    double   stall_seconds;  /* compute threads had nothing to do but wait for a read */
+    double   expert_seconds; /* in the expert products, stalls taken off */
 } hobbit_counts;
 
 typedef struct hobbit_stats {
-    uint32_t struct_size;
-    uint32_t n_moe_layer;
-    uint64_t n_tokens;
+    uint32_t      struct_size;
+    uint32_t      n_moe_layer;
+    uint64_t      n_tokens;
     hobbit_counts total;
-    uint64_t predicted[4];       /* selections predicted d+1 layers ahead */
-    uint64_t predicted_right[4]; /* and of these truly selected */
-    uint64_t pool_bytes;
-    uint64_t slots_high;
-    uint64_t slots_low;
-    uint64_t resident_high;
-    uint64_t resident_low;
-    uint32_t direct_io;
+    uint64_t      predicted[4];       /* selections predicted d+1 layers ahead */
+    uint64_t      predicted_right[4]; /* and of these truly selected */
+    uint64_t      pool_bytes;
+    uint64_t      slots_high;
+    uint64_t      slots_low;
+    uint64_t      resident_high;
+    uint64_t      resident_low;
+    uint32_t      direct_io;
 } hobbit_stats;
 
 HOBBIT_API hobbit_status hobbit_session_stats(hobbit_session * session, hobbit_stats * stats, hobbit_error * error);
 /* Counts of one MoE layer, 0 <= layer < n_moe_layer; `block` receives the number of the block it stands in. */
 HOBBIT_API hobbit_status hobbit_session_layer_stats(hobbit_session * session, uint32_t layer, hobbit_counts * counts,
                                                     uint32_t * block, hobbit_error * error);
-HOBBIT_API void hobbit_session_reset_stats(hobbit_session * session);
+HOBBIT_API void          hobbit_session_reset_stats(hobbit_session * session);
 
 /* Selections of the tokens decoded since tracing was switched on, oldest first, for `hobbit trace` and the tests.
  * ids, weights: [n_rows][n_moe_layer][k]. Returns the rows available; copies at most max_rows. Prefill counts too. */
 HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);
-HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids,
-                                              float * weights);
+HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids, float * weights);
 
 /* ---- quantisation, by ggml's own code ---------------------------------------------------------------- */
 
@@ -239,8 +237,8 @@ HOBBIT_API int32_t hobbit_type_computable(int32_t type);
 /* n_rows x n_per_row floats -> `dst` (n_rows rows of the type). Safe to call from several threads on disjoint rows after
  * hobbit_quantize_init(type). `imatrix`: NULL or n_per_row weights. */
 HOBBIT_API void          hobbit_quantize_init(int32_t type);
-HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows,
-                                         int64_t n_per_row, const float * imatrix, hobbit_error * error);
+HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+                                         const float * imatrix, hobbit_error * error);
 HOBBIT_API hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error);
 
 #ifdef __cplusplus

@@ -19,6 +19,20 @@ SKBUILD_BUILD_DIR=$BUILD SKBUILD_CMAKE_DEFINE=HOBBIT_BUILD_TESTS=ON \
     "$PY" -m pip install --quiet --no-build-isolation ".[test]"
 build_is_done
 
+# The files that clang-format -i would change.
+check_format() {
+    find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.c' | sort | {
+        changed=0
+        while IFS= read -r path; do
+            clang-format --dry-run --Werror "$path" 2>/dev/null || {
+                echo "not formatted (clang-format -i): $path"
+                changed=1
+            }
+        done
+        return "$changed"
+    }
+}
+
 failed=
 check() {
     say "$*"
@@ -28,9 +42,7 @@ check() {
 check "$PY" -m ruff check .
 check "$PY" -m mypy python scripts third_party tests/python
 check "$PY" scripts/check_layers.py
-sources=$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.c')
-# shellcheck disable=SC2086
-check clang-format --dry-run --Werror $sources
+check check_format
 
 say "C++ tests"
 (cd "$BUILD" && ctest --output-on-failure) || failed="$failed

@@ -31,9 +31,7 @@ std::string human_bytes(unsigned long long bytes) {
     return format("%.2f GiB", (double) bytes / (1 << 30));
 }
 
-void fail(hobbit_status status, const std::string & message) {
-    throw error(status, 0, message);
-}
+void fail(hobbit_status status, const std::string & message) { throw error(status, 0, message); }
 
 void fail_os(hobbit_status status, int os_errno, const std::string & message) {
     throw error(status, os_errno, message + ": " + strerror(os_errno));

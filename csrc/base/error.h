@@ -11,8 +11,8 @@ namespace hobbit {
 
 class error : public std::runtime_error {
   public:
-    error(hobbit_status status, int os_errno, const std::string & message)
-        : std::runtime_error(message), status_(status), os_errno_(os_errno) {}
+    error(hobbit_status status, int os_errno, const std::string & message) :
+        std::runtime_error(message), status_(status), os_errno_(os_errno) {}
 
     hobbit_status status() const { return status_; }
 

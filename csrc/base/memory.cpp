@@ -47,8 +47,8 @@ region::~region() {
     }
 }
 
-region::region(region && other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+region::region(region && other) noexcept :
+    data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
 region & region::operator=(region && other) noexcept {
     std::swap(data_, other.data_);
@@ -73,8 +73,8 @@ address_range::~address_range() {
     }
 }
 
-address_range::address_range(address_range && other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+address_range::address_range(address_range && other) noexcept :
+    data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
 address_range & address_range::operator=(address_range && other) noexcept {
     std::swap(data_, other.data_);

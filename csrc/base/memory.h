@@ -7,13 +7,9 @@ namespace hobbit {
 
 constexpr size_t PAGE = 4096;
 
-constexpr size_t align_up(size_t n, size_t to) {
-    return (n + to - 1) / to * to;
-}
+constexpr size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-constexpr size_t align_down(size_t n, size_t to) {
-    return n / to * to;
-}
+constexpr size_t align_down(size_t n, size_t to) { return n / to * to; }
 
 // An anonymous private mapping, owned. Movable, not copyable.
 class region {

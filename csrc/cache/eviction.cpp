@@ -8,13 +8,9 @@ static float layers_ahead(uint32_t layer, const eviction_context & now) {
     return (float) ((layer + now.n_layer - now.layer) % now.n_layer);
 }
 
-float priority_lru(const use_record & use, uint32_t, const eviction_context &) {
-    return (float) use.last_token;
-}
+float priority_lru(const use_record & use, uint32_t, const eviction_context &) { return (float) use.last_token; }
 
-float priority_lfu(const use_record & use, uint32_t, const eviction_context &) {
-    return (float) use.uses;
-}
+float priority_lfu(const use_record & use, uint32_t, const eviction_context &) { return (float) use.uses; }
 
 float priority_hobbit(const use_record & use, uint32_t layer, const eviction_context & now) {
     const float t = (float) now.token;
@@ -32,11 +28,16 @@ float priority_lcu(const use_record & use, uint32_t layer, const eviction_contex
 
 eviction_rule find_eviction_rule(int number) {
     switch (number) {
-        case HOBBIT_EVICT_LRU: return priority_lru;
-        case HOBBIT_EVICT_LFU: return priority_lfu;
-        case HOBBIT_EVICT_HOBBIT: return priority_hobbit;
-        case HOBBIT_EVICT_LCU: return priority_lcu;
-        default: return nullptr;
+        case HOBBIT_EVICT_LRU:
+            return priority_lru;
+        case HOBBIT_EVICT_LFU:
+            return priority_lfu;
+        case HOBBIT_EVICT_HOBBIT:
+            return priority_hobbit;
+        case HOBBIT_EVICT_LCU:
+            return priority_lcu;
+        default:
+            return nullptr;
     }
 }
 

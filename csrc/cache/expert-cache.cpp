@@ -2,11 +2,11 @@
 
 namespace hobbit {
 
-expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, eviction_rule rule)
-    : shape_(shape),
-      rule_(rule),
-      table_((size_t) shape.n_layer * shape.n_expert * 2, nullptr),
-      uses_((size_t) shape.n_layer * shape.n_expert) {
+expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, eviction_rule rule) :
+    shape_(shape),
+    rule_(rule),
+    table_((size_t) shape.n_layer * shape.n_expert * 2, nullptr),
+    uses_((size_t) shape.n_layer * shape.n_expert) {
     for (int p = 0; p < 2; ++p) {
         for (uint32_t i = 0; i < shape.n_slots[p]; ++i) {
             slots_[p].push_back(std::make_unique<cache_entry>());
@@ -77,13 +77,9 @@ cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precisio
     return e;
 }
 
-void expert_cache::fulfil(cache_entry * e) {
-    e->now = cache_entry::state::resident;
-}
+void expert_cache::fulfil(cache_entry * e) { e->now = cache_entry::state::resident; }
 
-void expert_cache::abandon(cache_entry * e) {
-    drop(e);
-}
+void expert_cache::abandon(cache_entry * e) { drop(e); }
 
 void expert_cache::drop(cache_entry * e) {
     table_[index(e->layer, e->expert, e->precision)] = nullptr;
@@ -93,9 +89,7 @@ void expert_cache::drop(cache_entry * e) {
     free_[e->precision].push_back(e);
 }
 
-void expert_cache::reset_uses() {
-    uses_.assign(uses_.size(), use_record{});
-}
+void expert_cache::reset_uses() { uses_.assign(uses_.size(), use_record {}); }
 
 uint32_t expert_cache::available(int precision) const {
     uint32_t n = 0;

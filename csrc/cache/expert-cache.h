@@ -26,25 +26,25 @@ namespace hobbit {
 struct cache_entry {
     enum class state : uint8_t { absent, in_flight, resident };
 
-    uint16_t    layer     = 0;
-    uint16_t    expert    = 0;
-    uint8_t     precision = 0;
-    state       now       = state::absent;
-    std::byte * data      = nullptr;  // the slot
-    uint32_t    pins      = 0;
-    uint64_t    tick      = 0;        // last touch by the cache's clock
-    uint64_t    protected_until = 0;  // layer passes (expert_cache::pass) up to which a prediction protects it
-    bool        prefetched  = false;  // read ahead and not yet asked for
-    uint32_t    reading     = 0;      // bit per projection whose read is queued or running
-    uint64_t    bytes       = 0;      // read so far for this entry
-    std::atomic<bool>     cancel{ false };    // in flight: the read is not wanted any more, or failed
-    std::atomic<bool>     demanded{ false };  // in flight: somebody waits
-    std::atomic<uint32_t> parts{ 0 };  // bit per projection that is whole
+    uint16_t              layer           = 0;
+    uint16_t              expert          = 0;
+    uint8_t               precision       = 0;
+    state                 now             = state::absent;
+    std::byte *           data            = nullptr;  // the slot
+    uint32_t              pins            = 0;
+    uint64_t              tick            = 0;      // last touch by the cache's clock
+    uint64_t              protected_until = 0;      // layer passes (expert_cache::pass) up to which a prediction protects it
+    bool                  prefetched      = false;  // read ahead and not yet asked for
+    uint32_t              reading         = 0;      // bit per projection whose read is queued or running
+    uint64_t              bytes           = 0;      // read so far for this entry
+    std::atomic<bool>     cancel { false };         // in flight: the read is not wanted any more, or failed
+    std::atomic<bool>     demanded { false };       // in flight: somebody waits
+    std::atomic<uint32_t> parts { 0 };              // bit per projection that is whole
 };
 
 struct cache_shape {
-    uint32_t n_layer  = 0;
-    uint32_t n_expert = 0;
+    uint32_t n_layer       = 0;
+    uint32_t n_expert      = 0;
     uint32_t n_slots[2]    = { 0, 0 };  // by precision
     uint64_t slot_bytes[2] = { 0, 0 };
 };
@@ -54,9 +54,7 @@ class expert_cache {
     expert_cache(const cache_shape & shape, std::byte * pool, eviction_rule rule);
 
     // In flight or resident; NULL when absent. Does not count as a use.
-    cache_entry * find(uint32_t layer, uint32_t expert, int precision) {
-        return table_[index(layer, expert, precision)];
-    }
+    cache_entry * find(uint32_t layer, uint32_t expert, int precision) { return table_[index(layer, expert, precision)]; }
 
     // Absent -> in flight, in a free slot or in that of the evictable entry of lowest priority. NULL when there is
     // none. `evicted` (may be NULL): called with the entry before its slot is reused.

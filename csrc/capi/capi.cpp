@@ -24,7 +24,8 @@ extern "C" const char * hobbit_patch_id(void);  // in libllama
 namespace {
 
 // Runs `body`; its exceptions become a status and fill `error`.
-template <typename F> hobbit_status guarded(hobbit_error * error, F && body) {
+template <typename F>
+hobbit_status guarded(hobbit_error * error, F && body) {
     try {
         body();
         return HOBBIT_OK;
@@ -50,7 +51,8 @@ void require(bool ok, const char * message) {
 }
 
 // Copies a struct that begins with struct_size to a caller whose version of it may be shorter.
-template <typename T> void copy_out(T * to, T from) {
+template <typename T>
+void copy_out(T * to, T from) {
     require(to != nullptr && to->struct_size >= sizeof(uint32_t), "struct_size is not set");
     const uint32_t size = to->struct_size;
     from.struct_size    = size;
@@ -80,9 +82,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
 }
 
 // Called by ggml after each node of a graph; true stops llama_decode.
-bool abort_on_failure(void * data) {
-    return ((hobbit_session *) data)->core->failed();
-}
+bool abort_on_failure(void * data) { return ((hobbit_session *) data)->core->failed(); }
 
 }  // namespace
 
@@ -100,9 +100,9 @@ hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobb
     return guarded(error, [&] {
         const auto * row = hobbit::policy::find_mode(mode);
         if (row == nullptr) {
-            hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT, hobbit::format("unknown mode '%s'; there are: %s",
-                                                                     mode == nullptr ? "" : mode,
-                                                                     hobbit::policy::mode_names()));
+            hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT,
+                         hobbit::format("unknown mode '%s'; there are: %s", mode == nullptr ? "" : mode,
+                                        hobbit::policy::mode_names()));
         }
         copy_out(params, defaults(*row));
     });
@@ -124,7 +124,7 @@ hobbit_session * hobbit_session_init(const char * path, const char * low_path, c
         hobbit::register_expert_buffers();
         auto core = std::make_shared<session>(path, low_path == nullptr ? "" : low_path, p);
         core->set_routers(std::make_unique<hobbit::ggml_routers>(core->index()));
-        out = new hobbit_session{ std::move(core) };
+        out = new hobbit_session { std::move(core) };
     });
     return out;
 }
@@ -164,17 +164,13 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
     });
 }
 
-void hobbit_session_bind_thread(hobbit_session * s) {
-    hobbit::bind_thread(s == nullptr ? nullptr : s->core);
-}
+void hobbit_session_bind_thread(hobbit_session * s) { hobbit::bind_thread(s == nullptr ? nullptr : s->core); }
 
 const void * hobbit_session_buft_overrides(hobbit_session * s) {
     return s == nullptr ? nullptr : hobbit::buft_overrides(*s->core);
 }
 
-void * hobbit_abort_callback(void) {
-    return (void *) abort_on_failure;
-}
+void * hobbit_abort_callback(void) { return (void *) abort_on_failure; }
 
 uint64_t hobbit_context_compute_bytes(const void * context) {
     return hobbit::context_memory((const llama_context *) context).compute;

@@ -44,14 +44,14 @@ static void split_pool(const expert_index & index, const hobbit_params & params,
     uint64_t low = (uint64_t) ((double) bytes * params.low_share) / index.max_slot[1];
     // A layer's k experts must fit in high precision, whatever share was asked for.
     const uint64_t floor_high = (uint64_t) index.n_expert_used * index.max_slot[0];
-    low        = std::min(low, (bytes - std::min(bytes, floor_high)) / index.max_slot[1]);
-    low        = std::min(low, n_experts);
-    n_slots[1] = (uint32_t) low;
-    n_slots[0] = (uint32_t) std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
+    low                       = std::min(low, (bytes - std::min(bytes, floor_high)) / index.max_slot[1]);
+    low                       = std::min(low, n_experts);
+    n_slots[1]                = (uint32_t) low;
+    n_slots[0]                = (uint32_t) std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
 }
 
-expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes)
-    : index_(index), params_(params), counts_(index.layers().size()) {
+expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes) :
+    index_(index), params_(params), counts_(index.layers().size()) {
     const uint64_t floor = pool_min(index, params);
     if (pool_bytes < floor) {
         fail(HOBBIT_ERR_BUDGET, format("an expert pool of %s is too small: this model needs at least %s",
@@ -73,11 +73,11 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
         stream_slots_.back()->room = pool_.data() + i * index.max_segment;
     }
     const eviction_rule rule = find_eviction_rule(params.eviction_rule);
-    cache_        = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
-    now_.n_layer  = shape.n_layer;
-    now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
-    now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    io_           = std::make_unique<io_pool>(
+    cache_                   = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
+    now_.n_layer             = shape.n_layer;
+    now_.weights             = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost            = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    io_                      = std::make_unique<io_pool>(
         params.io_threads, params.io_block, params.prefetch_reads,
         [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); });
 }
@@ -114,7 +114,7 @@ void expert_store::request_parts(cache_entry & entry, uint32_t part, std::vector
 
 void expert_store::count_hit(cache_entry & entry, bool was_in_flight) {
     if (entry.prefetched) {
-        entry.prefetched = false;
+        entry.prefetched  = false;
         hobbit_counts & c = counts_[entry.layer];
         (was_in_flight ? c.prefetches_late : c.prefetches_useful)++;
     }
@@ -180,9 +180,9 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     cache_->pass++;
 
     const auto state_of = [](const cache_entry * e) {
-        return e == nullptr                                ? copy_state::absent :
-               e->now == cache_entry::state::in_flight     ? copy_state::in_flight :
-                                                             copy_state::resident;
+        return e == nullptr                              ? copy_state::absent
+               : e->now == cache_entry::state::in_flight ? copy_state::in_flight
+                                                         : copy_state::resident;
     };
     hobbit_counts & c = counts_[layer];
 
@@ -196,11 +196,21 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         use.last_token     = now_.token;
         use.uses += w.count;
         switch (w.action) {
-            case action::use_high: c.hits_high += w.count; break;
-            case action::use_low: c.hits_low += w.count; break;
-            case action::load_high: c.loads_high++, c.hits_high += w.count - 1; break;
-            case action::load_low: c.loads_low++, c.hits_low += w.count - 1; break;
-            case action::skip: c.skips += w.count; break;
+            case action::use_high:
+                c.hits_high += w.count;
+                break;
+            case action::use_low:
+                c.hits_low += w.count;
+                break;
+            case action::load_high:
+                c.loads_high++, c.hits_high += w.count - 1;
+                break;
+            case action::load_low:
+                c.loads_low++, c.hits_low += w.count - 1;
+                break;
+            case action::skip:
+                c.skips += w.count;
+                break;
         }
         c.selections += w.count;
         if (w.action == action::use_high || w.action == action::load_high) {
@@ -431,7 +441,7 @@ void expert_store::stats(hobbit_stats & out) {
 
 void expert_store::reset_stats() {
     std::lock_guard<std::mutex> lock(mutex_);
-    std::fill(counts_.begin(), counts_.end(), hobbit_counts{});
+    std::fill(counts_.begin(), counts_.end(), hobbit_counts {});
     n_tokens_ = 0;
 }
 

@@ -22,18 +22,18 @@ namespace hobbit {
 
 // One expert (at one precision, for the `weight` rule) that a layer pass wants, and what it got.
 struct expert_want {
-    uint16_t       expert  = 0;
-    policy::need   need    = policy::need::high;
-    uint32_t       count   = 1;  // selections that it serves
-    policy::action action  = policy::action::skip;
-    cache_entry *  entry   = nullptr;  // pinned. NULL with a load: no slot, has to be streamed
+    uint16_t       expert = 0;
+    policy::need   need   = policy::need::high;
+    uint32_t       count  = 1;  // selections that it serves
+    policy::action action = policy::action::skip;
+    cache_entry *  entry  = nullptr;  // pinned. NULL with a load: no slot, has to be streamed
 };
 
 // A read past the cache, for experts that found no slot.
 struct stream_slot {
     std::byte *       room = nullptr;
     const std::byte * data = nullptr;  // the slice inside `room`
-    std::atomic<bool> ready{ false };
+    std::atomic<bool> ready { false };
     uint32_t          layer = 0;
 };
 
@@ -96,17 +96,17 @@ class expert_store {
   private:
     static uint32_t streaming_slots(const expert_index & index);
 
-    void on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
-    void request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
-    void resume(cache_entry & entry);
-    void settle(cache_entry & entry);
-    void count_hit(cache_entry & entry, bool was_in_flight);
-    void drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    void        on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
+    void        request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
+    void        resume(cache_entry & entry);
+    void        settle(cache_entry & entry);
+    void        count_hit(cache_entry & entry, bool was_in_flight);
+    void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
     static void on_evicted(void * self, const cache_entry & entry);
 
-    const expert_index & index_;
-    const hobbit_params  params_;
-    region               pool_;
+    const expert_index &                      index_;
+    const hobbit_params                       params_;
+    region                                    pool_;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
     std::mutex                    mutex_;
@@ -117,10 +117,10 @@ class expert_store {
     uint64_t                      n_tokens_ = 0;
     std::exception_ptr            error_;
 
-    std::atomic<bool>       failed_{ false };
+    std::atomic<bool>       failed_ { false };
     std::mutex              arrive_mutex_;  // only for the condition variable
     std::condition_variable arrive_;
-    std::atomic<uint64_t>   arrivals_{ 0 };
+    std::atomic<uint64_t>   arrivals_ { 0 };
 
     std::unique_ptr<io_pool> io_;  // last: its threads end first
 };

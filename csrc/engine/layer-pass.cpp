@@ -65,7 +65,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, policy::precision
     constexpr uint32_t NONE = UINT32_MAX;
     item_of_.assign(wants_.size(), NONE);
     uses_[0] = uses_[1] = false;
-    const auto rank = [](const expert_want & w) {
+    const auto rank     = [](const expert_want & w) {
         return w.entry == nullptr ? 2 : w.action == action::use_high || w.action == action::use_low ? 0 : 1;
     };
     uint32_t first_row = 0;
@@ -102,7 +102,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, policy::precision
                 skipped_.push_back({ (int32_t) j, (int32_t) token });
                 skipped += w;
             } else {
-                pass_item & it                      = items_[item];
+                pass_item & it                    = items_[item];
                 rows_[it.first_row + it.n_rows++] = { (int32_t) j, (int32_t) token };
                 low += it.prec == precision::low ? w : 0.0f;
             }

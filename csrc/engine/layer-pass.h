@@ -32,12 +32,12 @@ class layer_pass {
   public:
     // How the selections of a token are read; strides in elements.
     struct selections {
-        const int32_t * ids          = nullptr;
-        size_t          ids_stride   = 0;  // between tokens
-        const float *   weights      = nullptr;  // NULL: unknown, all high
+        const int32_t * ids            = nullptr;
+        size_t          ids_stride     = 0;        // between tokens
+        const float *   weights        = nullptr;  // NULL: unknown, all high
         size_t          weights_stride = 0;
-        uint32_t        k            = 0;
-        uint32_t        n_tokens     = 0;
+        uint32_t        k              = 0;
+        uint32_t        n_tokens       = 0;
     };
 
     explicit layer_pass(expert_store & store, const expert_index & index) : store_(store), index_(index) {}
@@ -67,9 +67,9 @@ class layer_pass {
 
     // Pieces of an item are taken with take() and given back, finished, with finish().
     struct progress {
-        std::atomic<int32_t>       next{ 0 };
-        std::atomic<int32_t>       finished{ 0 };
-        std::atomic<stream_slot *> stream{ nullptr };
+        std::atomic<int32_t>       next { 0 };
+        std::atomic<int32_t>       finished { 0 };
+        std::atomic<stream_slot *> stream { nullptr };
     };
 
     progress & at(uint32_t part, size_t item) { return progress_[part * items_.size() + item]; }

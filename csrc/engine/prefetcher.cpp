@@ -5,8 +5,8 @@
 namespace hobbit {
 
 prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
-                       router_source & routers)
-    : store_(store), index_(index), params_(params), routers_(routers) {
+                       router_source & routers) :
+    store_(store), index_(index), params_(params), routers_(routers) {
     for (auto & per_layer : last_) {
         per_layer.resize(index.layers().size());
     }
@@ -22,8 +22,8 @@ prefetcher::~prefetcher() {
     thread_.join();
 }
 
-void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
-                      policy::thresholds t, bool by_score) {
+void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, policy::thresholds t,
+                      bool by_score) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         mail_.layer    = layer;

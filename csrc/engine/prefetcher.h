@@ -67,10 +67,10 @@ class prefetcher {
     bool                    has_mail_ = false;
     bool                    stop_     = false;
 
-    std::mutex recall_mutex_;  // guards the three below
+    std::mutex                         recall_mutex_;                // guards the three below
     std::vector<std::vector<uint16_t>> last_[HOBBIT_MAX_LOOKAHEAD];  // [distance - 1][layer]
-    uint64_t predicted_[HOBBIT_MAX_LOOKAHEAD] = {};
-    uint64_t right_[HOBBIT_MAX_LOOKAHEAD]     = {};
+    uint64_t                           predicted_[HOBBIT_MAX_LOOKAHEAD] = {};
+    uint64_t                           right_[HOBBIT_MAX_LOOKAHEAD]     = {};
 
     std::thread thread_;
 };

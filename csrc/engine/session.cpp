@@ -17,7 +17,8 @@ static void check_params(const hobbit_params & p) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
         }
     };
-    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_WEIGHT, "unknown precision rule");
+    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_WEIGHT,
+            "unknown precision rule");
     require(find_eviction_rule(p.eviction_rule) != nullptr, "unknown eviction rule");
     require(p.t1 <= p.t2, "t1 must not be above t2");
     require(p.prefetch_depth <= HOBBIT_MAX_LOOKAHEAD, "prefetch_depth is at most 4");
@@ -33,17 +34,15 @@ static expert_index make_index(const std::string & path, const std::string & low
     return expert_index(path, low_path, params.direct_io != 0);
 }
 
-session::session(const std::string & path, const std::string & low_path, const hobbit_params & params)
-    : params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
+session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
+    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
     thresholds_ = policy::default_thresholds(index_.n_expert_used);
     if (params.t1 >= 0.0f) {
         thresholds_ = { params.t1, params.t2 };
     }
 }
 
-session::~session() {
-    stop();
-}
+session::~session() { stop(); }
 
 void session::start(uint64_t pool_bytes) {
     if (store_) {
@@ -51,6 +50,7 @@ void session::start(uint64_t pool_bytes) {
     }
     store_ = std::make_unique<expert_store>(index_, params_, std::min(pool_bytes, expert_store::pool_max(index_, params_)));
     pass_  = std::make_unique<layer_pass>(*store_, index_);
+    index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
     if (params_.prefetch_depth > 0 && routers_) {
         prefetcher_ = std::make_unique<prefetcher>(*store_, index_, params_, *routers_);
     }
@@ -68,8 +68,8 @@ void session::begin_sequence() {
     }
 }
 
-void session::route(uint32_t layer, const void * key, const layer_pass::selections & sel, const float * x,
-                    size_t n_embd, size_t x_stride, float * out_weights) {
+void session::route(uint32_t layer, const void * key, const layer_pass::selections & sel, const float * x, size_t n_embd,
+                    size_t x_stride, float * out_weights) {
     try {
         if (!running()) {
             fail(HOBBIT_ERR_STATE, "the model was used before its expert pool was made or after it was closed");
@@ -102,9 +102,7 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
     }
 }
 
-bool session::failed() const {
-    return failed_.load(std::memory_order_acquire) || (store_ && store_->failed());
-}
+bool session::failed() const { return failed_.load(std::memory_order_acquire) || (store_ && store_->failed()); }
 
 void session::record_failure(std::exception_ptr why) {
     std::lock_guard<std::mutex> lock(failure_mutex_);

@@ -80,13 +80,13 @@ class session : public std::enable_shared_from_this<session> {
 
     std::mutex         failure_mutex_;
     std::exception_ptr failure_;
-    std::atomic<bool>  failed_{ false };
+    std::atomic<bool>  failed_ { false };
 
-    std::mutex                         trace_mutex_;
-    std::atomic<bool>                  tracing_{ false };
-    uint64_t                           trace_rows_ = 0;   // begun
-    std::vector<uint16_t>              trace_ids_;
-    std::vector<float>                 trace_weights_;
+    std::mutex            trace_mutex_;
+    std::atomic<bool>     tracing_ { false };
+    uint64_t              trace_rows_ = 0;  // begun
+    std::vector<uint16_t> trace_ids_;
+    std::vector<float>    trace_weights_;
 };
 
 }  // namespace hobbit

@@ -39,13 +39,9 @@ class extra_buffers : public ggml::cpu::extra_buffer_type {
     }
 };
 
-void free_buffer(ggml_backend_buffer_t buffer) {
-    delete (expert_buffer *) buffer->context;
-}
+void free_buffer(ggml_backend_buffer_t buffer) { delete (expert_buffer *) buffer->context; }
 
-void * get_base(ggml_backend_buffer_t buffer) {
-    return ((expert_buffer *) buffer->context)->addresses.data();
-}
+void * get_base(ggml_backend_buffer_t buffer) { return ((expert_buffer *) buffer->context)->addresses.data(); }
 
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     auto *     self  = (expert_buffer *) buffer->context;
@@ -53,8 +49,7 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     if (where.first < 0) {
         return GGML_STATUS_FAILED;
     }
-    self->tensors.push_back(
-        std::make_unique<expert_tensor>(self->owner, (uint32_t) where.first, (uint32_t) where.second));
+    self->tensors.push_back(std::make_unique<expert_tensor>(self->owner, (uint32_t) where.first, (uint32_t) where.second));
     tensor->extra = self->tensors.back().get();
     return GGML_STATUS_SUCCESS;
 }
@@ -68,10 +63,11 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void *
     auto *     self  = (expert_buffer *) buffer->context;
     const auto where = self->owner->index().find(tensor->name);
     try {
-        const auto & source = self->owner->index().layers()[(size_t) where.first].projections[(size_t) where.second].source[0];
-        const file & f      = self->owner->index().source(source.file);
-        const auto   begin  = f.aligned_begin(source.offset + offset);
-        const auto   end    = f.aligned_end(source.offset + offset + size);
+        const auto & source =
+            self->owner->index().layers()[(size_t) where.first].projections[(size_t) where.second].source[0];
+        const file & f     = self->owner->index().source(source.file);
+        const auto   begin = f.aligned_begin(source.offset + offset);
+        const auto   end   = f.aligned_end(source.offset + offset + size);
         region       staging(end - begin, false);
         f.read(staging.data(), begin, end - begin, source.offset + offset + size - begin);
         memcpy(data, staging.data() + (source.offset + offset - begin), size);
@@ -83,22 +79,18 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void *
 
 void clear(ggml_backend_buffer_t, uint8_t) {}
 
-const char * get_name(ggml_backend_buffer_type_t) {
-    return "HOBBIT";
-}
+const char * get_name(ggml_backend_buffer_type_t) { return "HOBBIT"; }
 
-size_t get_alignment(ggml_backend_buffer_type_t) {
-    return 64;
-}
+size_t get_alignment(ggml_backend_buffer_type_t) { return 64; }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     if (!bound_session) {
         return nullptr;
     }
     try {
-        auto self       = std::make_unique<expert_buffer>();
-        self->owner     = bound_session;
-        self->addresses = address_range(size);
+        auto self                         = std::make_unique<expert_buffer>();
+        self->owner                       = bound_session;
+        self->addresses                   = address_range(size);
         const ggml_backend_buffer_i iface = {
             free_buffer, get_base, init_tensor, nullptr, set_tensor, get_tensor, nullptr, nullptr, nullptr, clear, nullptr,
         };
@@ -118,9 +110,7 @@ ggml_backend_buffer_type_t expert_buffer_type() {
     return &type;
 }
 
-bool owns(const ggml_tensor * tensor) {
-    return find_expert_tensor(tensor) != nullptr;
-}
+bool owns(const ggml_tensor * tensor) { return find_expert_tensor(tensor) != nullptr; }
 
 }  // namespace
 
@@ -140,15 +130,12 @@ void register_expert_buffers() {
     });
 }
 
-void bind_thread(std::shared_ptr<session> owner) {
-    bound_session = std::move(owner);
-}
+void bind_thread(std::shared_ptr<session> owner) { bound_session = std::move(owner); }
 
 const void * buft_overrides(session & owner) {
     if (!owner.overrides) {
-        owner.overrides = std::shared_ptr<llama_model_tensor_buft_override[]>(
-            new llama_model_tensor_buft_override[2]{ { owner.tensor_pattern().c_str(), expert_buffer_type() },
-                                                     { nullptr, nullptr } });
+        owner.overrides = std::shared_ptr<llama_model_tensor_buft_override[]>(new llama_model_tensor_buft_override[2] {
+            { owner.tensor_pattern().c_str(), expert_buffer_type() }, { nullptr, nullptr } });
     }
     return owner.overrides.get();
 }

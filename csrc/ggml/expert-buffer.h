@@ -19,8 +19,8 @@ namespace hobbit {
 // One expert tensor: `extra` of its ggml tensor.
 class expert_tensor : public ggml::cpu::tensor_traits {
   public:
-    expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part)
-        : owner_(std::move(owner)), layer_(layer), part_(part) {}
+    expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part) :
+        owner_(std::move(owner)), layer_(layer), part_(part) {}
 
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override;
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override;
@@ -46,6 +46,5 @@ const void * buft_overrides(session & owner);
 
 // NULL when the tensor is not ours.
 expert_tensor * find_expert_tensor(const ggml_tensor * tensor);
-
 
 }  // namespace hobbit

@@ -23,7 +23,7 @@ struct hobbit_moe {
     ggml_tensor * gate;
     ggml_tensor * down;
     ggml_tensor * gate_up;
-    int           gating;          // llama_expert_gating_func_type
+    int           gating;  // llama_expert_gating_func_type
 };
 
 struct hobbit_hook_table {
@@ -38,9 +38,7 @@ struct hobbit_hook_table {
 extern "C" HOBBIT_HOOK_API hobbit_hook_table * hobbit_hooks(void);
 
 // Low-precision copies in a GGUF made by `hobbit convert`: not part of the model as llama.cpp knows it.
-inline bool hobbit_is_low_copy(const char * tensor_name) {
-    return strncmp(tensor_name, "hobbit.low.", 11) == 0;
-}
+inline bool hobbit_is_low_copy(const char * tensor_name) { return strncmp(tensor_name, "hobbit.low.", 11) == 0; }
 
 inline bool hobbit_owns(const ggml_tensor * tensor) {
     return hobbit_hooks()->owns != nullptr && hobbit_hooks()->owns(tensor);

@@ -22,27 +22,21 @@ namespace {
 
 using steady = std::chrono::steady_clock;
 
-double seconds_since(steady::time_point begin) {
-    return std::chrono::duration<double>(steady::now() - begin).count();
-}
+double seconds_since(steady::time_point begin) { return std::chrono::duration<double>(steady::now() - begin).count(); }
 
 // One source type: a slice of one expert seen as a tensor of a single expert, and src1 in the type its kernel wants.
 struct operand {
-    bool        used = false;
-    ggml_tensor weights;       // ne[2] = 1, data set per expert
-    ggml_tensor result;        // dst with src[0] = &weights
-    const char * rows    = nullptr;  // src1 rows in vec_dot_type
-    size_t       row_stride[2] = { 0, 0 };  // bytes along i11, i12
-    ggml_vec_dot_t vec_dot = nullptr;
+    bool           used = false;
+    ggml_tensor    weights;                   // ne[2] = 1, data set per expert
+    ggml_tensor    result;                    // dst with src[0] = &weights
+    const char *   rows          = nullptr;   // src1 rows in vec_dot_type
+    size_t         row_stride[2] = { 0, 0 };  // bytes along i11, i12
+    ggml_vec_dot_t vec_dot       = nullptr;
 };
 
-size_t aligned(size_t n) {
-    return (n + 63) / 64 * 64;
-}
+size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
 
-ggml_type kernel_type(int32_t type) {
-    return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type;
-}
+ggml_type kernel_type(int32_t type) { return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type; }
 
 // The slice of `op->src[0]` at another type, as ggml sees a tensor.
 void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
@@ -77,8 +71,8 @@ void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, 
 }
 
 // Rows [r0, r1) of the expert's matrix times the batch rows [c0, c1) of its list.
-void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
-                    int64_t r1, int64_t c0, int64_t c1) {
+void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
+                    int64_t c0, int64_t c1) {
     const int64_t ne00 = o.weights.ne[0];
     const int64_t ne11 = dst->src[1]->ne[1];
     const size_t  nb01 = o.weights.nb[1];
@@ -101,7 +95,7 @@ void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, co
 
 // How an expert's product is cut into pieces: ggml's rule, so that the pieces are of a size that suits the caches.
 struct cut {
-    int64_t rows, cols;    // of a piece
+    int64_t rows, cols;  // of a piece
     int64_t n_row_pieces;
     int32_t n;
 
@@ -122,8 +116,8 @@ struct cut {
 
 class product {
   public:
-    product(session & owner, uint32_t layer, uint32_t part, ggml_compute_params * params, ggml_tensor * op)
-        : owner_(owner), layer_(owner.index().layers()[layer]), part_(part), params_(params), op_(op) {}
+    product(session & owner, uint32_t layer, uint32_t part, ggml_compute_params * params, ggml_tensor * op) :
+        owner_(owner), layer_(owner.index().layers()[layer]), part_(part), params_(params), op_(op) {}
 
     void run(layer_pass & pass) {
         const auto begin = steady::now();
@@ -187,18 +181,18 @@ class product {
 
     // ggml's tiled kernel, where it takes the type and the number of rows: each thread does its share of the expert.
     bool multiply_tiled(const layer_pass & pass, const pass_item & item, const std::byte * slice) {
-        operand & o               = operands_[(int) item.prec];
-        o.weights.data            = (void *) slice;
-        ggml_compute_params mine  = *params_;
-        mine.wdata                = (void *) o.rows;
+        operand & o              = operands_[(int) item.prec];
+        o.weights.data           = (void *) slice;
+        ggml_compute_params mine = *params_;
+        mine.wdata               = (void *) o.rows;
         return ggml_compute_forward_mul_mat_id_tiled(&mine, &o.result, 0, item.n_rows,
                                                      (const int32_t *) &pass.rows()[item.first_row], scratch_);
     }
 
     // Whatever can be done on the item now. True when this thread is through with it.
     bool advance(layer_pass & pass, size_t i) {
-        const pass_item &  item  = pass.items()[i];
-        const std::byte *  slice = pass.slice(part_, i);
+        const pass_item & item  = pass.items()[i];
+        const std::byte * slice = pass.slice(part_, i);
         if (slice == nullptr) {
             return pass.at(part_, i).next.load(std::memory_order_relaxed) > 0;  // others have finished it already
         }
@@ -235,7 +229,7 @@ class product {
         }
         expert_store & store = *owner_.store();
         while (!left.empty()) {
-            const uint64_t seen = store.arrivals();
+            const uint64_t seen   = store.arrivals();
             const size_t   before = left.size();
             left.erase(std::remove_if(left.begin(), left.end(), [&](uint32_t i) { return advance(pass, i); }), left.end());
             if (left.empty() || owner_.failed()) {

@@ -54,9 +54,7 @@ bool can_quantize(ggml_type type) {
 }
 
 // Largest magnitude that survives: most types keep either their values or the scale of a block as F16.
-float max_magnitude(ggml_type type) {
-    return type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? FLT_MAX : 65504.0f;
-}
+float max_magnitude(ggml_type type) { return type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? FLT_MAX : 65504.0f; }
 
 // Index of the first value that is NaN, infinite or too large; -1 when there is none. The maximum over short runs is what the
 // compiler vectorises; `!(x <= limit)` is true for NaN.
@@ -84,8 +82,7 @@ ggml_type check_type(int32_t type) {
     return (ggml_type) type;
 }
 
-void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
-              const float * imatrix) {
+void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, int64_t n_per_row, const float * imatrix) {
     const ggml_type type  = check_type(type_id);
     const char *    name  = ggml_type_name(type);
     const int64_t   block = ggml_blck_size(type);
@@ -98,9 +95,8 @@ void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, in
              format("n_rows = %lld, n_per_row = %lld: out of range", (long long) n_rows, (long long) n_per_row));
     }
     if (n_per_row % block != 0) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT,
-             format("n_per_row = %lld is not a multiple of the %lld elements of a %s block", (long long) n_per_row,
-                    (long long) block, name));
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, format("n_per_row = %lld is not a multiple of the %lld elements of a %s block",
+                                                 (long long) n_per_row, (long long) block, name));
     }
     if (n_rows == 0) {
         return;
@@ -183,9 +179,7 @@ int32_t hobbit_type_from_name(const char * name) {
     return -1;
 }
 
-const char * hobbit_type_name(int32_t type) {
-    return hobbit::known_type(type) ? ggml_type_name((ggml_type) type) : nullptr;
-}
+const char * hobbit_type_name(int32_t type) { return hobbit::known_type(type) ? ggml_type_name((ggml_type) type) : nullptr; }
 
 uint32_t hobbit_type_block(int32_t type) {
     return hobbit::known_type(type) ? (uint32_t) ggml_blck_size((ggml_type) type) : 0;

@@ -49,7 +49,8 @@ ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor
         ((ggml_routers *) expert->owner().routers())->learn(expert->layer(), moe, input, (uint32_t) ids->ne[0]);
     }
     ggml_tensor * args[] = { weights, ids, input };
-    ggml_tensor * out    = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, weights->ne[1], weights->ne[2], 1, args, 3, run_route, 1, expert);
+    ggml_tensor * out =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, 1, weights->ne[1], weights->ne[2], 1, args, 3, run_route, 1, expert);
     ggml_set_name(out, "hobbit_route");
     return out;
 }

@@ -24,8 +24,7 @@ void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tens
     const ggml_tensor * w = moe.gate_inp;
     // A router that is computed elsewhere, or lies repacked or on a device, is not predicted from.
     if (w == nullptr || w->buffer == nullptr || !ggml_backend_buffer_is_host(w->buffer) || w->data == nullptr ||
-        w->ne[0] != input->ne[0] || w->ne[1] < k || w->ne[2] != 1 ||
-        ggml_get_type_traits_cpu(w->type)->vec_dot == nullptr) {
+        w->ne[0] != input->ne[0] || w->ne[1] < k || w->ne[2] != 1 || ggml_get_type_traits_cpu(w->type)->vec_dot == nullptr) {
         return;
     }
     r.shape.n_expert     = (uint32_t) w->ne[1];
@@ -33,10 +32,18 @@ void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tens
     r.shape.n_group      = index_.n_group;
     r.shape.n_group_used = index_.n_group_used;
     switch (moe.gating) {  // llama_expert_gating_func_type
-        case 2: r.shape.function = policy::gating::sigmoid; break;
-        case 3: r.shape.function = policy::gating::softmax_over_selected; break;
-        case 4: r.shape.function = policy::gating::sqrt_softplus; break;
-        default: r.shape.function = policy::gating::softmax; break;
+        case 2:
+            r.shape.function = policy::gating::sigmoid;
+            break;
+        case 3:
+            r.shape.function = policy::gating::softmax_over_selected;
+            break;
+        case 4:
+            r.shape.function = policy::gating::sqrt_softplus;
+            break;
+        default:
+            r.shape.function = policy::gating::softmax;
+            break;
     }
     r.weight         = w;
     r.bias           = host_floats(moe.gate_inp_b, w->ne[1]);
@@ -57,9 +64,7 @@ bool ggml_routers::shape(uint32_t layer, policy::router_shape & out) {
     return true;
 }
 
-const float * ggml_routers::selection_bias(uint32_t layer) {
-    return routers_[layer].selection_bias;
-}
+const float * ggml_routers::selection_bias(uint32_t layer) { return routers_[layer].selection_bias; }
 
 void ggml_routers::logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) {
     const router &      r = routers_[to];

@@ -23,7 +23,7 @@ class ggml_routers : public router_source {
 
   private:
     struct router {
-        std::atomic<bool>    known{ false };  // set last
+        std::atomic<bool>    known { false };  // set last
         policy::router_shape shape;
         const ggml_tensor *  weight         = nullptr;
         const float *        bias           = nullptr;

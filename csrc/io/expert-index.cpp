@@ -45,10 +45,14 @@ uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t othe
         return otherwise;
     }
     switch (gguf_get_kv_type(g, id)) {
-        case GGUF_TYPE_UINT32: return gguf_get_val_u32(g, id);
-        case GGUF_TYPE_INT32: return (uint32_t) std::max(0, gguf_get_val_i32(g, id));
-        case GGUF_TYPE_UINT16: return gguf_get_val_u16(g, id);
-        case GGUF_TYPE_UINT64: return (uint32_t) gguf_get_val_u64(g, id);
+        case GGUF_TYPE_UINT32:
+            return gguf_get_val_u32(g, id);
+        case GGUF_TYPE_INT32:
+            return (uint32_t) std::max(0, gguf_get_val_i32(g, id));
+        case GGUF_TYPE_UINT16:
+            return gguf_get_val_u16(g, id);
+        case GGUF_TYPE_UINT64:
+            return (uint32_t) gguf_get_val_u64(g, id);
         case GGUF_TYPE_ARRAY: {  // a value per layer: the largest serves for sizes
             const size_t    n    = gguf_get_arr_n(g, id);
             const gguf_type type = gguf_get_arr_type(g, id);
@@ -58,7 +62,8 @@ uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t othe
             const auto * v = (const uint32_t *) gguf_get_arr_data(g, id);
             return n == 0 ? otherwise : *std::max_element(v, v + n);
         }
-        default: return otherwise;
+        default:
+            return otherwise;
     }
 }
 
@@ -71,8 +76,8 @@ std::string read_string(const gguf_context * g, const char * key) {
 std::string split_name(const std::string & path, uint32_t no, uint32_t count) {
     const std::string first = format("-%05u-of-%05u.gguf", 1u, count);
     if (path.size() <= first.size() || path.compare(path.size() - first.size(), first.size(), first) != 0) {
-        fail(HOBBIT_ERR_FORMAT, path + " is part of a split model; open the part called *-00001-of-" +
-                                    format("%05u.gguf", count));
+        fail(HOBBIT_ERR_FORMAT,
+             path + " is part of a split model; open the part called *-00001-of-" + format("%05u.gguf", count));
     }
     return path.substr(0, path.size() - first.size()) + format("-%05u-of-%05u.gguf", no + 1, count);
 }
@@ -114,12 +119,13 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
         const file & f       = *files_.back();
         const auto   file_id = (uint16_t) (files_.size() - 1);
 
-        ggml_context *   meta_raw = nullptr;
-        gguf_init_params params   = { /*.no_alloc =*/true, /*.ctx =*/&meta_raw };
+        ggml_context *                              meta_raw = nullptr;
+        gguf_init_params                            params   = { /*.no_alloc =*/true, /*.ctx =*/&meta_raw };
         std::unique_ptr<gguf_context, gguf_deleter> g(gguf_init_from_file(part_path.c_str(), params));
         std::unique_ptr<ggml_context, ggml_deleter> meta(meta_raw);
         if (!g) {
-            fail(HOBBIT_ERR_FORMAT, part_path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
+            fail(HOBBIT_ERR_FORMAT,
+                 part_path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
         }
         if (part == 0) {
             n_parts = std::max(1u, read_u32(g.get(), "split.count", 1));
@@ -128,10 +134,10 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
             }
             if (!low_only) {
                 const std::string arch = read_string(g.get(), "general.architecture");
-                n_block       = read_u32(g.get(), arch + ".block_count", 0);
-                n_expert_used = read_u32(g.get(), arch + ".expert_used_count", 0);
-                n_group       = read_u32(g.get(), arch + ".expert_group_count", 0);
-                n_group_used  = read_u32(g.get(), arch + ".expert_group_used_count", 0);
+                n_block                = read_u32(g.get(), arch + ".block_count", 0);
+                n_expert_used          = read_u32(g.get(), arch + ".expert_used_count", 0);
+                n_group                = read_u32(g.get(), arch + ".expert_group_count", 0);
+                n_group_used           = read_u32(g.get(), arch + ".expert_group_used_count", 0);
             }
         }
 
@@ -187,7 +193,8 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
                 proj->is_down = what.compare(0, 8, "ffn_down") == 0;
             }
             if (proj->n_in != t->ne[0] || proj->n_out != t->ne[1] || layer->n_expert != (uint32_t) t->ne[2]) {
-                fail(HOBBIT_ERR_FORMAT, part_path + ": the shape of " + full + " does not agree with the other experts of its block");
+                fail(HOBBIT_ERR_FORMAT,
+                     part_path + ": the shape of " + full + " does not agree with the other experts of its block");
             }
             tensor_source & src = proj->source[is_low ? 1 : 0];
             if (src.type >= 0) {
@@ -200,7 +207,8 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
 
 void expert_index::check_layers() {
     if (layers_.empty()) {
-        fail(HOBBIT_ERR_NOT_MOE, path_ + " has no routed experts: a dense model has nothing to offload; load it with offload=None");
+        fail(HOBBIT_ERR_NOT_MOE,
+             path_ + " has no routed experts: a dense model has nothing to offload; load it with offload=None");
     }
     std::sort(layers_.begin(), layers_.end(), [](const moe_layer & a, const moe_layer & b) {
         return a.block != b.block ? a.block < b.block : a.projections[0].name < b.projections[0].name;

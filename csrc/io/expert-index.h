@@ -21,11 +21,11 @@ extern const char * const LOW_PREFIX;  // "hobbit.low."
 
 // One expert tensor at one precision.
 struct tensor_source {
-    int32_t  type       = -1;  // ggml_type; -1: there is none
-    uint16_t file       = 0;
-    uint64_t offset     = 0;   // of expert 0, from the start of the file
-    uint64_t row_bytes  = 0;
-    uint64_t slice      = 0;   // bytes of one expert
+    int32_t  type      = -1;  // ggml_type; -1: there is none
+    uint16_t file      = 0;
+    uint64_t offset    = 0;  // of expert 0, from the start of the file
+    uint64_t row_bytes = 0;
+    uint64_t slice     = 0;  // bytes of one expert
 
     extent expert(uint32_t e) const { return { file, offset + e * slice, slice }; }
 };
@@ -33,8 +33,8 @@ struct tensor_source {
 // gate, up, down or fused gate_up.
 struct projection {
     std::string   name;  // of the tensor
-    int64_t       n_in   = 0;
-    int64_t       n_out  = 0;
+    int64_t       n_in    = 0;
+    int64_t       n_out   = 0;
     bool          is_down = false;  // needed last
     tensor_source source[N_PRECISION];
     uint64_t      slot_offset[N_PRECISION] = { 0, 0 };  // where it lies in a slot
@@ -67,17 +67,17 @@ class expert_index {
     // Regular expressions (ECMAScript) that match all expert tensors and nothing else of the model.
     std::string tensor_pattern() const;
 
-    uint32_t n_block       = 0;
-    uint32_t n_expert      = 0;  // most of a layer
-    uint32_t n_expert_used = 0;
-    uint32_t n_group       = 0;  // expert groups (DeepSeek), 0: none
-    uint32_t n_group_used  = 0;
-    bool     has_low       = false;  // complete
-    uint64_t bytes_dense   = 0;
+    uint32_t n_block                  = 0;
+    uint32_t n_expert                 = 0;  // most of a layer
+    uint32_t n_expert_used            = 0;
+    uint32_t n_group                  = 0;  // expert groups (DeepSeek), 0: none
+    uint32_t n_group_used             = 0;
+    bool     has_low                  = false;  // complete
+    uint64_t bytes_dense              = 0;
     uint64_t bytes_total[N_PRECISION] = { 0, 0 };
     uint64_t max_expert[N_PRECISION]  = { 0, 0 };  // bytes
     uint64_t max_slot[N_PRECISION]    = { 0, 0 };
-    uint64_t max_segment   = 0;  // largest slot_bytes of a projection at either precision
+    uint64_t max_segment              = 0;  // largest slot_bytes of a projection at either precision
 
     bool     direct() const;
     uint32_t alignment() const;

@@ -92,18 +92,15 @@ void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_
         }
     }
     if (done < must_have) {
-        fail(HOBBIT_ERR_READ,
-             format("short read: %" PRIu64 " of %" PRIu64 " bytes at offset %" PRIu64
-                    " of %s; was the file truncated or replaced while it was in use?",
-                    done, must_have, offset, path_.c_str()));
+        fail(HOBBIT_ERR_READ, format("short read: %" PRIu64 " of %" PRIu64 " bytes at offset %" PRIu64
+                                     " of %s; was the file truncated or replaced while it was in use?",
+                                     done, must_have, offset, path_.c_str()));
     }
     if (!direct_) {
         posix_fadvise(fd_, (off_t) offset, (off_t) bytes, POSIX_FADV_DONTNEED);
     }
 }
 
-void file::drop_page_cache() const {
-    posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
-}
+void file::drop_page_cache() const { posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED); }
 
 }  // namespace hobbit

@@ -6,14 +6,10 @@
 
 namespace hobbit {
 
-static bool is_set(const std::atomic<bool> * flag) {
-    return flag != nullptr && flag->load(std::memory_order_relaxed);
-}
+static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
 
-io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end)
-    : block_(align_up(std::max<uint64_t>(block_bytes, PAGE), PAGE)),
-      max_prefetch_(max_prefetch),
-      on_end_(std::move(on_end)) {
+io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end) :
+    block_(align_up(std::max<uint64_t>(block_bytes, PAGE), PAGE)), max_prefetch_(max_prefetch), on_end_(std::move(on_end)) {
     threads_.reserve(n_threads);
     for (uint32_t i = 0; i < n_threads; ++i) {
         threads_.emplace_back([this] { run(); });
@@ -112,7 +108,9 @@ void io_pool::run() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
         work_.wait(lock, [this] {
-            return stop_ || !demand_.empty() || (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) && demand_pending() == 0);
+            return stop_ || !demand_.empty() ||
+                   (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) &&
+                    demand_pending() == 0);
         });
         if (stop_) {
             return;
@@ -130,8 +128,8 @@ void io_pool::run() {
         try {
             if (is_demand) {
                 const uint64_t must = request.must_have > request.done ? request.must_have - request.done : 0;
-                request.src->read(request.dst + request.done, request.offset + request.done,
-                                  request.bytes - request.done, must);
+                request.src->read(request.dst + request.done, request.offset + request.done, request.bytes - request.done,
+                                  must);
             } else {
                 ended = read_prefetch(request, outcome);
             }

@@ -65,14 +65,14 @@ class io_pool {
     std::atomic<uint32_t> max_prefetch_;
     const handler         on_end_;
 
-    std::mutex               mutex_;  // guards the five below
-    std::condition_variable  work_;
-    std::deque<io_request>   demand_;
-    std::deque<io_request>   prefetch_;
-    uint32_t                 n_prefetching_ = 0;
-    bool                     stop_          = false;
+    std::mutex              mutex_;  // guards the five below
+    std::condition_variable work_;
+    std::deque<io_request>  demand_;
+    std::deque<io_request>  prefetch_;
+    uint32_t                n_prefetching_ = 0;
+    bool                    stop_          = false;
 
-    std::atomic<uint32_t>    n_demand_{ 0 };
+    std::atomic<uint32_t>    n_demand_ { 0 };
     std::vector<std::thread> threads_;
 };
 

@@ -20,8 +20,6 @@ const mode * find_mode(const char * name) {
     return nullptr;
 }
 
-const char * mode_names() {
-    return "hobbit, lru";
-}
+const char * mode_names() { return "hobbit, lru"; }
 
 }  // namespace hobbit::policy

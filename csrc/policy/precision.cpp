@@ -44,7 +44,8 @@ action resolve(precision_rule rule, need n, copy_state high, copy_state low) {
         return action::use_high;
     }
     switch (n) {
-        case need::high: return high == copy_state::in_flight ? action::use_high : action::load_high;
+        case need::high:
+            return high == copy_state::in_flight ? action::use_high : action::load_high;
         case need::low:
             if (low == copy_state::resident) {
                 return action::use_low;
@@ -53,7 +54,8 @@ action resolve(precision_rule rule, need n, copy_state high, copy_state low) {
                 return action::use_high;
             }
             return low == copy_state::in_flight ? action::use_low : action::load_low;
-        case need::skip: return low == copy_state::resident ? action::use_low : action::skip;
+        case need::skip:
+            return low == copy_state::resident ? action::use_low : action::skip;
     }
     return action::load_high;
 }

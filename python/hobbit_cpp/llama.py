@@ -49,7 +49,7 @@ class Llama(_Llama):
 
     def __init__(
         self,
-        model_path: Union[str, "os.PathLike[str]"],
+        model_path: Union[str, os.PathLike[str]],
         *,
         offload: Union[str, OffloadParams, None] = None,
         memory: Optional[Size] = None,

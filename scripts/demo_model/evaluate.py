@@ -45,6 +45,7 @@ class Report:
     importance_09: float
     quantiles: list[float]
     pearson: float
+    pearson_share: float
     drops: list[tuple[float, float, float]]
 
     def lines(self) -> list[str]:
@@ -63,7 +64,8 @@ class Report:
             "importance s: "
             f"{self.importance_06:.1%} <= 0.6, {self.importance_09:.1%} <= 0.9; "
             "quantiles 25/50/75/90/95 %: " + " ".join(f"{q:.2f}" for q in self.quantiles),
-            f"correlation of router weight and norm of the weighted output: {self.pearson:.3f}",
+            f"correlation of router weight and norm of the weighted output: {self.pearson:.3f} over all tokens, "
+            f"{self.pearson_share:.3f} with the norm as a share of the token's",
             *(
                 f"dropping {share:.1%} (s > {limit:.3f}): perplexity {change:+.2%}"
                 for limit, share, change in self.drops
@@ -127,6 +129,9 @@ class _Routing:
     def outputs(self, weights: FloatArray, norms: FloatArray) -> None:
         """Add the norms of a layer's weighted outputs, (tokens, k) both."""
         self._note("pearson", float(np.corrcoef(weights.ravel(), norms.ravel())[0, 1]))
+        # What a choice among one token's experts needs: tokens differ in the size of all their outputs.
+        share = norms / np.maximum(norms.sum(1, keepdims=True), 1e-12)
+        self._note("pearson_share", float(np.corrcoef(weights.ravel(), share.ravel())[0, 1]))
 
 
 def _run(
@@ -201,5 +206,6 @@ def evaluate(model: Model, ids: IntArray, dense: float, step: Callable[[int], No
         importance_09=float((s <= 0.9).mean()),
         quantiles=[float(q) for q in np.quantile(s, [0.25, 0.5, 0.75, 0.9, 0.95])],
         pearson=routing.mean("pearson"),
+        pearson_share=routing.mean("pearson_share"),
         drops=[(limit, float((s > limit).mean()), value / base - 1) for limit, value in zip(limits, changed)],
     )

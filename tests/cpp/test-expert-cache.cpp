@@ -15,7 +15,9 @@ namespace {
 
 constexpr int HIGH = 0, LOW = 1;
 
-float by_uses(const use_record & use, uint32_t, const eviction_context &) { return (float) use.uses; }
+float by_uses(const use_record & use, uint32_t, const eviction_context &) {
+    return (float) use.uses;
+}
 
 // A cache of 2 layers x 8 experts with `n_high` and `n_low` slots, and words for what happens to it.
 class cache_story {
@@ -224,19 +226,31 @@ class random_run {
     explicit random_run(uint32_t seed) : random_(seed), pool_(POOL), cache_(shape(), pool_.data(), priority_hobbit) {}
 
     void step() {
-        now_.token = 1 + random_() % 50;
-        now_.layer = random_() % N_LAYER;
-        const copy_key key{ random_() % N_LAYER, random_() % N_EXPERT, (int) (random_() % 2) };
+        now_.token = 1 + below(50);
+        now_.layer = below(N_LAYER);
+        const copy_key key { below(N_LAYER), below(N_EXPERT), (int) below(2) };
         const auto     at = model_.find(key);
-        switch (random_() % 8) {
+        switch (below(8)) {
             case 0:
             case 1:
-            case 2: at == model_.end() ? insert(key) : fulfil(key, at->second); break;
-            case 3: at != model_.end() ? pin(key, at->second) : use(key); break;
-            case 4: at != model_.end() && at->second.pins > 0 ? unpin(key, at->second) : use(key); break;
-            case 5: at != model_.end() ? touch(key, at->second) : use(key); break;
-            case 6: at != model_.end() && at->second.pins == 0 && random_() % 4 == 0 ? take_out(key) : use(key); break;
-            case 7: random_() % 2 ? void(cache_.pass++) : at != model_.end() ? protect(key, at->second) : use(key); break;
+            case 2:
+                at == model_.end() ? insert(key) : fulfil(key, at->second);
+                break;
+            case 3:
+                at != model_.end() ? pin(key, at->second) : use(key);
+                break;
+            case 4:
+                at != model_.end() && at->second.pins > 0 ? unpin(key, at->second) : use(key);
+                break;
+            case 5:
+                at != model_.end() ? touch(key, at->second) : use(key);
+                break;
+            case 6:
+                at != model_.end() && at->second.pins == 0 && below(4) == 0 ? take_out(key) : use(key);
+                break;
+            case 7:
+                below(2) ? void(cache_.pass++) : at != model_.end() ? protect(key, at->second) : use(key);
+                break;
         }
         compare();
     }
@@ -255,6 +269,8 @@ class random_run {
         s.slot_bytes[1] = 8;
         return s;
     }
+
+    uint32_t below(uint32_t n) { return (uint32_t) (random_() % n); }
 
     cache_entry * entry(const copy_key & k) { return cache_.find(k.layer, k.expert, k.precision); }
 
@@ -323,7 +339,7 @@ class random_run {
     }
 
     void protect(const copy_key & key, copy_model & copy) {
-        copy.protected_until = entry(key)->protected_until = cache_.pass + random_() % 4;
+        copy.protected_until = entry(key)->protected_until = cache_.pass + below(4);
     }
 
     void take_out(const copy_key & key) {
@@ -333,9 +349,9 @@ class random_run {
 
     void use(const copy_key & key) {
         use_record & use = cache_.use(key.layer, key.expert);
-        use.last_token   = random_() % 50;
-        use.uses         = random_() % 4;
-        use.high_uses    = random_() % (use.uses + 1);
+        use.last_token   = below(50);
+        use.uses         = below(4);
+        use.high_uses    = below(use.uses + 1);
     }
 
     void compare() {
@@ -375,7 +391,7 @@ class random_run {
     std::mt19937                   random_;
     std::vector<std::byte>         pool_;
     expert_cache                   cache_;
-    eviction_context               now_{ 1, 0, N_LAYER, 0.5f, { 0.25f, 0.25f, 0.25f, 0.25f } };
+    eviction_context               now_ { 1, 0, N_LAYER, 0.5f, { 0.25f, 0.25f, 0.25f, 0.25f } };
     std::map<copy_key, copy_model> model_;
     uint64_t                       clock_ = 0;
     std::vector<copy_key>          evicted_;

@@ -47,11 +47,16 @@ constexpr copy_state STATES[] = { copy_state::absent, copy_state::in_flight, cop
 
 char letter(action a) {
     switch (a) {
-        case action::use_high: return 'H';
-        case action::use_low: return 'L';
-        case action::load_high: return 'h';
-        case action::load_low: return 'l';
-        case action::skip: return '-';
+        case action::use_high:
+            return 'H';
+        case action::use_low:
+            return 'L';
+        case action::load_high:
+            return 'h';
+        case action::load_low:
+            return 'l';
+        case action::skip:
+            return '-';
     }
     return '?';
 }
@@ -151,7 +156,7 @@ TEST("the exact rule reads in high precision whatever is needed") {
 
 TEST("the miss rule replaces or skips only what is not there") {
     CHECK_EQ(row(precision_rule::miss, need::high), "hhh HHH HHH");  // a low copy does not serve a high need
-    CHECK_EQ(row(precision_rule::miss, need::low), "lLL HHL HHH");   // a high copy serves a low one, what is there first
+    CHECK_EQ(row(precision_rule::miss, need::low), "lLL HHL HHH");  // a high copy serves a low one, what is there first
     CHECK_EQ(row(precision_rule::miss, need::skip), "--L --L HHH");  // what is on its way is not waited for
 }
 

@@ -68,29 +68,29 @@ inline int run(int argc, char ** argv) {
 
 #define TEST_JOIN_(a, b) a##b
 #define TEST_JOIN(a, b)  TEST_JOIN_(a, b)
-#define TEST(claim)                                                                                        \
-    static void               TEST_JOIN(test_, __LINE__)();                                                \
-    static test::registration TEST_JOIN(registration_, __LINE__)(claim, TEST_JOIN(test_, __LINE__));       \
+#define TEST(claim)                                                                                  \
+    static void               TEST_JOIN(test_, __LINE__)();                                          \
+    static test::registration TEST_JOIN(registration_, __LINE__)(claim, TEST_JOIN(test_, __LINE__)); \
     static void               TEST_JOIN(test_, __LINE__)()
 
-#define CHECK(x)                                                      \
-    do {                                                              \
-        if (!(x)) {                                                   \
-            test::fail(__FILE__, __LINE__, "not true: " #x);          \
-        }                                                             \
+#define CHECK(x)                                             \
+    do {                                                     \
+        if (!(x)) {                                          \
+            test::fail(__FILE__, __LINE__, "not true: " #x); \
+        }                                                    \
     } while (0)
 #define CHECK_EQ(a, b) test::check_eq((a), (b), "not equal: " #a ", " #b, __FILE__, __LINE__)
-#define CHECK_THROWS(...)                                                       \
-    do {                                                                        \
-        bool thrown = false;                                                    \
-        try {                                                                   \
-            __VA_ARGS__;                                                        \
-        } catch (const std::exception &) {                                      \
-            thrown = true;                                                      \
-        }                                                                       \
-        if (!thrown) {                                                          \
-            test::fail(__FILE__, __LINE__, "did not throw: " #__VA_ARGS__);     \
-        }                                                                       \
+#define CHECK_THROWS(...)                                                   \
+    do {                                                                    \
+        bool thrown = false;                                                \
+        try {                                                               \
+            __VA_ARGS__;                                                    \
+        } catch (const std::exception &) {                                  \
+            thrown = true;                                                  \
+        }                                                                   \
+        if (!thrown) {                                                      \
+            test::fail(__FILE__, __LINE__, "did not throw: " #__VA_ARGS__); \
+        }                                                                   \
     } while (0)
 #define TEST_MAIN() \
     int main(int argc, char ** argv) { return test::run(argc, argv); }

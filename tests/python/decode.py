@@ -1,6 +1,6 @@
 """Run a model over a text and keep the logits: in this process, or as a program in another one.
 
-    python decode.py MODEL TOKENS.npy OUT.npy CHUNK THREADS     with whatever llama_cpp the environment gives
+python decode.py MODEL TOKENS.npy OUT.npy CHUNK THREADS     with whatever llama_cpp the environment gives
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from hobbit_cpp.convert import convert
-
 import tiny_models
+from hobbit_cpp.convert import convert
 
 
 @functools.cache

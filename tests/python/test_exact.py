@@ -11,6 +11,7 @@ from typing import Tuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from decode import load, logits, words
 from hobbit_cpp import Llama, OffloadParams
 from hobbit_cpp._session import Session
@@ -24,7 +25,7 @@ N_PREFILL, N_DECODE = 100, 40
 Array = npt.NDArray[np.float32]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def stock(path: Path, threads: int) -> Tuple[Array, Array]:
     """Logits of stock llama.cpp: a prompt in batches of 64, and token by token."""
     llm = load(Llama, str(path), threads)
@@ -34,7 +35,7 @@ def stock(path: Path, threads: int) -> Tuple[Array, Array]:
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pool_sizes(path: Path) -> Tuple[int, ...]:
     info = Session(str(path), OffloadParams()).info
     one_layer = info.pool_min + (info.n_expert - info.n_expert_used) * info.slot_high
@@ -90,7 +91,15 @@ def test_offload_none_is_unpatched(shape: str, tmp_path: Path) -> None:
     llm.close()
     np.save(tmp_path / "tokens.npy", np.array(prompt))
     script = Path(__file__).with_name("decode.py")
-    command = [sys.executable, str(script), str(path), str(tmp_path / "tokens.npy"), str(tmp_path / "out.npy"), "64", "2"]
+    command = [
+        sys.executable,
+        str(script),
+        str(path),
+        str(tmp_path / "tokens.npy"),
+        str(tmp_path / "out.npy"),
+        "64",
+        "2",
+    ]
     subprocess.run(command, env=unpatched_env(), check=True)
     assert np.array_equal(ours, np.load(tmp_path / "out.npy"))
 

@@ -12,9 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Any, Tuple
 
-import hobbit_cpp._lib as _lib
 import numpy as np
 import pytest
+
+import hobbit_cpp._lib as _lib
 from decode import load, logits, words
 from hobbit_cpp import (
     HobbitError,
@@ -104,7 +105,9 @@ def test_weight_rule_does_not_depend_on_the_cache() -> None:
 @pytest.mark.parametrize("rule", ["miss", "weight"])
 def test_wide_open_thresholds_are_exact(rule: str) -> None:
     path = tiny_dual("mixtral")
-    llm = load(Llama, str(path), 1, offload=OffloadParams(precision_rule=rule, t1=1.0, t2=1.0), expert_cache=quarter(path))
+    llm = load(
+        Llama, str(path), 1, offload=OffloadParams(precision_rule=rule, t1=1.0, t2=1.0), expert_cache=quarter(path)
+    )
     stock = load(Llama, str(path), 1)
     tokens = words(llm, 40)
     assert np.array_equal(logits(llm, tokens, 16), logits(stock, tokens, 16))
@@ -178,8 +181,8 @@ def test_prediction_through_the_same_router_is_right() -> None:
 @quiet
 def test_completion_streams_and_is_reproducible() -> None:
     path = tiny("mixtral", "Q8_0")
-    plain = Llama(str(path), n_ctx=256, verbose=False, seed=1)
-    llm = Llama(str(path), offload="hobbit", exact=True, n_ctx=256, verbose=False, seed=1, expert_cache=quarter(path))
+    plain: Any = Llama(str(path), n_ctx=256, verbose=False, seed=1)
+    llm: Any = Llama(str(path), offload="hobbit", exact=True, n_ctx=256, verbose=False, seed=1, expert_cache=quarter(path))
     for _ in range(2):
         a = plain.create_completion("the expert", max_tokens=24, temperature=0.0)["choices"][0]["text"]
         b = llm.create_completion("the expert", max_tokens=24, temperature=0.0)["choices"][0]["text"]
@@ -258,7 +261,16 @@ def test_sizes_that_are_none(size: Any) -> None:
 
 @pytest.mark.parametrize(
     "size,want",
-    [("4GiB", 4 << 30), ("700MiB", 700 << 20), ("1.5g", 3 << 29), ("2K", 2048), ("1GB", 10**9), ("50%", 50), (7, 7), ("8 B", 8)],
+    [
+        ("4GiB", 4 << 30),
+        ("700MiB", 700 << 20),
+        ("1.5g", 3 << 29),
+        ("2K", 2048),
+        ("1GB", 10**9),
+        ("50%", 50),
+        (7, 7),
+        ("8 B", 8),
+    ],
 )
 def test_sizes(size: Any, want: int) -> None:
     assert parse_size(size, of=100) == want
@@ -283,10 +295,10 @@ def test_parameters_out_of_range(tmp_path: Path) -> None:
         {"offload": OffloadParams(eviction_weights=(1, 1, 1, 1))},
     ):
         with pytest.raises(ParameterError):
-            Llama(path, verbose=False, **bad)  # type: ignore[arg-type]
+            Llama(path, verbose=False, **bad)
     for wrong in ({"precision_rule": "exactly"}, {"eviction": "fifo"}, {"t1": 0.5}, {"t1": 0.9, "t2": 0.5}):
         with pytest.raises(ParameterError):
-            OffloadParams(**wrong)  # type: ignore[arg-type]
+            OffloadParams(**wrong)
 
 
 def damaged(tmp_path: Path, how: str) -> Tuple[Path, type]:
@@ -355,7 +367,7 @@ def test_a_file_cut_short_while_in_use_raises_and_can_be_used_when_it_is_back(tm
 
 
 def test_errors_and_statuses_are_one_to_one() -> None:
-    ffi, lib = _lib.core()
+    _ffi, lib = _lib.core()
     statuses = {name for name in dir(lib) if name.startswith("HOBBIT_ERR_")}
     assert statuses == set(STATUS_TO_EXCEPTION)
     assert len(set(STATUS_TO_EXCEPTION.values())) == len(statuses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from .generate import Model
@@ -134,7 +134,7 @@ def load_model(args: argparse.Namespace) -> Model:
             "expert_cache": args.expert_cache,
         }
         offload = OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
-    model: Model = Llama(
+    model: Any = Llama(
         str(args.model),
         offload=offload,
         memory=args.memory,
@@ -145,7 +145,7 @@ def load_model(args: argparse.Namespace) -> Model:
         n_ubatch=args.ubatch_size,
         verbose=args.verbose,
     )
-    return model
+    return cast("Model", model)
 
 
 def _write(text: str) -> None:
