@@ -50,8 +50,9 @@ static void split_pool(const expert_index & index, const hobbit_params & params,
     n_slots[0]                = (uint32_t) std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
 }
 
-expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes) :
-    index_(index), params_(params), counts_(index.layers().size()) {
+expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
+                           arrival_hook on_arrival) :
+    index_(index), params_(params), on_arrival_(std::move(on_arrival)), counts_(index.layers().size()) {
     const uint64_t floor = pool_min(index, params);
     if (pool_bytes < floor) {
         fail(HOBBIT_ERR_BUDGET, format("an expert pool of %s is too small: this model needs at least %s",
@@ -86,7 +87,7 @@ expert_store::~expert_store() {
     io_.reset();  // its threads call back into the members
 }
 
-const std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const {
+std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const {
     const moe_layer &  layer = index_.layers()[entry.layer];
     const projection & proj  = layer.projections[part];
     const extent       x     = proj.source[entry.precision].expert(entry.expert);
@@ -279,6 +280,8 @@ void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t
     r.part      = STREAM_PART;
     slot.data   = slot.room + (x.offset - r.offset);
     slot.layer  = layer;
+    slot.part   = part;
+    slot.prec   = p;
     slot.ready.store(false, std::memory_order_relaxed);
     io_->demand({ r });
 }
@@ -299,6 +302,9 @@ void expert_store::settle(cache_entry & entry) {
 void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::exception_ptr why) {
     if (r.part == STREAM_PART) {
         auto * slot = (stream_slot *) r.owner;
+        if (outcome == io_outcome::done && on_arrival_) {
+            on_arrival_(slot->layer, slot->part, slot->prec, slot->data);
+        }
         {
             std::lock_guard<std::mutex> lock(mutex_);
             counts_[slot->layer].bytes_demand += r.bytes;
@@ -316,6 +322,10 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
     }
 
     auto * e = (cache_entry *) r.owner;
+    if (outcome == io_outcome::done && on_arrival_) {
+        // In flight, and this part's bit is not set: nobody else looks at it.
+        on_arrival_(e->layer, r.part, (precision) e->precision, slice(*e, r.part));
+    }
     {
         std::lock_guard<std::mutex> lock(mutex_);
         const bool                  demanded = e->demanded.load(std::memory_order_relaxed);

@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -32,15 +33,21 @@ struct expert_want {
 // A read past the cache, for experts that found no slot.
 struct stream_slot {
     std::byte *       room = nullptr;
-    const std::byte * data = nullptr;  // the slice inside `room`
+    std::byte *       data = nullptr;  // the slice inside `room`
     std::atomic<bool> ready { false };
     uint32_t          layer = 0;
+    uint32_t          part  = 0;
+    precision         prec  = precision::high;
 };
 
 class expert_store {
   public:
-    // Throws HOBBIT_ERR_BUDGET when the pool is below pool_min().
-    expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes);
+    // Called on a reader thread for each slice that has arrived, before anybody may look at it.
+    using arrival_hook = std::function<void(uint32_t layer, uint32_t part, precision p, std::byte * slice)>;
+
+    // Throws HOBBIT_ERR_BUDGET when the pool is below pool_min(). `on_arrival` may be empty.
+    expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
+                 arrival_hook on_arrival = {});
     ~expert_store();
 
     // Smallest pool: one token's layer in high precision, and the streaming slots.
@@ -58,7 +65,7 @@ class expert_store {
     }
 
     // The slice of a projection inside an entry's slot.
-    const std::byte * slice(const cache_entry & entry, uint32_t part) const;
+    std::byte * slice(const cache_entry & entry, uint32_t part) const;
 
     // Starts a read into a streaming slot; `slot.ready` tells the end.
     void stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot);
@@ -106,6 +113,7 @@ class expert_store {
 
     const expert_index &                      index_;
     const hobbit_params                       params_;
+    const arrival_hook                        on_arrival_;
     region                                    pool_;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 

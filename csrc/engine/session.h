@@ -53,6 +53,8 @@ class session : public std::enable_shared_from_this<session> {
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
 
+    void set_arrival_hook(expert_store::arrival_hook hook) { on_arrival_ = std::move(hook); }
+
     void set_routers(std::unique_ptr<router_source> routers) { routers_ = std::move(routers); }
 
     router_source * routers() { return routers_.get(); }
@@ -70,6 +72,7 @@ class session : public std::enable_shared_from_this<session> {
     expert_index        index_;
     std::string         pattern_;
 
+    expert_store::arrival_hook     on_arrival_;
     std::unique_ptr<router_source> routers_;
     std::unique_ptr<expert_store>  store_;
     std::unique_ptr<layer_pass>    pass_;

@@ -9,6 +9,7 @@
 // upstream, private
 #include "ggml-backend-impl.h"
 
+#include <array>
 #include <cstring>
 #include <mutex>
 #include <vector>
@@ -127,6 +128,36 @@ void register_expert_buffers() {
         ggml_backend_cpu_get_extra_buffer_types().push_back(expert_buffer_type());
         hobbit_hooks()->owns  = owns;
         hobbit_hooks()->route = build_route;
+    });
+}
+
+expert_tensor::expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part) :
+    owner_(std::move(owner)), layer_(layer), part_(part) {
+    const projection & p = owner_->index().layers()[layer].projections[part];
+    repacked_            = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
+}
+
+void arrange_repacking(session & owner) {
+    const auto & layers = owner.index().layers();
+    // By layer and part; most models need none.
+    std::vector<std::array<const repack_kernel *, MAX_PROJECTIONS>> kernels(layers.size());
+    bool                                                            any = false;
+    for (size_t l = 0; l < layers.size(); ++l) {
+        kernels[l] = {};
+        for (size_t i = 0; i < layers[l].projections.size(); ++i) {
+            const projection & p = layers[l].projections[i];
+            kernels[l][i]        = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
+            any                  = any || kernels[l][i] != nullptr;
+        }
+    }
+    if (!any) {
+        return;
+    }
+    owner.set_arrival_hook([&layers, kernels](uint32_t layer, uint32_t part, precision p, std::byte * slice) {
+        const repack_kernel * kernel = kernels[layer][part];
+        if (p == precision::high && kernel != nullptr) {
+            repack_slice(*kernel, layers[layer].projections[part].n_in, layers[layer].projections[part].n_out, slice);
+        }
     });
 }
 

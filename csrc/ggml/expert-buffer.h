@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../engine/session.h"
+#include "repacking.h"
 
 #include "ggml-backend.h"
 
@@ -19,8 +20,7 @@ namespace hobbit {
 // One expert tensor: `extra` of its ggml tensor.
 class expert_tensor : public ggml::cpu::tensor_traits {
   public:
-    expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part) :
-        owner_(std::move(owner)), layer_(layer), part_(part) {}
+    expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part);
 
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override;
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override;
@@ -29,14 +29,23 @@ class expert_tensor : public ggml::cpu::tensor_traits {
 
     uint32_t layer() const { return layer_; }
 
+    uint32_t part() const { return part_; }
+
+    // Of high-precision slices; NULL: they lie as in the file.
+    const repack_kernel * repacked() const { return repacked_; }
+
   private:
     std::shared_ptr<session> owner_;
     uint32_t                 layer_;
     uint32_t                 part_;
+    const repack_kernel *    repacked_;
 };
 
 // Registers buffer type and hooks; once, before the first offloaded model.
 void register_expert_buffers();
+
+// Slices that stock llama.cpp would keep repacked are repacked when they arrive (repacking.h). Before the session starts.
+void arrange_repacking(session & owner);
 
 // The session that takes the expert tensors of models loaded by this thread, or NULL.
 void bind_thread(std::shared_ptr<session> owner);

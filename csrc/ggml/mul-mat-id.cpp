@@ -26,12 +26,13 @@ double seconds_since(steady::time_point begin) { return std::chrono::duration<do
 
 // One source type: a slice of one expert seen as a tensor of a single expert, and src1 in the type its kernel wants.
 struct operand {
-    bool           used = false;
-    ggml_tensor    weights;                   // ne[2] = 1, data set per expert
-    ggml_tensor    result;                    // dst with src[0] = &weights
-    const char *   rows          = nullptr;   // src1 rows in vec_dot_type
-    size_t         row_stride[2] = { 0, 0 };  // bytes along i11, i12
-    ggml_vec_dot_t vec_dot       = nullptr;
+    bool                  used = false;
+    ggml_tensor           weights;                   // ne[2] = 1, data set per expert
+    ggml_tensor           result;                    // dst with src[0] = &weights
+    const char *          rows          = nullptr;   // src1 rows in vec_dot_type
+    size_t                row_stride[2] = { 0, 0 };  // bytes along i11, i12
+    ggml_vec_dot_t        vec_dot       = nullptr;
+    const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
 };
 
 size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
@@ -93,13 +94,27 @@ void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, co
     }
 }
 
+// The same for a repacked slice; r0 and r1 are multiples of the kernel's columns. One batch row at a time, as ggml does it.
+void multiply_repacked(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
+                       int64_t r1, int64_t c0, int64_t c1) {
+    const int64_t ne11 = dst->src[1]->ne[1];
+    for (int64_t c = c0; c < c1 && r0 < r1; ++c) {
+        const pass_row at  = rows[c];
+        const char *   x   = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
+        auto *         out = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
+        o.repacked->gemv((int) o.weights.ne[0], out + r0, (size_t) o.weights.ne[1], slice + r0 * o.weights.nb[1], x, 1,
+                         (int) (r1 - r0));
+    }
+}
+
 // How an expert's product is cut into pieces: ggml's rule, so that the pieces are of a size that suits the caches.
 struct cut {
     int64_t rows, cols;  // of a piece
     int64_t n_row_pieces;
     int32_t n;
 
-    cut(int64_t nr0, int64_t nr1, int nth) {
+    // `multiple`: of rows that stay together.
+    cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple) {
         const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
         int64_t       n0   = (nr0 + size - 1) / size;
         int64_t       n1   = (nr1 + size - 1) / size;
@@ -108,6 +123,7 @@ struct cut {
             n1 = nr0 > nr1 ? 1 : nth;
         }
         rows         = (nr0 + n0 - 1) / n0;
+        rows         = (rows + multiple - 1) / multiple * multiple;
         cols         = (nr1 + n1 - 1) / n1;
         n_row_pieces = n0;
         n            = (int32_t) (n0 * n1);
@@ -116,8 +132,13 @@ struct cut {
 
 class product {
   public:
-    product(session & owner, uint32_t layer, uint32_t part, ggml_compute_params * params, ggml_tensor * op) :
-        owner_(owner), layer_(owner.index().layers()[layer]), part_(part), params_(params), op_(op) {}
+    product(const expert_tensor & expert, ggml_compute_params * params, ggml_tensor * op) :
+        expert_(expert),
+        owner_(expert.owner()),
+        layer_(owner_.index().layers()[expert.layer()]),
+        part_(expert.part()),
+        params_(params),
+        op_(op) {}
 
     void run(layer_pass & pass) {
         const auto begin = steady::now();
@@ -143,6 +164,7 @@ class product {
                 continue;
             }
             make_operand(o, op_, layer_.projections[part_].source[p]);
+            o.repacked           = p == 0 ? expert_.repacked() : nullptr;
             const ggml_type type = kernel_type(o.weights.type);
             if (src1->type == type) {
                 o.rows          = (const char *) src1->data;
@@ -181,7 +203,10 @@ class product {
 
     // ggml's tiled kernel, where it takes the type and the number of rows: each thread does its share of the expert.
     bool multiply_tiled(const layer_pass & pass, const pass_item & item, const std::byte * slice) {
-        operand & o              = operands_[(int) item.prec];
+        operand & o = operands_[(int) item.prec];
+        if (o.repacked != nullptr) {
+            return false;
+        }
         o.weights.data           = (void *) slice;
         ggml_compute_params mine = *params_;
         mine.wdata               = (void *) o.rows;
@@ -204,7 +229,8 @@ class product {
             }
             return true;
         }
-        const cut pieces(o.weights.ne[1], item.n_rows, params_->nth);
+        const cut  pieces(o.weights.ne[1], item.n_rows, params_->nth, o.repacked == nullptr ? 1 : o.repacked->columns);
+        const auto multiply = o.repacked == nullptr ? multiply_block : multiply_repacked;
         while (true) {
             const int32_t piece = progress.next.fetch_add(1, std::memory_order_relaxed);
             if (piece >= pieces.n) {
@@ -212,9 +238,8 @@ class product {
             }
             const int64_t r0 = piece % pieces.n_row_pieces * pieces.rows;
             const int64_t c0 = piece / pieces.n_row_pieces * pieces.cols;
-            multiply_block(o, op_, (const char *) slice, &pass.rows()[item.first_row], r0,
-                           std::min(r0 + pieces.rows, o.weights.ne[1]), c0,
-                           std::min<int64_t>(c0 + pieces.cols, item.n_rows));
+            multiply(o, op_, (const char *) slice, &pass.rows()[item.first_row], r0,
+                     std::min(r0 + pieces.rows, o.weights.ne[1]), c0, std::min<int64_t>(c0 + pieces.cols, item.n_rows));
             if (progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces.n) {
                 pass.item_done(part_, i);
             }
@@ -244,6 +269,7 @@ class product {
         left.clear();
     }
 
+    const expert_tensor & expert_;
     session &             owner_;
     const moe_layer &     layer_;
     uint32_t              part_;
@@ -305,7 +331,7 @@ bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * 
         }
         ggml_barrier(params->threadpool);
     }
-    product(owner, layer_, part_, params, op).run(*owner.pass());
+    product(*this, params, op).run(*owner.pass());
     return true;
 }
 

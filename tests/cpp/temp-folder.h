@@ -54,7 +54,7 @@ inline bytes read_all(const std::string & path) {
 // `mode`: "wb" makes the file anew, "r+b" writes into the one that others have open.
 inline void write_all(const std::string & path, const bytes & content, const char * mode = "wb") {
     FILE *     f  = fopen(path.c_str(), mode);
-    const bool ok = f != nullptr && fwrite(content.data(), 1, content.size(), f) == content.size();
+    const bool ok = f != nullptr && (content.empty() || fwrite(content.data(), 1, content.size(), f) == content.size());
     if (f == nullptr || fclose(f) != 0 || !ok) {
         throw std::runtime_error("cannot write " + path);
     }

@@ -30,9 +30,7 @@ use_record used(uint32_t last_token, uint32_t high_uses, uint32_t low_uses) {
     return use;
 }
 
-bool near(float a, float b) {
-    return std::fabs(a - b) < 1e-5f;
-}
+bool near(float a, float b) { return std::fabs(a - b) < 1e-5f; }
 
 const use_record UNUSED = {};
 

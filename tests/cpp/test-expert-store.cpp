@@ -316,30 +316,6 @@ wants random_wants(std::mt19937 & random) {
     return out;
 }
 
-// A failed check on a thread of a test has to reach the test.
-template <typename F>
-void on_threads(int n, F && body) {
-    std::vector<std::thread>        threads;
-    std::vector<std::exception_ptr> failures((size_t) n);
-    for (int i = 0; i < n; ++i) {
-        threads.emplace_back([&, i] {
-            try {
-                body(i);
-            } catch (...) {
-                failures[(size_t) i] = std::current_exception();
-            }
-        });
-    }
-    for (std::thread & t : threads) {
-        t.join();
-    }
-    for (const std::exception_ptr & failure : failures) {
-        if (failure) {
-            std::rethrow_exception(failure);
-        }
-    }
-}
-
 void random_pass(tiny_store & s, std::mt19937 & random, size_t stream_slot, int n_waiters) {
     const auto  layer = (uint32_t) (random() % 3);
     const auto  rule  = (precision_rule) (random() % 3);

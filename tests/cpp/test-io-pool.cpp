@@ -119,8 +119,7 @@ class reading {
 
     // Until the first block of a running read is there, seen without a lock: a race by design.
     __attribute__((no_sanitize("thread"))) void wait_for_first_block(const io_request & r) {
-        while (*(volatile char *) (r.dst + BLOCK - 1) == UNTOUCHED &&
-               *(volatile char *) (r.dst + BLOCK - 2) == UNTOUCHED) {
+        while (*(volatile char *) (r.dst + BLOCK - 1) == UNTOUCHED && *(volatile char *) (r.dst + BLOCK - 2) == UNTOUCHED) {
             std::this_thread::yield();
         }
     }
@@ -141,8 +140,6 @@ class reading {
     }
 
     io_pool & pool() { return *pool_; }
-
-    const file & source() const { return *file_; }
 
     std::string path() const { return folder_.path("data"); }
 
@@ -286,25 +283,17 @@ TEST("withdrawn prefetches are not read, and their parts are told") {
     CHECK(reading::untouched(gone, 0));
 }
 
-TEST("a prefetch cancelled before it starts reads nothing") {
+TEST("a prefetch cancelled before it starts reads nothing, unless somebody waits for it") {
     reading                 r(false);
-    const std::atomic<bool> cancel { true };
-    io_request              q = r.whole(1);
-    q.cancel                  = &cancel;
-    r.pool().prefetch({ q });
+    const std::atomic<bool> yes { true };
+    io_request              q = r.whole(1), awaited = r.whole(2);
+    q.cancel = awaited.cancel = awaited.urgent = &yes;
+    r.pool().prefetch({ q, awaited });
     const ended e = r.wait_for(1);
     CHECK(e.outcome == io_outcome::cancelled && e.done == 0);
     CHECK(reading::untouched(q, 0));
-}
-
-TEST("a prefetch that somebody waits for is not cancelled") {
-    reading                 r(false);
-    const std::atomic<bool> yes { true };
-    io_request              q = r.whole(1);
-    q.cancel = q.urgent = &yes;
-    r.pool().prefetch({ q });
-    CHECK(r.wait_for(1).outcome == io_outcome::done);
-    CHECK(reading::right(q));
+    CHECK(r.wait_for(2).outcome == io_outcome::done);
+    CHECK(reading::right(awaited));
 }
 
 TEST("a running prefetch stops between two blocks when it is cancelled") {
@@ -404,15 +393,6 @@ TEST("a pool that goes away drops what is queued and calls nobody afterwards") {
             }
         }
     }
-}
-
-TEST("a pool that goes away while a handler runs waits for it") {
-    reading r(false);
-    r.hold_readers();
-    r.pool().demand({ r.small(1) });
-    r.pool().prefetch({ r.small(2) });
-    r.close();  // opens the gate
-    CHECK(r.order().size() <= 2);
 }
 
 TEST_MAIN()

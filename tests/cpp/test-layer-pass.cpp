@@ -108,25 +108,7 @@ class pass_story : public tiny_store {
         for (uint32_t part = 0; part < n_parts(); ++part) {
             std::vector<std::atomic<int>> read(pass.items().size());
             pass.begin_streams(part);
-            std::vector<std::thread>        threads;
-            std::vector<std::exception_ptr> failures((size_t) n);
-            for (int i = 0; i < n; ++i) {
-                threads.emplace_back([&, i] {
-                    try {
-                        work_on(part, i, n, tiled, read);
-                    } catch (...) {
-                        failures[(size_t) i] = std::current_exception();
-                    }
-                });
-            }
-            for (std::thread & t : threads) {
-                t.join();
-            }
-            for (const std::exception_ptr & failure : failures) {
-                if (failure) {
-                    std::rethrow_exception(failure);
-                }
-            }
+            on_threads(n, [&](int i) { work_on(part, i, n, tiled, read); });
             for (const auto & pieces : read) {
                 CHECK(store().failed() || pieces.load() == (tiled ? n : PIECES));
             }

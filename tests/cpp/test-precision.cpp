@@ -30,8 +30,7 @@ std::vector<float> scores_of(const std::vector<float> & weights) {
 }
 
 bool near(const std::vector<float> & a, const std::vector<float> & b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                      [](float x, float y) { return std::fabs(x - y) < 1e-6f; });
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) { return std::fabs(x - y) < 1e-6f; });
 }
 
 std::vector<float> random_weights(std::mt19937 & random) {
@@ -156,7 +155,7 @@ TEST("the exact rule reads in high precision whatever is needed") {
 
 TEST("the miss rule replaces or skips only what is not there") {
     CHECK_EQ(row(precision_rule::miss, need::high), "hhh HHH HHH");  // a low copy does not serve a high need
-    CHECK_EQ(row(precision_rule::miss, need::low), "lLL HHL HHH");  // a high copy serves a low one, what is there first
+    CHECK_EQ(row(precision_rule::miss, need::low), "lLL HHL HHH");   // a high copy serves a low one, what is there first
     CHECK_EQ(row(precision_rule::miss, need::skip), "--L --L HHH");  // what is on its way is not waited for
 }
 

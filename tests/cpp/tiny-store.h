@@ -48,6 +48,30 @@ inline expert_want want(uint16_t expert, need n = need::high, uint32_t count = 1
     return w;
 }
 
+// Runs body(0) .. body(n - 1) on a thread each. A failed check on one of them reaches the test.
+template <typename F>
+void on_threads(int n, F && body) {
+    std::vector<std::thread>        threads;
+    std::vector<std::exception_ptr> failures((size_t) n);
+    for (int i = 0; i < n; ++i) {
+        threads.emplace_back([&, i] {
+            try {
+                body(i);
+            } catch (...) {
+                failures[(size_t) i] = std::current_exception();
+            }
+        });
+    }
+    for (std::thread & t : threads) {
+        t.join();
+    }
+    for (const std::exception_ptr & failure : failures) {
+        if (failure) {
+            std::rethrow_exception(failure);
+        }
+    }
+}
+
 class tiny_store {
   public:
     explicit tiny_store(const store_setup & setup = {}) : setup_(setup) {
@@ -59,12 +83,11 @@ class tiny_store {
     // A store anew, with nothing in it.
     void open() {
         const uint64_t high = setup_.slots_high * index_->max_slot[0], low = setup_.slots_low * index_->max_slot[1];
-        hobbit_params  p = setup_.params;
-        p.low_share      = setup_.slots_low == 0
-                               ? 0.0f
-                               : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
-        const uint64_t stream =
-            hobbit::expert_store::pool_min(*index_, p) - index_->n_expert_used * index_->max_slot[0];
+        hobbit_params  p      = setup_.params;
+        p.low_share           = setup_.slots_low == 0
+                                    ? 0.0f
+                                    : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
+        const uint64_t stream = hobbit::expert_store::pool_min(*index_, p) - index_->n_expert_used * index_->max_slot[0];
         store_.reset();
         store_ = std::make_unique<hobbit::expert_store>(*index_, p, high + low + stream);
         CHECK_EQ(stats().slots_high, setup_.slots_high);
@@ -102,9 +125,8 @@ class tiny_store {
     void arrive(const wants & got) {
         for (const expert_want & w : got) {
             for (uint32_t part = 0; part < n_parts(); ++part) {
-                wait_until([&] {
-                    return w.entry == nullptr || hobbit::expert_store::ready(*w.entry, part) || store_->failed();
-                });
+                wait_until(
+                    [&] { return w.entry == nullptr || hobbit::expert_store::ready(*w.entry, part) || store_->failed(); });
             }
         }
     }
@@ -119,8 +141,7 @@ class tiny_store {
         for (uint64_t i = begin; i < std::min(end, src.slice); ++i) {
             if ((unsigned char) data[i] != byte_at(seed, expert * src.slice + i)) {
                 fail(__FILE__, __LINE__,
-                     hobbit::format("byte %llu of expert %u of %s is wrong", (unsigned long long) i, expert,
-                                    name.c_str()));
+                     hobbit::format("byte %llu of expert %u of %s is wrong", (unsigned long long) i, expert, name.c_str()));
             }
         }
     }
@@ -129,8 +150,7 @@ class tiny_store {
         for (const expert_want & w : got) {
             for (uint32_t part = 0; w.entry != nullptr && part < n_parts(); ++part) {
                 CHECK(hobbit::expert_store::ready(*w.entry, part));
-                check_slice(store_->slice(*w.entry, part), layer, w.expert, (hobbit::precision) w.entry->precision,
-                            part);
+                check_slice(store_->slice(*w.entry, part), layer, w.expert, (hobbit::precision) w.entry->precision, part);
             }
         }
     }

@@ -60,6 +60,18 @@ def test_exact_is_stock(shape: str, expert_type: str, pool: int, threads: int) -
     llm.close()
 
 
+@pytest.mark.parametrize("high", ["Q4_0", "Q4_K", "Q2_K", "IQ4_NL", "MXFP4", "Q6_K", "Q5_0", "BF16"])
+def test_every_kind_of_kernel(high: str) -> None:
+    """Types that stock llama.cpp repacks on this CPU or not, tiles in batches or not, and plain floats."""
+    path = tiny_dual("qwen3moe", high, "none")
+    want_prefill, want_decode = stock(path, 2)
+    llm = load(Llama, str(path), 2, offload="lru", expert_cache=pool_sizes(path)[2])
+    prompt = words(llm, N_PREFILL)
+    assert np.array_equal(want_prefill, logits(llm, prompt, 64))
+    assert np.array_equal(want_decode, logits(llm, prompt[:N_DECODE], 1))
+    llm.close()
+
+
 @pytest.mark.parametrize("mode", ["lru", "hobbit"])
 def test_a_file_with_one_precision_is_run_as_it_is(mode: str) -> None:
     """Without low copies there is nothing to serve instead, so nothing is skipped either."""
