@@ -1,0 +1,113 @@
+"""The budget holds: a model larger than it is loaded, fed a full batch, filled up to its context, under the budget all the time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+import pytest
+import tiny_models
+from hobbit_cpp._memory import available, cgroup_limits, peak_resident, resident, total
+from models import cache_dir
+
+BUDGET = 260 << 20
+
+PROGRAM = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from hobbit_cpp import Llama
+path, memory, offload = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+llm = Llama(path, offload=offload, memory=memory, n_ctx=512, n_batch=256, n_ubatch=256, n_threads=2, verbose=False)
+prompt = (llm.tokenize(b"the expert of the layer and the token in the wood ") * 100)[:480]
+llm.eval(prompt)                      # full batches
+for token in prompt[:30]:             # up to the end of the context
+    llm.eval([token])
+llm.reset()
+llm.eval(prompt[:100])                # another conversation
+s = llm.offload_stats()
+print(json.dumps({"peak": s.peak_memory, "budget": s.memory_budget, "pool": s.pool_bytes, "slots": s.slots_high,
+                  "tokens": s.n_tokens, "read": s.bytes_read}))
+llm.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def large_model() -> Path:
+    """About 400 MB: more than the budget."""
+    path = cache_dir() / "large-mixtral-512-f16.gguf"
+    if not path.is_file():
+        partial = path.with_suffix(f".{os.getpid()}")
+        tiny_models.write_tiny(partial, "mixtral", n_layer=8, n_expert=32, n_expert_used=4, n_embd=512, n_ff_exp=512)
+        partial.rename(path)
+    assert path.stat().st_size > 1.4 * BUDGET
+    return path
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit: int) -> Iterator[Path]:
+    root = Path("/sys/fs/cgroup/memory")
+    folder = root / f"hobbit-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError as e:
+        pytest.skip(f"no memory cgroup may be made here: {e}")
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]:
+    def enter() -> None:
+        if cgroup is not None:
+            (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+    command = [sys.executable, "-c", PROGRAM, str(model), str(BUDGET), mode]
+    done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out: Dict[str, Any] = json.loads(done.stdout)
+    return out
+
+
+@pytest.mark.parametrize("mode", ["hobbit", "lru"])
+def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> None:
+    out = run(large_model, mode)
+    assert out["budget"] == BUDGET
+    assert out["peak"] <= BUDGET, out
+    # And it is used: the pool has what the rest leaves.
+    assert out["pool"] > 0.25 * BUDGET, out
+    assert out["tokens"] == 610 and out["read"] > out["pool"]
+
+
+def test_in_a_memory_cgroup_nobody_is_killed(large_model: Path) -> None:
+    """The limit is that of the budget: page cache of the model would count, and there is none."""
+    with memory_cgroup(BUDGET) as cgroup:
+        out = run(large_model, "hobbit", cgroup)
+        assert out["peak"] <= BUDGET
+        assert "oom_kill 0" in (cgroup / "memory.oom_control").read_text()
+
+
+def test_what_is_free_is_seen_through_cgroups() -> None:
+    assert 0 < available() <= total() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < resident() <= peak_resident()
+    with memory_cgroup(300 << 20) as cgroup:
+        program = "from hobbit_cpp._memory import *; print(total(), available(), default_budget())"
+        pid_file = cgroup / "cgroup.procs"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            preexec_fn=lambda: pid_file.write_text(str(os.getpid())) and None,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        limit, free, default = map(int, done.stdout.split())
+        assert limit == 300 << 20
+        assert 200 << 20 < free < limit
+        assert default < limit
+    assert all(c.limit > c.used for c in cgroup_limits())
