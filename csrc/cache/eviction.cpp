@@ -2,7 +2,12 @@
 
 #include "../hobbit.h"
 
+#include <algorithm>
+
 namespace hobbit {
+
+// T, of a sequence that has begun.
+static float tokens(const eviction_context & now) { return (float) std::max(now.token, 1u); }
 
 static float layers_ahead(uint32_t layer, const eviction_context & now) {
     return (float) ((layer + now.n_layer - now.layer) % now.n_layer);
@@ -13,15 +18,16 @@ float priority_lru(const use_record & use, uint32_t, const eviction_context &) {
 float priority_lfu(const use_record & use, uint32_t, const eviction_context &) { return (float) use.uses; }
 
 float priority_hobbit(const use_record & use, uint32_t layer, const eviction_context & now) {
-    const float t = (float) now.token;
+    const float t = tokens(now);
     return now.weights.lru * (float) use.last_token / t + now.weights.lfu * (float) use.uses / t +
            now.weights.lhu * (float) use.high_uses / t +
            now.weights.fld * (1.0f - layers_ahead(layer, now) / (float) now.n_layer);
 }
 
 float priority_lcu(const use_record & use, uint32_t layer, const eviction_context & now) {
-    const float c = ((float) use.high_uses + now.low_cost * (float) use.low_uses) / (float) now.token;
-    // The last token's pass is the one before for layers still to come, and the running one for layers behind.
+    const float c = ((float) use.high_uses + now.low_cost * (float) use.low_uses) / tokens(now);
+    // The last token's pass is the one before for layers still to come, and the running one for layers behind, of which those used
+    // in the pass before count as well: they are as near.
     const bool recent = use.last_token != 0 && use.last_token + 1 >= now.token;
     return recent ? c + 1.0f / (layers_ahead(layer, now) + 0.1f) : c;
 }

@@ -18,7 +18,7 @@ struct eviction_weights {
 };
 
 struct eviction_context {
-    uint32_t         token    = 1;     // T: tokens so far in this sequence
+    uint32_t         token    = 0;     // T: tokens so far in this sequence
     uint32_t         layer    = 0;     // l_i: layer now running
     uint32_t         n_layer  = 1;     // l_n
     float            low_cost = 0.5f;  // bytes_low / bytes_high

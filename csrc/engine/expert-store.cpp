@@ -73,19 +73,22 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
         stream_slots_.push_back(std::make_unique<stream_slot>());
         stream_slots_.back()->room = pool_.data() + i * index.max_segment;
     }
-    const eviction_rule rule = find_eviction_rule(params.eviction_rule);
-    cache_                   = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
-    now_.n_layer             = shape.n_layer;
-    now_.weights             = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
-    now_.low_cost            = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    io_                      = std::make_unique<io_pool>(
+    const eviction_rule rule      = find_eviction_rule(params.eviction_rule);
+    uint64_t            n_experts = 0;
+    for (const auto & layer : index.layers()) {
+        n_experts += layer.n_expert;
+    }
+    holds_all_high_ = shape.n_slots[0] == n_experts;
+    cache_          = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
+    now_.n_layer    = shape.n_layer;
+    now_.weights    = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost   = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    io_             = std::make_unique<io_pool>(
         params.io_threads, params.io_block, params.prefetch_reads,
         [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); });
 }
 
-expert_store::~expert_store() {
-    io_.reset();  // its threads call back into the members
-}
+expert_store::~expert_store() = default;  // io_ is the last member: its threads end before what they use
 
 std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const {
     const moe_layer &  layer = index_.layers()[entry.layer];
@@ -170,6 +173,13 @@ void expert_store::resume(cache_entry & entry) {
     io_->demand(requests);
 }
 
+// Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
+policy::action expert_store::prefer_high(policy::precision_rule rule, policy::action a) const {
+    return a == policy::action::load_low && holds_all_high_ && rule == policy::precision_rule::miss
+               ? policy::action::load_high
+               : a;
+}
+
 void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens,
                            std::vector<expert_want> & wants) {
     using policy::action;
@@ -192,6 +202,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         cache_entry * high = cache_->find(layer, w.expert, 0);
         cache_entry * low  = cache_->find(layer, w.expert, 1);
         w.action           = policy::resolve(rule, w.need, state_of(high), state_of(low));
+        w.action           = prefer_high(rule, w.action);
         w.entry            = w.action == action::use_high ? high : w.action == action::use_low ? low : nullptr;
         use_record & use   = cache_->use(layer, w.expert);
         use.last_token     = now_.token;
@@ -278,10 +289,10 @@ void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t
     r.dst       = slot.room;
     r.owner     = &slot;
     r.part      = STREAM_PART;
-    slot.data   = slot.room + (x.offset - r.offset);
-    slot.layer  = layer;
-    slot.part   = part;
-    slot.prec   = p;
+    slot.data.store(slot.room + (x.offset - r.offset), std::memory_order_relaxed);
+    slot.layer = layer;
+    slot.part  = part;
+    slot.prec  = p;
     slot.ready.store(false, std::memory_order_relaxed);
     io_->demand({ r });
 }
@@ -303,20 +314,19 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
     if (r.part == STREAM_PART) {
         auto * slot = (stream_slot *) r.owner;
         if (outcome == io_outcome::done && on_arrival_) {
-            on_arrival_(slot->layer, slot->part, slot->prec, slot->data);
+            on_arrival_(slot->layer, slot->part, slot->prec, slot->data.load(std::memory_order_relaxed));
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
             counts_[slot->layer].bytes_demand += r.bytes;
-            if (outcome == io_outcome::failed && !error_) {
-                error_ = why;
+            if (outcome == io_outcome::failed) {
+                error_ = error_ ? error_ : why;
+                failed_.store(true, std::memory_order_release);
+            } else {
+                slot->ready.store(true, std::memory_order_release);
             }
         }
-        if (outcome == io_outcome::failed) {
-            failed_.store(true, std::memory_order_release);
-        } else {
-            slot->ready.store(true, std::memory_order_release);
-        }
+
         notify();
         return;
     }
@@ -338,7 +348,11 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
         }
         const uint64_t bytes = outcome == io_outcome::done ? r.bytes : r.done;
         (demanded ? counts_[e->layer].bytes_demand : counts_[e->layer].bytes_prefetch) += bytes;
+        if (!demanded && e->cancel.load(std::memory_order_relaxed)) {
+            counts_[e->layer].bytes_wasted += bytes;  // its entry was counted before this read ended
+        }
         e->bytes += bytes;
+
         e->reading &= ~(1u << r.part);
         if (outcome == io_outcome::done) {
             e->parts.fetch_or(1u << r.part, std::memory_order_release);
@@ -394,7 +408,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             continue;
         }
         n_missing++;
-        const int p = w.need == policy::need::low ? 1 : 0;
+        const int p = w.need == policy::need::low && !holds_all_high_ ? 1 : 0;
         if (room[p] == 0) {
             continue;
         }
@@ -422,7 +436,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
 void expert_store::begin_sequence() {
     std::lock_guard<std::mutex> lock(mutex_);
     cache_->reset_uses();
-    now_.token = 1;
+    now_.token = 0;
 }
 
 void expert_store::add_counts(uint32_t layer, const hobbit_counts & more) {

@@ -32,12 +32,12 @@ struct expert_want {
 
 // A read past the cache, for experts that found no slot.
 struct stream_slot {
-    std::byte *       room = nullptr;
-    std::byte *       data = nullptr;  // the slice inside `room`
-    std::atomic<bool> ready { false };
-    uint32_t          layer = 0;
-    uint32_t          part  = 0;
-    precision         prec  = precision::high;
+    std::byte *              room = nullptr;
+    std::atomic<std::byte *> data { nullptr };  // the slice inside `room`
+    std::atomic<bool>        ready { false };
+    uint32_t                 layer = 0;
+    uint32_t                 part  = 0;
+    precision                prec  = precision::high;
 };
 
 class expert_store {
@@ -72,7 +72,7 @@ class expert_store {
 
     std::vector<std::unique_ptr<stream_slot>> & stream_slots() { return stream_slots_; }
 
-    // Sleeps until something arrived since `seen` was taken from arrivals(), or until the store failed or stops.
+    // Sleeps until something arrived since `seen` was taken from arrivals(), or until the store failed.
     uint64_t arrivals() const { return arrivals_.load(std::memory_order_acquire); }
 
     void wait(uint64_t seen);
@@ -103,13 +103,14 @@ class expert_store {
   private:
     static uint32_t streaming_slots(const expert_index & index);
 
-    void        on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
-    void        request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
-    void        resume(cache_entry & entry);
-    void        settle(cache_entry & entry);
-    void        count_hit(cache_entry & entry, bool was_in_flight);
-    void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
-    static void on_evicted(void * self, const cache_entry & entry);
+    void           on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
+    void           request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
+    policy::action prefer_high(policy::precision_rule rule, policy::action a) const;
+    void           resume(cache_entry & entry);
+    void           settle(cache_entry & entry);
+    void           count_hit(cache_entry & entry, bool was_in_flight);
+    void           drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    static void    on_evicted(void * self, const cache_entry & entry);
 
     const expert_index &                      index_;
     const hobbit_params                       params_;
@@ -122,7 +123,8 @@ class expert_store {
     std::vector<hobbit_counts>    counts_;  // per layer
     std::vector<cache_entry *>    prefetching_;
     eviction_context              now_;
-    uint64_t                      n_tokens_ = 0;
+    uint64_t                      n_tokens_       = 0;
+    bool                          holds_all_high_ = false;  // every expert has a high-precision slot
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

@@ -142,7 +142,8 @@ const std::byte * layer_pass::slice(uint32_t part, size_t i) {
         return expert_store::ready(*item.entry, part) ? store_.slice(*item.entry, part) : nullptr;
     }
     const stream_slot * slot = at(part, i).stream.load(std::memory_order_acquire);
-    return slot != nullptr && slot->ready.load(std::memory_order_acquire) ? slot->data : nullptr;
+    return slot != nullptr && slot->ready.load(std::memory_order_acquire) ? slot->data.load(std::memory_order_relaxed)
+                                                                          : nullptr;
 }
 
 void layer_pass::begin_streams(uint32_t part) {

@@ -52,7 +52,10 @@ void prefetcher::run() {
             std::swap(now, mail_);
             has_mail_ = false;
         }
-        if (now.n_tokens == 1) {
+        // One token: few reads, since a demand read must find the disk free. A batch takes long to compute: all of the disk.
+        const bool one_token = now.n_tokens == 1;
+        store_.io().set_max_prefetch(one_token ? params_.prefetch_reads : params_.io_threads);
+        if (one_token) {
             predict_token(now);
         } else {
             predict_batch(now);

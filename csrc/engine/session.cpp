@@ -4,10 +4,9 @@
 #include "../policy/mode.h"
 
 #include <algorithm>
-#include <chrono>
+
 #include <cmath>
 #include <cstring>
-#include <thread>
 
 namespace hobbit {
 
@@ -129,9 +128,8 @@ bool session::take_error(std::exception_ptr & out) {
     }
     if (store_) {
         // Reads for the aborted pass may still be running into slots that the next one uses.
-        while (store_->io().demand_pending() > 0) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        }
+        store_->io().drain();
+
         std::exception_ptr from_store;
         if (store_->take_error(from_store)) {
             out   = found ? out : from_store;

@@ -129,8 +129,8 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
         }
         if (part == 0) {
             n_parts = std::max(1u, read_u32(g.get(), "split.count", 1));
-            if (n_parts > 1 && read_u32(g.get(), "split.no", 0) != 0) {
-                split_name(path, 0, n_parts);
+            if (n_parts > 1) {
+                split_name(path, 0, n_parts);  // or says which part to open
             }
             if (!low_only) {
                 const std::string arch = read_string(g.get(), "general.architecture");
@@ -139,6 +139,11 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
                 n_group                = read_u32(g.get(), arch + ".expert_group_count", 0);
                 n_group_used           = read_u32(g.get(), arch + ".expert_group_used_count", 0);
             }
+        }
+
+        if (n_parts > 1 && read_u32(g.get(), "split.no", UINT32_MAX) != part) {
+            fail(HOBBIT_ERR_FORMAT,
+                 format("%s says that it is not part %u of %u: was it renamed?", part_path.c_str(), part + 1, n_parts));
         }
 
         const uint64_t data = gguf_get_data_offset(g.get());
@@ -164,6 +169,12 @@ void expert_index::read_file(const std::string & path, bool direct, bool low_onl
             }
             if (low_only && !is_low) {
                 continue;
+            }
+            if (t->ne[0] < 1 || t->ne[1] < 1) {
+                fail(HOBBIT_ERR_FORMAT, part_path + ": tensor " + full + " has no elements");
+            }
+            if (t->ne[2] > UINT16_MAX) {
+                fail(HOBBIT_ERR_UNSUPPORTED, part_path + ": tensor " + full + " has more than 65535 experts");
             }
 
             // Two expert sets in one block (chexps) are two layers to the engine: each has a router call of its own.

@@ -25,6 +25,14 @@ static uint32_t direct_alignment(int fd) {
 }
 
 file::file(const std::string & path, bool direct) : path_(path) {
+    // Looked at before it is opened: opening a FIFO would wait for a writer.
+    struct stat st = {};
+    if (stat(path.c_str(), &st) != 0) {
+        fail_os(HOBBIT_ERR_FILE, errno, "cannot open " + path);
+    }
+    if (!S_ISREG(st.st_mode)) {
+        fail_os(HOBBIT_ERR_FILE, S_ISDIR(st.st_mode) ? EISDIR : EINVAL, "not a regular file: " + path);
+    }
     if (direct) {
         fd_     = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
         direct_ = fd_ >= 0;
@@ -32,14 +40,12 @@ file::file(const std::string & path, bool direct) : path_(path) {
     if (fd_ < 0) {
         fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     }
-    if (fd_ < 0) {
-        fail_os(HOBBIT_ERR_FILE, errno, "cannot open " + path);
-    }
-    struct stat st = {};
-    if (fstat(fd_, &st) != 0 || !S_ISREG(st.st_mode)) {
-        const int err = S_ISDIR(st.st_mode) ? EISDIR : errno;
-        close(fd_);
-        fail_os(HOBBIT_ERR_FILE, err, "not a regular file: " + path);
+    if (fd_ < 0 || fstat(fd_, &st) != 0) {
+        const int err = errno;
+        if (fd_ >= 0) {
+            close(fd_);
+        }
+        fail_os(HOBBIT_ERR_FILE, err, "cannot open " + path);
     }
     size_ = (uint64_t) st.st_size;
     if (direct_) {

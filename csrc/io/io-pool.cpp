@@ -56,6 +56,20 @@ void io_pool::prefetch(const std::vector<io_request> & requests) {
     work_.notify_all();
 }
 
+void io_pool::set_max_prefetch(uint32_t n) {
+    if (max_prefetch_.exchange(n, std::memory_order_relaxed) < n) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+        }
+        work_.notify_all();
+    }
+}
+
+void io_pool::drain() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    idle_.wait(lock, [this] { return n_running_ == 0 && demand_.empty(); });
+}
+
 void io_pool::promote(const void * owner) {
     std::vector<io_request> moved;
     {
@@ -120,6 +134,7 @@ void io_pool::run() {
         io_request request   = queue.front();
         queue.pop_front();
         n_prefetching_ += is_demand ? 0 : 1;
+        n_running_++;
         lock.unlock();
 
         io_outcome         outcome = io_outcome::done;
@@ -142,6 +157,8 @@ void io_pool::run() {
         }
 
         lock.lock();
+        n_running_--;
+        idle_.notify_all();
         if (is_demand) {
             if (n_demand_.fetch_sub(1, std::memory_order_relaxed) == 1 && !prefetch_.empty()) {
                 work_.notify_all();  // the prefetch queue has its turn

@@ -54,7 +54,10 @@ class io_pool {
     // Reads running or queued as demand right now.
     uint32_t demand_pending() const { return n_demand_.load(std::memory_order_relaxed); }
 
-    void set_max_prefetch(uint32_t n) { max_prefetch_.store(n, std::memory_order_relaxed); }
+    void set_max_prefetch(uint32_t n);
+
+    // Sleeps until no read is running and no demand read is queued.
+    void drain();
 
   private:
     void run();
@@ -65,11 +68,13 @@ class io_pool {
     std::atomic<uint32_t> max_prefetch_;
     const handler         on_end_;
 
-    std::mutex              mutex_;  // guards the five below
+    std::mutex              mutex_;  // guards the six below
     std::condition_variable work_;
+    std::condition_variable idle_;
     std::deque<io_request>  demand_;
     std::deque<io_request>  prefetch_;
     uint32_t                n_prefetching_ = 0;
+    uint32_t                n_running_     = 0;
     bool                    stop_          = false;
 
     std::atomic<uint32_t>    n_demand_ { 0 };
