@@ -1,4 +1,4 @@
-"""The budget holds: a model larger than it is loaded, fed a full batch, filled up to its context, under the budget all the time."""
+"""The budget holds: a model larger than it is loaded, fed full batches, filled up to its context, always under the budget."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import pytest
+
 import tiny_models
 from hobbit_cpp._memory import available, cgroup_limits, peak_resident, resident, total
 from models import cache_dir
@@ -63,13 +64,19 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
         folder.rmdir()
 
 
-def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]:
+def entering(cgroup: Optional[Path]) -> Callable[[], None]:
+    """For a child process: the first thing it does is to enter the cgroup."""
+
     def enter() -> None:
         if cgroup is not None:
             (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
+    return enter
+
+
+def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, str(model), str(BUDGET), mode]
-    done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True)
+    done = subprocess.run(command, preexec_fn=entering(cgroup), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out: Dict[str, Any] = json.loads(done.stdout)
     return out
@@ -98,13 +105,8 @@ def test_what_is_free_is_seen_through_cgroups() -> None:
     assert 0 < resident() <= peak_resident()
     with memory_cgroup(300 << 20) as cgroup:
         program = "from hobbit_cpp._memory import *; print(total(), available(), default_budget())"
-        pid_file = cgroup / "cgroup.procs"
         done = subprocess.run(
-            [sys.executable, "-c", program],
-            preexec_fn=lambda: pid_file.write_text(str(os.getpid())) and None,
-            capture_output=True,
-            text=True,
-            check=True,
+            [sys.executable, "-c", program], preexec_fn=entering(cgroup), capture_output=True, text=True, check=True
         )
         limit, free, default = map(int, done.stdout.split())
         assert limit == 300 << 20
