@@ -3,11 +3,15 @@
 #include "../base/error.h"
 
 #include <algorithm>
+#include <thread>
 
 namespace hobbit {
 
 // Part number of a request that reads into a streaming slot.
 static constexpr uint32_t STREAM_PART = 1u << 16;
+
+// Times that a waiting thread steps aside before it sleeps.
+static constexpr int N_YIELD = 100;
 
 uint32_t expert_store::streaming_slots(const expert_index & index) {
     // Two let a read run under a product; more keep the queue deep when slices are small.
@@ -375,6 +379,14 @@ void expert_store::notify() {
 }
 
 void expert_store::wait(uint64_t seen) {
+    // A read of a slice takes some 400 us, waking from sleep 50 us and more. Stepping aside a few times first (the processor goes to a
+    // reader or to another compute thread, if one wants it) gave 19.8 instead of 16.5 tokens/s on two cores.
+    for (int i = 0; i < N_YIELD; ++i) {
+        if (arrivals() != seen || failed()) {
+            return;
+        }
+        std::this_thread::yield();
+    }
     std::unique_lock<std::mutex> lock(arrive_mutex_);
     arrive_.wait(lock, [&] { return arrivals() != seen || failed(); });
 }

@@ -61,6 +61,10 @@ void layer_pass::build(uint32_t layer, const selections & sel, policy::precision
     }
     store_.acquire(layer, rule, first_layer ? sel.n_tokens : 0, wants_);
 
+    n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {
+        return w.action == action::load_high || w.action == action::load_low;
+    });
+
     // Items: what is there, what comes, what has to be streamed.
     constexpr uint32_t NONE = UINT32_MAX;
     item_of_.assign(wants_.size(), NONE);

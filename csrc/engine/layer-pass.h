@@ -61,6 +61,9 @@ class layer_pass {
 
     const std::vector<pass_row> & skipped() const { return skipped_; }
 
+    // Experts that had to be read.
+    uint32_t n_loads() const { return n_loads_; }
+
     bool uses(precision p) const { return uses_[(int) p]; }
 
     // ---- work on projection `part`, by all threads ----
@@ -86,7 +89,8 @@ class layer_pass {
 
     expert_store &       store_;
     const expert_index & index_;
-    uint32_t             layer_ = 0;
+    uint32_t             layer_   = 0;
+    uint32_t             n_loads_ = 0;
 
     std::vector<expert_want> wants_;
     std::vector<pass_item>   items_;

@@ -90,7 +90,9 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
         }
-        if (prefetcher_ && x != nullptr && layer + 1 < index_.layers().size()) {
+        // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
+        n_quiet_ = pass_->n_loads() > 0 ? 0 : n_quiet_ + 1;
+        if (prefetcher_ && x != nullptr && layer + 1 < index_.layers().size() && n_quiet_ < index_.layers().size()) {
             // A sample of a large batch tells its popular experts well enough.
             const uint32_t n_rows = std::min(sel.n_tokens, 64u);
             const size_t   step   = sel.n_tokens / n_rows * x_stride;

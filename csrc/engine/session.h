@@ -79,6 +79,7 @@ class session : public std::enable_shared_from_this<session> {
     std::unique_ptr<prefetcher>    prefetcher_;
 
     policy::threshold_profile profile_;
+    size_t                    n_quiet_ = 0;  // layer passes since something had to be read
     policy::thresholds        thresholds_;
 
     std::mutex         failure_mutex_;

@@ -54,6 +54,7 @@ def worker(job: Dict[str, Any]) -> Dict[str, Any]:
 
     tokens = llm.tokenize(Path(job["text"]).read_bytes()[SKIP : SKIP + 40 * (job["tokens"] + 1)])[: job["tokens"] + 1]
     nll, seconds, lap = 0.0, 0.0, []
+    user, system = os.times()[:2]
     for now, then in zip(tokens, tokens[1:]):
         begin = time.perf_counter()
         llm.eval([now])
@@ -70,6 +71,8 @@ def worker(job: Dict[str, Any]) -> Dict[str, Any]:
         "tok_s": n / seconds,
         "tok_s_last_half": len(lap[n // 2 :]) / sum(lap[n // 2 :]),
         "load_s": loaded,
+        "user_ms_token": (os.times().user - user) / n * 1e3,
+        "system_ms_token": (os.times().system - system) / n * 1e3,
         "ppl": math.exp(nll / n),
     }
     if llm._session is not None:
