@@ -1,7 +1,7 @@
 """Decode speed of the modes and of stock llama.cpp with mmap, side by side, each in a memory cgroup of the same size.
 
     python tests/bench/decode_in_cgroup.py --model DUAL.gguf --stock-model PLAIN.gguf --text FILE
-        [--limit 1000MiB] [--memory 900MiB] [--tokens 128] [--rounds 3] [--contenders hobbit,exact,lru,mmap,mmap-128]
+        [--limit 1000MiB] [--memory 900MiB] [--tokens 128] [--rounds 3] [--warm] [--contenders hobbit,exact,lru,mmap,mmap-128]
         [--json FILE]
 
 Each contender runs in a process of its own, page cache dropped before it, the same real text fed one token per llama_decode, so
@@ -53,6 +53,12 @@ def worker(job: Dict[str, Any]) -> Dict[str, Any]:
     loaded = time.perf_counter() - begin
 
     tokens = llm.tokenize(Path(job["text"]).read_bytes()[SKIP : SKIP + 40 * (job["tokens"] + 1)])[: job["tokens"] + 1]
+    if job["warm"]:
+        for token in tokens:
+            llm.eval([token])
+        llm.reset()
+        if llm._session is not None:
+            llm.reset_offload_stats()
     nll, seconds, lap = 0.0, 0.0, []
     user, system = os.times()[:2]
     for now, then in zip(tokens, tokens[1:]):
@@ -181,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="the text once before the clock starts")
     parser.add_argument("--patience", type=float, default=90.0, help="seconds after which a run ends early")
     parser.add_argument("--contenders", default="hobbit,exact,lru,mmap-128,mmap")
     parser.add_argument("--params", default="{}", help='JSON: {"hobbit": {"prefetch_depth": 0}, ...}')
@@ -198,14 +205,15 @@ def main() -> None:
         for name in names if i % 2 == 0 else names[::-1]:
             job = {
                 "contender": name, "model": args.model, "stock_model": args.stock_model or args.model, "text": args.text,
-                "memory": memory, "tokens": args.tokens, "threads": args.threads, "patience": args.patience,
+                "memory": memory, "tokens": args.tokens, "threads": args.threads, "patience": args.patience, "warm": args.warm,
                 "params": json.loads(args.params),
             }  # fmt: skip
             row = run(job, limit)
             rows[name].append(row)
             print(json.dumps(row), flush=True)
     print(f"\ncgroup {human(limit) if limit else 'none'}, memory= {human(memory) if memory else 'all'}, "
-          f"{args.threads} threads, {args.tokens} tokens, {args.rounds} rounds, medians; page cache dropped")  # fmt: skip
+          f"{args.threads} threads, {args.tokens} tokens, {args.rounds} rounds, medians; "
+          + ("the same text once before" if args.warm else "page cache dropped"))  # fmt: skip
     heads = ("tok/s", 7), ("last half", 9), ("MB/token", 9), ("hits", 6), ("high/low/skip", 16), ("stall", 6), ("ppl", 7)
     print(" " * 10, *(f"{head:>{width}}" for head, width in heads), f"{'peak MB':>8}")
     for name, all_rows in rows.items():
