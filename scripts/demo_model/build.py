@@ -32,7 +32,7 @@ class Preset:
 PRESETS = {
     # The vocabulary alone is 28 M weights: four bits keep the file small.
     "tiny": Preset(Recipe(8, 128, 2, 0.65), 4096, 2, layers=4, embedding="Q4_0"),
-    "demo": Preset(Recipe(8, 768, 2, 0.65), 49152, 8),
+    "demo": Preset(Recipe(8, 768, 2, 0.55, sweep_ridge=0.05), 49152, 8),
     "bench": Preset(Recipe(64, 768, 4, 0.5), 163840, 8),
 }
 
