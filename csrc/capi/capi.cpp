@@ -157,8 +157,8 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         }
         i.slot_high    = index.max_slot[0];
         i.slot_low     = index.max_slot[1];
-        i.pool_min     = hobbit::expert_store::pool_min(index, s->core->params());
-        i.pool_max     = hobbit::expert_store::pool_max(index, s->core->params());
+        i.pool_min     = hobbit::pool_min(index);
+        i.pool_max     = hobbit::pool_max(index, s->core->params());
         i.direct_io    = index.direct();
         i.io_alignment = index.alignment();
         copy_out(info, i);

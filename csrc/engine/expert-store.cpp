@@ -1,7 +1,5 @@
 #include "expert-store.h"
 
-#include "../base/error.h"
-
 #include <algorithm>
 #include <thread>
 
@@ -13,78 +11,19 @@ static constexpr uint32_t STREAM_PART = 1u << 16;
 // Times that a waiting thread steps aside before it sleeps.
 static constexpr int N_YIELD = 100;
 
-uint32_t expert_store::streaming_slots(const expert_index & index) {
-    // Two let a read run under a product; more keep the queue deep when slices are small.
-    return index.max_segment > (8u << 20) ? 2 : 4;
-}
-
-uint64_t expert_store::pool_min(const expert_index & index, const hobbit_params &) {
-    return index.n_expert_used * index.max_slot[0] + streaming_slots(index) * index.max_segment;
-}
-
-uint64_t expert_store::pool_max(const expert_index & index, const hobbit_params & params) {
-    uint64_t n_experts = 0;
-    for (const auto & layer : index.layers()) {
-        n_experts += layer.n_expert;
-    }
-    // With every expert resident in high precision no low copy is ever asked for, except by the weight rule.
-    const bool low = index.has_low && params.precision_rule == HOBBIT_PRECISION_WEIGHT;
-    return n_experts * (index.max_slot[0] + (low ? index.max_slot[1] : 0)) + streaming_slots(index) * index.max_segment;
-}
-
-// Slots by precision out of `bytes`.
-static void split_pool(const expert_index & index, const hobbit_params & params, uint64_t bytes, uint32_t n_slots[2]) {
-    uint64_t n_experts = 0;
-    for (const auto & layer : index.layers()) {
-        n_experts += layer.n_expert;
-    }
-    const bool     with_low = index.has_low && params.precision_rule != HOBBIT_PRECISION_EXACT;
-    const uint64_t all_high = std::min(n_experts, bytes / index.max_slot[0]);
-    n_slots[0]              = (uint32_t) all_high;
-    n_slots[1]              = 0;
-    if (!with_low || (all_high == n_experts && params.precision_rule == HOBBIT_PRECISION_MISS)) {
-        return;
-    }
-    uint64_t low = (uint64_t) ((double) bytes * params.low_share) / index.max_slot[1];
-    // A layer's k experts must fit in high precision, whatever share was asked for.
-    const uint64_t floor_high = (uint64_t) index.n_expert_used * index.max_slot[0];
-    low                       = std::min(low, (bytes - std::min(bytes, floor_high)) / index.max_slot[1]);
-    low                       = std::min(low, n_experts);
-    n_slots[1]                = (uint32_t) low;
-    n_slots[0]                = (uint32_t) std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
-}
-
 expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
                            arrival_hook on_arrival) :
     index_(index), params_(params), on_arrival_(std::move(on_arrival)), counts_(index.layers().size()) {
-    const uint64_t floor = pool_min(index, params);
-    if (pool_bytes < floor) {
-        fail(HOBBIT_ERR_BUDGET, format("an expert pool of %s is too small: this model needs at least %s",
-                                       human_bytes(pool_bytes).c_str(), human_bytes(floor).c_str()));
-    }
-    const uint32_t n_stream     = streaming_slots(index);
-    const uint64_t stream_bytes = n_stream * index.max_segment;
-
-    cache_shape shape;
-    shape.n_layer       = (uint32_t) index.layers().size();
-    shape.n_expert      = index.n_expert;
-    shape.slot_bytes[0] = index.max_slot[0];
-    shape.slot_bytes[1] = index.max_slot[1];
-    split_pool(index, params, pool_bytes - stream_bytes, shape.n_slots);
-
-    pool_ = region(stream_bytes + shape.n_slots[0] * shape.slot_bytes[0] + shape.n_slots[1] * shape.slot_bytes[1], true);
-    for (uint32_t i = 0; i < n_stream; ++i) {
+    const pool_plan plan = plan_pool(index, params, pool_bytes);
+    pool_                = region(plan.bytes(), true);
+    for (uint32_t i = 0; i < plan.n_stream; ++i) {
         stream_slots_.push_back(std::make_unique<stream_slot>());
         stream_slots_.back()->room = pool_.data() + i * index.max_segment;
     }
-    const eviction_rule rule      = find_eviction_rule(params.eviction_rule);
-    uint64_t            n_experts = 0;
-    for (const auto & layer : index.layers()) {
-        n_experts += layer.n_expert;
-    }
-    holds_all_high_ = shape.n_slots[0] == n_experts;
-    cache_          = std::make_unique<expert_cache>(shape, pool_.data() + stream_bytes, rule);
-    now_.n_layer    = shape.n_layer;
+    holds_all_high_ = plan.holds_all_high;
+    cache_          = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
+                                                     find_eviction_rule(params.eviction_rule));
+    now_.n_layer    = plan.cache.n_layer;
     now_.weights    = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
     now_.low_cost   = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
     io_             = std::make_unique<io_pool>(
@@ -102,20 +41,26 @@ std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const 
     return entry.data + proj.slot_offset[entry.precision] + (x.offset - begin);
 }
 
-void expert_store::request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out) {
-    const projection & proj = index_.layers()[entry.layer].projections[part];
-    const extent       x    = proj.source[entry.precision].expert(entry.expert);
-    const file &       f    = index_.source(x.file);
-    io_request         r;
+io_request expert_store::read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const {
+    const extent x = index_.layers()[layer].projections[part].source[(int) p].expert(expert);
+    const file & f = index_.source(x.file);
+    io_request   r;
     r.src       = &f;
     r.offset    = f.aligned_begin(x.offset);
     r.bytes     = f.aligned_end(x.offset + x.bytes) - r.offset;
     r.must_have = x.offset + x.bytes - r.offset;
-    r.dst       = entry.data + proj.slot_offset[entry.precision];
-    r.owner     = &entry;
-    r.part      = part;
-    r.cancel    = &entry.cancel;
-    r.urgent    = &entry.demanded;
+    r.dst       = room;
+    return r;
+}
+
+void expert_store::request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out) {
+    const auto         p    = (precision) entry.precision;
+    const projection & proj = index_.layers()[entry.layer].projections[part];
+    io_request         r    = read_of(entry.layer, entry.expert, p, part, entry.data + proj.slot_offset[(int) p]);
+    r.owner                 = &entry;
+    r.part                  = part;
+    r.cancel                = &entry.cancel;
+    r.urgent                = &entry.demanded;
     entry.reading |= 1u << part;
     out.push_back(r);
 }
@@ -171,7 +116,7 @@ void expert_store::resume(cache_entry & entry) {
     for (uint32_t part = 0; part < index_.layers()[entry.layer].projections.size(); ++part) {
         const uint32_t bit = 1u << part;
         if ((entry.parts.load(std::memory_order_relaxed) & bit) == 0 && (entry.reading & bit) == 0) {
-            request_parts(entry, part, requests);
+            request_part(entry, part, requests);
         }
     }
     io_->demand(requests);
@@ -264,7 +209,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     for (uint32_t part = 0; part < n_parts; ++part) {
         for (const expert_want & w : wants) {
             if (w.entry != nullptr && (w.action == action::load_high || w.action == action::load_low)) {
-                request_parts(*w.entry, part, requests);
+                request_part(*w.entry, part, requests);
             }
         }
     }
@@ -282,17 +227,10 @@ void expert_store::release(const std::vector<expert_want> & wants) {
 }
 
 void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot) {
-    const projection & proj = index_.layers()[layer].projections[part];
-    const extent       x    = proj.source[(int) p].expert(expert);
-    const file &       f    = index_.source(x.file);
-    io_request         r;
-    r.src       = &f;
-    r.offset    = f.aligned_begin(x.offset);
-    r.bytes     = f.aligned_end(x.offset + x.bytes) - r.offset;
-    r.must_have = x.offset + x.bytes - r.offset;
-    r.dst       = slot.room;
-    r.owner     = &slot;
-    r.part      = STREAM_PART;
+    io_request   r = read_of(layer, expert, p, part, slot.room);
+    const extent x = index_.layers()[layer].projections[part].source[(int) p].expert(expert);
+    r.owner        = &slot;
+    r.part         = STREAM_PART;
     slot.data.store(slot.room + (x.offset - r.offset), std::memory_order_relaxed);
     slot.layer = layer;
     slot.part  = part;
@@ -406,6 +344,8 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<cache_entry *>  started;
     uint32_t                    n_missing = 0;
+    // As in prefer_high().
+    const bool only_high = holds_all_high_ && params_.precision_rule == HOBBIT_PRECISION_MISS;
     // Never more than half of what could be evicted: the running layer and the next one need room too.
     uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
     for (const expert_want & w : predicted) {
@@ -420,7 +360,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             continue;
         }
         n_missing++;
-        const int p = w.need == policy::need::low && !holds_all_high_ ? 1 : 0;
+        const int p = w.need == policy::need::low && !only_high ? 1 : 0;
         if (room[p] == 0) {
             continue;
         }
@@ -438,7 +378,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     std::vector<io_request> requests;
     for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
         for (cache_entry * e : started) {
-            request_parts(*e, part, requests);
+            request_part(*e, part, requests);
         }
     }
     io_->prefetch(requests);

@@ -11,6 +11,7 @@
 #include "../io/io-pool.h"
 #include "../policy/precision.h"
 #include "../policy/top-k.h"
+#include "pool-plan.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -49,10 +50,6 @@ class expert_store {
     expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
                  arrival_hook on_arrival = {});
     ~expert_store();
-
-    // Smallest pool: one token's layer in high precision, and the streaming slots.
-    static uint64_t pool_min(const expert_index & index, const hobbit_params & params);
-    static uint64_t pool_max(const expert_index & index, const hobbit_params & params);
 
     // Resolves the wants of a layer pass: pins what is there, requests all that is missing at once, up and gate before down. Never
     // waits. `n_tokens` > 0 on the first layer of a batch moves the sequence's clock.
@@ -101,10 +98,9 @@ class expert_store {
     uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
 
   private:
-    static uint32_t streaming_slots(const expert_index & index);
-
     void           on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
-    void           request_parts(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
+    io_request     read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
+    void           request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
     policy::action prefer_high(policy::precision_rule rule, policy::action a) const;
     void           resume(cache_entry & entry);
     void           settle(cache_entry & entry);

@@ -47,8 +47,7 @@ void session::start(uint64_t pool_bytes) {
     if (store_) {
         fail(HOBBIT_ERR_STATE, "the session is started already");
     }
-    store_ = std::make_unique<expert_store>(index_, params_, std::min(pool_bytes, expert_store::pool_max(index_, params_)),
-                                            on_arrival_);
+    store_ = std::make_unique<expert_store>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), on_arrival_);
     pass_  = std::make_unique<layer_pass>(*store_, index_);
     index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
     if (params_.prefetch_depth > 0 && routers_) {

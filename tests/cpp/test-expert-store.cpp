@@ -138,7 +138,7 @@ TEST("with room for every expert in high precision, nothing is read a second tim
 TEST("a pool below the smallest is refused, the smallest works") {
     tiny_store          s;
     const hobbit_params p   = tiny_params();
-    const uint64_t      min = expert_store::pool_min(s.index(), p);
+    const uint64_t      min = pool_min(s.index());
     CHECK_THROWS(expert_store(s.index(), p, min - 1));
     expert_store smallest(s.index(), p, min);
     hobbit_stats stats = {};

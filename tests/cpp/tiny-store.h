@@ -87,7 +87,7 @@ class tiny_store {
         p.low_share           = setup_.slots_low == 0
                                     ? 0.0f
                                     : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
-        const uint64_t stream = hobbit::expert_store::pool_min(*index_, p) - index_->n_expert_used * index_->max_slot[0];
+        const uint64_t stream = hobbit::pool_min(*index_) - index_->n_expert_used * index_->max_slot[0];
         store_.reset();
         store_ = std::make_unique<hobbit::expert_store>(*index_, p, high + low + stream);
         CHECK_EQ(stats().slots_high, setup_.slots_high);
