@@ -63,6 +63,7 @@ class Session:
         self.eval_seconds = 0.0
         self.memory_budget = 0
         self._base_budget: Optional[int] = None
+        self._pid = os.getpid()
         error = self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_params")
         self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
@@ -89,7 +90,13 @@ class Session:
     def _alive(self) -> Any:
         if self._handle == self._ffi.NULL:
             raise StateError("the model is closed")
+        if self._pid != os.getpid():
+            raise StateError("the model was loaded before a fork, and its threads stayed in the parent: load it in this process")
         return self._handle
+
+    def _ours(self) -> bool:
+        """Whether there are threads to stop: not after close, and not in a child made by fork."""
+        return self._handle != self._ffi.NULL and self._pid == os.getpid()
 
     # ---- what llama.cpp is given ----
 
@@ -268,10 +275,10 @@ class Session:
 
     def stop(self) -> None:
         """Ends the threads. Before the llama model is freed: they look at its routers."""
-        if self._handle != self._ffi.NULL:
+        if self._ours():
             self._lib.hobbit_session_stop(self._handle)
 
     def close(self) -> None:
-        if self._handle != self._ffi.NULL:
+        if self._ours():
             self._lib.hobbit_session_free(self._handle)
-            self._handle = self._ffi.NULL
+        self._handle = self._ffi.NULL

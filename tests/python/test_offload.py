@@ -229,6 +229,25 @@ def test_close_is_safe_twice_and_use_after_it_is_refused() -> None:
         llm.eval([1, 2])
 
 
+@quiet
+def test_a_forked_child_is_told_to_load_its_own(tmp_path: Path) -> None:
+    path = tiny("mixtral")
+    llm = load(Llama, str(path), 1, offload="hobbit", expert_cache="100%")
+    logits(llm, words(llm, 10), 4)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            llm.eval([1, 2])
+            code = 1
+        except StateError:
+            llm.close()
+            code = 0
+        os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert np.isfinite(logits(llm, words(llm, 10), 4)).all()
+    llm.close()
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
