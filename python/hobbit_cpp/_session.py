@@ -18,6 +18,8 @@ from .stats import LayerCounts, OffloadStats
 # What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
 _SLACK = 24 << 20
 _SLACK_SHARE = 0.01
+# By which two starts of the same process differ.
+_ROUGHLY = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,29 @@ class Session:
 
     # ---- memory ----
 
-    def plan(self, memory: Optional[Size]) -> None:
-        """Fixes the budget, and refuses one that cannot work, before anything is loaded.
-
-        Raises:
-            MemoryBudgetError: with the smallest budget that works.
-        """
+    def plan(self, memory: Optional[Size]) -> bool:
+        """Fixes the budget. False: the dense weights and the smallest pool alone are too much for it."""
         if memory is not None:
             self._base_budget = _memory.parse_size(memory, of=_memory.total())
         elif self.params.expert_cache is None:
             self._base_budget = _memory.default_budget()
-        if self._base_budget is not None:
-            self._require(self._base_budget, _memory.resident() + self.info.bytes_dense + self._pool_floor())
+        needed = _memory.resident() + self.info.bytes_dense + self._pool_floor()
+        return self._base_budget is None or needed + _SLACK <= self._base_budget
+
+    def refuse_unloaded(self, context: int, extra: int) -> MemoryBudgetError:
+        """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
+        ctx = self._ffi.cast("void *", context)
+        sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + int(self._lib.hobbit_context_compute_bytes(ctx))
+        return self._refusal(_memory.resident() + sizes - self.info.bytes_high + extra)
+
+    def _refusal(self, held: int) -> MemoryBudgetError:
+        """`held`: what the process holds with everything but the expert pool."""
+        smallest = int((held + self._pool_floor() + _SLACK) / (1 - _SLACK_SHARE)) + _ROUGHLY
+        return MemoryBudgetError(
+            f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
+            f"{human(smallest)} (dense weights {human(self.info.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
+            "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps)"
+        )
 
     def _pool_floor(self) -> int:
         wanted = self.params.expert_cache
@@ -142,15 +155,6 @@ class Session:
 
     def _parse_pool(self, size: Size) -> int:
         return _memory.parse_size(size, of=self.info.pool_max)
-
-    def _require(self, budget: int, needed: int) -> None:
-        if needed > budget:
-            floor = needed + _SLACK + int(needed * _SLACK_SHARE)
-            raise MemoryBudgetError(
-                f"a memory budget of {human(budget)} is too small for {self.path}: it needs at least {human(floor)} "
-                f"(dense weights {human(self.info.bytes_dense)}, expert pool {human(self._pool_floor())}, the rest is "
-                "the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps)"
-            )
 
     def start(self, context: int, extra: int) -> None:
         """Makes the expert pool out of what the budget leaves, and starts the threads.
@@ -168,8 +172,7 @@ class Session:
             budget = self._base_budget
             spare = budget - held - _SLACK - int(budget * _SLACK_SHARE)
             if spare < self._pool_floor():
-                self._require(budget, held + self._pool_floor())
-                self._require(budget, budget + 1 + self._pool_floor() - max(spare, 0) - _SLACK)
+                raise self._refusal(held)
             self.memory_budget = budget
             pool = spare if pool is None else pool
         assert pool is not None

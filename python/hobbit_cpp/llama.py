@@ -59,6 +59,7 @@ class Llama(_Llama):
         **kwargs: Any,
     ) -> None:
         self._session: Optional[Session] = None
+        self._no_alloc = False
         path = os.fspath(model_path)
         if offload is None:
             given = {"memory": memory, "expert_cache": expert_cache, "exact": exact, "precision_rule": precision_rule}
@@ -80,11 +81,14 @@ class Llama(_Llama):
         session = Session(path, params)
         self._session = session
         try:
-            session.plan(memory)
+            if not session.plan(memory):
+                # Loaded without its weights, so that the error can say what is enough.
+                self._no_alloc = True
+                super().__init__(path, **kwargs)
+                raise session.refuse_unloaded(self._context_address(), self._memory_to_come())
             with session.bound():
                 super().__init__(path, **kwargs)
-            context = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value
-            session.start(context or 0, self._memory_to_come())
+            session.start(self._context_address(), self._memory_to_come())
         except BaseException:
             self.close()
             raise
@@ -95,7 +99,10 @@ class Llama(_Llama):
     @property
     def model_params(self) -> Any:
         params = self.__dict__["_model_params"]
-        if self._session is not None:
+        if self._no_alloc:
+            params.load_mode = _c.LLAMA_LOAD_MODE_NONE
+            params.no_alloc = True
+        elif self._session is not None:
             # Dense weights are read once, past the page cache, into anonymous memory.
             params.load_mode = _c.LLAMA_LOAD_MODE_DIRECT_IO
             params.tensor_buft_overrides = self._session.buft_overrides()
@@ -120,6 +127,9 @@ class Llama(_Llama):
     @context_params.setter
     def context_params(self, value: Any) -> None:
         self.__dict__["_context_params"] = value
+
+    def _context_address(self) -> int:
+        return ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
 
     def _memory_to_come(self) -> int:
         """Bytes that this object will touch beside the ggml buffers: logits, candidates, the work buffer of a graph."""

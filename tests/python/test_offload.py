@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any, Tuple
 
@@ -21,7 +20,6 @@ from hobbit_cpp import (
     HobbitError,
     HobbitWarning,
     Llama,
-    MemoryBudgetError,
     ModelFileError,
     ModelFormatError,
     NotMoeError,
@@ -251,18 +249,27 @@ def test_a_forked_child_is_told_to_load_its_own(tmp_path: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_budget_too_small_says_what_is_needed() -> None:
-    path = tiny("mixtral")
-    with pytest.raises(MemoryBudgetError, match="at least") as e:
-        Llama(str(path), offload="hobbit", memory="20MiB", n_ctx=64, verbose=False)
-    floor = re.search(r"at least ([\d.]+ \w+)", str(e.value))
-    assert floor is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HobbitWarning)
-        # What it says works, but for what it could not know before loading.
-        llm = Llama(str(path), offload="hobbit", memory=int(parse_size(floor[1]) * 1.5), n_ctx=64, verbose=False)
-    assert llm.offload_stats().pool_bytes > 0
-    llm.close()
+@pytest.mark.parametrize("memory", ["20MiB", "140MiB"])
+def test_budget_too_small_says_what_is_enough(memory: str) -> None:
+    """Before the weights are read or after: the budget that the error names works, and much less does not."""
+    program = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from hobbit_cpp import Llama, MemoryBudgetError\n"
+        "try:\n"
+        f"    llm = Llama({str(tiny('mixtral'))!r}, offload='hobbit', memory=sys.argv[1], n_ctx=8192, verbose=False)\n"
+        "    print('pool', llm.offload_stats().pool_bytes); llm.close()\n"
+        "except MemoryBudgetError as e:\n"
+        "    print(e)\n"
+    )
+
+    def load_with(budget: str) -> str:
+        return subprocess.run([sys.executable, "-c", program, budget], check=True, capture_output=True, text=True).stdout
+
+    said = load_with(memory)
+    enough = re.search(r"at least ([\d.]+) MiB", said)
+    assert enough is not None, said
+    assert load_with(f"{float(enough[1]):.0f}MiB").startswith("pool")
+    assert "at least" in load_with(f"{float(enough[1]) * 0.9:.0f}MiB")
 
 
 def test_small_pool_warns() -> None:
