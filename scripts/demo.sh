@@ -52,4 +52,5 @@ fi
 
 memory=${HOBBIT_DEMO_MEMORY:-$(($(mib "$model") / 2))}
 say "a model of $(mib "$model") MiB answers within $memory MiB of memory: $question"
-"$hobbit" run "$converted" -p "$question" --memory "${memory}MiB" -n 48
+# A short context and small batches: their buffers come out of the same budget.
+"$hobbit" run "$converted" -p "$question" --memory "${memory}MiB" -n 48 -c 512 -b 128 -ub 128

@@ -191,9 +191,8 @@ class Session:
         cycle = self.info.n_moe_layer * self.info.n_expert_used
         if stats.slots_high < cycle:
             warnings.warn(
-                f"the expert pool holds {stats.slots_high} experts, less than the {cycle} that one token uses: with LRU "
-                "eviction nothing would ever be found there, and prompts are read from disk for each batch. More memory "
-                "helps a lot.",
+                f"the expert pool holds {stats.slots_high} experts, less than the {cycle} that one token uses: most are read "
+                "from disk for every token. More memory helps a lot",
                 HobbitWarning,
                 stacklevel=4,
             )

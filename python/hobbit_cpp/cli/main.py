@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from . import convert, run
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command: Callable[[argparse.Namespace], int] = args.function
     try:
-        code = command(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            code = command(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -66,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except Exception as e:
         return _complain(e, debug=_debug() or getattr(args, "verbose", False))
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning is one line too, without the source line that Python shows."""
+    print(f"hobbit: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _debug() -> bool:
