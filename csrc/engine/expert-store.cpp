@@ -123,10 +123,8 @@ void expert_store::resume(cache_entry & entry) {
 }
 
 // Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
-policy::action expert_store::prefer_high(policy::precision_rule rule, policy::action a) const {
-    return a == policy::action::load_low && holds_all_high_ && rule == policy::precision_rule::miss
-               ? policy::action::load_high
-               : a;
+bool expert_store::only_high(policy::precision_rule rule) const {
+    return holds_all_high_ && rule == policy::precision_rule::miss;
 }
 
 void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens,
@@ -151,7 +149,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         cache_entry * high = cache_->find(layer, w.expert, 0);
         cache_entry * low  = cache_->find(layer, w.expert, 1);
         w.action           = policy::resolve(rule, w.need, state_of(high), state_of(low));
-        w.action           = prefer_high(rule, w.action);
+        w.action           = w.action == action::load_low && only_high(rule) ? action::load_high : w.action;
         w.entry            = w.action == action::use_high ? high : w.action == action::use_low ? low : nullptr;
         use_record & use   = cache_->use(layer, w.expert);
         use.last_token     = now_.token;
@@ -343,9 +341,8 @@ bool expert_store::take_error(std::exception_ptr & out) {
 uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<cache_entry *>  started;
-    uint32_t                    n_missing = 0;
-    // As in prefer_high().
-    const bool only_high = holds_all_high_ && params_.precision_rule == HOBBIT_PRECISION_MISS;
+    uint32_t                    n_missing    = 0;
+    const bool                  high_for_low = only_high((policy::precision_rule) params_.precision_rule);
     // Never more than half of what could be evicted: the running layer and the next one need room too.
     uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
     for (const expert_want & w : predicted) {
@@ -360,7 +357,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             continue;
         }
         n_missing++;
-        const int p = w.need == policy::need::low && !only_high ? 1 : 0;
+        const int p = w.need == policy::need::low && !high_for_low ? 1 : 0;
         if (room[p] == 0) {
             continue;
         }

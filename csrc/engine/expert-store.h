@@ -98,15 +98,15 @@ class expert_store {
     uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
 
   private:
-    void           on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
-    io_request     read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
-    void           request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
-    policy::action prefer_high(policy::precision_rule rule, policy::action a) const;
-    void           resume(cache_entry & entry);
-    void           settle(cache_entry & entry);
-    void           count_hit(cache_entry & entry, bool was_in_flight);
-    void           drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
-    static void    on_evicted(void * self, const cache_entry & entry);
+    void        on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
+    io_request  read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
+    void        request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
+    bool        only_high(policy::precision_rule rule) const;
+    void        resume(cache_entry & entry);
+    void        settle(cache_entry & entry);
+    void        count_hit(cache_entry & entry, bool was_in_flight);
+    void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    static void on_evicted(void * self, const cache_entry & entry);
 
     const expert_index &                      index_;
     const hobbit_params                       params_;

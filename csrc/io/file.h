@@ -3,7 +3,6 @@
 
 #include "../base/memory.h"
 
-#include <atomic>
 #include <cstdint>
 #include <string>
 
