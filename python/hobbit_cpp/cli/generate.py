@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from .options import sampling_of
 
 __all__ = ["Answer", "Model", "Phase", "Request", "generate", "make_report", "make_request", "summary"]
 
@@ -85,16 +86,7 @@ def make_request(args: argparse.Namespace, model: Model, prompt: str) -> Request
             "--system-prompt needs the chat template, which "
             + ("--no-conversation leaves out" if has_template else "this model does not have")
         )
-    sampling = {
-        "max_tokens": args.n_predict if args.n_predict > 0 else None,
-        "temperature": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repeat_penalty": args.repeat_penalty,
-        "seed": args.seed if args.seed >= 0 else random.SystemRandom().getrandbits(31),
-    }
-    return Request(prompt, chat, args.system_prompt, sampling, offload=args.offload != "none")
+    return Request(prompt, chat, args.system_prompt, sampling_of(args), offload=args.offload != "none")
 
 
 def generate(

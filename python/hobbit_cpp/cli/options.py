@@ -1,0 +1,139 @@
+"""Flags that commands share, and the model and the sampling behind them.
+
+A command calls `add_model_flags` and `add_sampling_flags` on its parser, and `load_model` and `sampling_of` on what was
+parsed. Names and defaults are llama.cpp's where it has the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "add_json_stats_flag",
+    "add_model_flags",
+    "add_sampling_flags",
+    "check_json_stats",
+    "check_model_flags",
+    "load_model",
+    "sampling_of",
+]
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The model, how it is run, and --verbose."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
+    group = parser.add_argument_group("model")
+    group.add_argument("--offload", choices=["hobbit", "lru", "none"], default="hobbit", help="default: hobbit")
+    group.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
+    group.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
+    group.add_argument("--exact", action="store_true", help="every expert in high precision: the same text as llama.cpp")
+    group.add_argument(
+        "--precision-rule",
+        choices=["miss", "weight"],
+        help="low precision on a cache miss (default), or by router weight alone: reproducible",
+    )
+    group.add_argument("-c", "--ctx-size", metavar="N", type=_whole, default=4096, help="default: 4096; 0: the model's")
+    group.add_argument("-t", "--threads", metavar="N", type=_positive, help="threads")
+    group.add_argument("-tb", "--threads-batch", metavar="N", type=_positive, help="threads for the prompt")
+    group.add_argument("-b", "--batch-size", metavar="N", type=_positive, default=512, help="default: 512")
+    group.add_argument("-ub", "--ubatch-size", metavar="N", type=_positive, default=512, help="default: 512")
+    parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log; a traceback when something fails")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-n", "--n-predict", metavar="N", type=int, default=-1, help="most tokens; -1: until the end")
+    group.add_argument("-s", "--seed", metavar="N", type=int, default=-1, help="-1: random")
+    group.add_argument("--temp", metavar="X", type=float, default=0.8, help="default: 0.8; 0: greedy")
+    group.add_argument("--top-k", metavar="N", type=int, default=40, help="default: 40; 0: off")
+    group.add_argument("--top-p", metavar="X", type=float, default=0.95, help="default: 0.95; 1: off")
+    group.add_argument("--min-p", metavar="X", type=float, default=0.05, help="default: 0.05; 0: off")
+    group.add_argument("--repeat-penalty", metavar="X", type=float, default=1.0, help="default: 1 (off)")
+
+
+def add_json_stats_flag(parser: argparse.ArgumentParser) -> None:
+    """--json-stats, for commands that measure; `check_json_stats` before the work."""
+    parser.add_argument("--json-stats", metavar="FILE", type=Path, help="write times and statistics as JSON")
+
+
+def check_json_stats(args: argparse.Namespace) -> None:
+    """An hour of work must not end in a file that cannot be written."""
+    if args.json_stats is not None and not args.json_stats.parent.is_dir():
+        raise ValueError(f"{args.json_stats.parent} is not a folder: make it before --json-stats can write there")
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """What argparse cannot see."""
+    if args.exact and args.precision_rule is not None:
+        raise ValueError("--exact leaves nothing to --precision-rule: give one of them")
+
+
+def load_model(args: argparse.Namespace, **more: Any) -> Any:
+    """The `hobbit_cpp.Llama` behind the flags of `add_model_flags`; `more`: further arguments of it.
+
+    Raises:
+        ValueError: flags that exclude each other.
+        FileNotFoundError: there is no such model.
+    """
+    check_model_flags(args)
+    if not args.model.exists():
+        raise FileNotFoundError(f"{args.model}: no such file")
+    from hobbit_cpp import Llama, OffloadParams
+
+    offload: Any = None
+    if args.offload != "none":
+        given = {
+            "exact": args.exact or None,
+            "precision_rule": args.precision_rule,
+            "expert_cache": args.expert_cache,
+        }
+        offload = OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
+    options: dict[str, Any] = {
+        "offload": offload,
+        "memory": args.memory,
+        "n_ctx": args.ctx_size,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads_batch,
+        "n_batch": args.batch_size,
+        "n_ubatch": args.ubatch_size,
+        "verbose": args.verbose,
+    }
+    return Llama(str(args.model), **{**options, **more})
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_sampling_flags` as arguments of `create_completion` and `create_chat_completion`.
+
+    A seed below 0 becomes a random one, drawn at each call.
+    """
+    return {
+        "max_tokens": args.n_predict if args.n_predict > 0 else None,
+        "temperature": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+        "seed": args.seed if args.seed >= 0 else random.SystemRandom().getrandbits(31),
+    }
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _positive(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{n} is not a positive number")
+    return n
+
+
+def _whole(text: str) -> int:
+    n = int(text)
+    if n < 0:
+        raise argparse.ArgumentTypeError(f"{n} is negative")
+    return n
