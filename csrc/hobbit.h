@@ -101,7 +101,8 @@ typedef struct hobbit_session hobbit_session;
 typedef enum hobbit_precision_rule {
     HOBBIT_PRECISION_EXACT  = 0, /* every selected expert in high precision */
     HOBBIT_PRECISION_MISS   = 1, /* HOBBIT: low or skip, decided on a cache miss only */
-    HOBBIT_PRECISION_WEIGHT = 2  /* by router weight alone, whatever is cached: reproducible */
+    HOBBIT_PRECISION_WEIGHT = 2, /* by router weight alone, whatever is cached: reproducible */
+    HOBBIT_PRECISION_DROP   = 3  /* skipped on a cache miss when the router weight is below drop_fraction / k */
 } hobbit_precision_rule;
 
 typedef enum hobbit_eviction_rule {
@@ -129,6 +130,8 @@ typedef struct hobbit_params {
     uint32_t io_block;        /* bytes of one prefetch read between two looks at the abort flag */
     uint32_t direct_io;       /* 1: O_DIRECT where the file system has it */
     float    low_share;       /* share of the pool for low-precision copies, 0..0.9 */
+    float    drop_fraction;   /* F of HOBBIT_PRECISION_DROP, which needs no low copies; 0 drops nothing */
+    uint32_t max_experts;     /* most experts a token, those of the largest router weights; 0: all that the router selects */
 } hobbit_params;
 
 /* Fills `params` with the defaults of a mode: "hobbit", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */

@@ -78,6 +78,8 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.io_block        = 128 * 1024;
     p.direct_io       = 1;
     p.low_share       = mode.low_share;
+    p.drop_fraction   = 0.0f;
+    p.max_experts     = 0;
     return p;
 }
 

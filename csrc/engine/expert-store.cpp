@@ -152,8 +152,10 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         w.action           = w.action == action::load_low && only_high(rule) ? action::load_high : w.action;
         w.entry            = w.action == action::use_high ? high : w.action == action::use_low ? low : nullptr;
         use_record & use   = cache_->use(layer, w.expert);
-        use.last_token     = now_.token;
-        use.uses += w.count;
+        if (w.need != policy::need::never) {
+            use.last_token = now_.token;
+            use.uses += w.count;
+        }
         switch (w.action) {
             case action::use_high:
                 c.hits_high += w.count;
@@ -346,7 +348,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     // Never more than half of what could be evicted: the running layer and the next one need room too.
     uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
     for (const expert_want & w : predicted) {
-        if (w.need == policy::need::skip) {
+        if (w.need <= policy::need::skip) {
             continue;
         }
         cache_entry * high = cache_->find(layer, w.expert, 0);

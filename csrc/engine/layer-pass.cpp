@@ -16,34 +16,33 @@ void layer_pass::release() {
     key = nullptr;
 }
 
-void layer_pass::build(uint32_t layer, const selections & sel, policy::precision_rule rule, policy::thresholds t,
-                       bool has_low, bool renormalize, bool first_layer, policy::threshold_profile * profile,
-                       float * out_weights) {
+void layer_pass::build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize,
+                       bool first_layer, policy::threshold_profile * profile, float * out_weights) {
     release();
-    layer_                  = layer;
-    const uint32_t n_expert = index_.layers()[layer].n_expert;
-    const size_t   n_sel    = (size_t) sel.n_tokens * sel.k;
-    // Without low copies there is nothing to serve instead: such a file is run as it is.
-    const bool by_score = sel.weights != nullptr && has_low && rule != policy::precision_rule::exact;
+    layer_                   = layer;
+    const uint32_t n_expert  = index_.layers()[layer].n_expert;
+    const size_t   n_sel     = (size_t) sel.n_tokens * sel.k;
+    const bool     by_weight = sel.weights != nullptr && how.by_weight(sel.k);
 
     needs_.assign(n_sel, need::high);
     scores_.resize(sel.k);
-    if (by_score) {
+    if (by_weight) {
         for (uint32_t i = 0; i < sel.n_tokens; ++i) {
-            policy::classify(sel.weights + i * sel.weights_stride, sel.k, t, &needs_[(size_t) i * sel.k], scores_.data());
+            policy::assess(sel.weights + i * sel.weights_stride, sel.k, how, &needs_[(size_t) i * sel.k], scores_.data());
             if (profile != nullptr) {
                 profile->add(scores_.data(), sel.k);
             }
         }
     }
 
-    // One want per expert; by the weight rule one per expert and precision, since there the cache may not decide.
-    const bool   split = by_score && rule == policy::precision_rule::weight;
-    const size_t kinds = split ? 3 : 1;
-    want_of_.assign(n_expert * kinds, -1);
+    // One want per expert, and one for the tokens that leave it out; by the weight rule one per expert and need, since there the
+    // cache may not decide.
+    const bool split = by_weight && how.rule == policy::precision_rule::weight;
+    want_of_.assign((size_t) n_expert * policy::N_NEED, -1);
     const auto want_index = [&](size_t s) -> int32_t & {
-        const int32_t id = sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
-        return want_of_[(size_t) id * kinds + (split ? (size_t) needs_[s] : 0)];
+        const int32_t id   = sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
+        const need    kind = split || needs_[s] == need::never ? needs_[s] : need::high;
+        return want_of_[(size_t) id * policy::N_NEED + (size_t) kind];
     };
     for (size_t s = 0; s < n_sel; ++s) {
         int32_t & at = want_index(s);
@@ -59,7 +58,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, policy::precision
         w.need          = std::max(w.need, needs_[s]);
         w.count++;
     }
-    store_.acquire(layer, rule, first_layer ? sel.n_tokens : 0, wants_);
+    store_.acquire(layer, how.rule, first_layer ? sel.n_tokens : 0, wants_);
 
     n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {
         return w.action == action::load_high || w.action == action::load_low;

@@ -46,8 +46,8 @@ class layer_pass {
 
     // Decides, requests, builds. `out_weights` (may be NULL; k per token, contiguous): the router weights to compute with, skipped ones
     // zero. `profile` (may be NULL) learns the scores. Releases what the pass before held. One thread.
-    void build(uint32_t layer, const selections & sel, policy::precision_rule rule, policy::thresholds t, bool has_low,
-               bool renormalize, bool first_layer, policy::threshold_profile * profile, float * out_weights);
+    void build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize, bool first_layer,
+               policy::threshold_profile * profile, float * out_weights);
     void release();
 
     uint32_t layer() const { return layer_; }

@@ -49,7 +49,8 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     const uint64_t k         = index.n_expert_used;
     uint64_t       high      = std::min(n_experts, bytes / index.max_slot[0]);
     uint64_t       low       = 0;
-    const bool     with_low  = index.has_low && params.precision_rule != HOBBIT_PRECISION_EXACT && params.low_share > 0.0f;
+    const bool low_rule = params.precision_rule == HOBBIT_PRECISION_MISS || params.precision_rule == HOBBIT_PRECISION_WEIGHT;
+    const bool with_low = index.has_low && low_rule && params.low_share > 0.0f;
     if (with_low && !(high == n_experts && params.precision_rule == HOBBIT_PRECISION_MISS)) {
         // The share that was asked for, but enough for a layer's k low copies, which would be streamed otherwise; and always
         // room for a layer's k experts in high precision.

@@ -22,15 +22,14 @@ prefetcher::~prefetcher() {
     thread_.join();
 }
 
-void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, policy::thresholds t,
-                      bool by_score) {
+void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
+                      const policy::serving & how) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         mail_.layer    = layer;
         mail_.n_tokens = n_tokens;
         mail_.n_embd   = n_embd;
-        mail_.t        = t;
-        mail_.by_score = by_score;
+        mail_.how      = how;
         mail_.x.resize(n_tokens * n_embd);
         for (uint32_t i = 0; i < n_tokens; ++i) {
             std::copy_n(x + i * stride, n_embd, mail_.x.begin() + (ptrdiff_t) (i * n_embd));
@@ -86,8 +85,9 @@ void prefetcher::predict_token(const job & j) {
             continue;  // farther layers are predicted for the recall figures only
         }
         needs.assign(guess.experts.size(), policy::need::high);
-        if (j.by_score) {
-            policy::classify(guess.weights.data(), (uint32_t) guess.weights.size(), j.t, needs.data(), nullptr);
+        const auto k = (uint32_t) guess.experts.size();
+        if (j.how.by_weight(k)) {
+            policy::assess(guess.weights.data(), k, j.how, needs.data(), nullptr);
         }
         wants.clear();
         for (size_t i = 0; i < guess.experts.size(); ++i) {
@@ -113,8 +113,9 @@ void prefetcher::predict_batch(const job & j) {
     for (uint32_t i = 0; i < j.n_tokens; ++i) {
         routers_.logits(j.layer, to, j.x.data() + i * j.n_embd, params_.norm_correction != 0, logits.data());
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
-        for (const uint16_t e : guess.experts) {
-            votes[e]++;
+        const auto k = (uint32_t) guess.experts.size();
+        for (uint32_t s = 0; s < (j.how.limits(k) ? j.how.max_experts : k); ++s) {
+            votes[guess.experts[s]]++;
         }
     }
     std::vector<expert_want> wants;

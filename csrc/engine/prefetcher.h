@@ -34,8 +34,7 @@ class prefetcher {
 
     // Leaves the router input of a layer, `n_tokens` rows of n_embd floats, `stride` floats apart. A job not yet begun is replaced: a
     // prediction that comes too late is worth nothing. Called by a compute thread.
-    void post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, policy::thresholds t,
-              bool by_score);
+    void post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, const policy::serving & how);
 
     // What the router of `layer` really chose for a single token, for the recall figures.
     void observe(uint32_t layer, const int32_t * ids, uint32_t k);
@@ -47,8 +46,7 @@ class prefetcher {
         uint32_t           layer    = 0;
         uint32_t           n_tokens = 0;
         size_t             n_embd   = 0;
-        policy::thresholds t        = { 1.0f, 1.0f };
-        bool               by_score = false;
+        policy::serving    how;
         std::vector<float> x;
     };
 

@@ -16,13 +16,14 @@ static void check_params(const hobbit_params & p) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
         }
     };
-    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_WEIGHT,
+    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_DROP,
             "unknown precision rule");
     require(find_eviction_rule(p.eviction_rule) != nullptr, "unknown eviction rule");
     require(p.t1 <= p.t2, "t1 must not be above t2");
     require(p.prefetch_depth <= HOBBIT_MAX_LOOKAHEAD, "prefetch_depth is at most 4");
     require(p.io_threads >= 1 && p.io_threads <= 256, "io_threads must be 1 to 256");
     require(p.io_block >= 4096, "io_block must be at least 4096");
+    require(p.drop_fraction >= 0.0f && p.drop_fraction <= 65536.0f, "drop_fraction must not be negative");
     require(p.low_share >= 0.0f && p.low_share <= 0.9f, "low_share must be 0 to 0.9");
     const float sum = p.w_lru + p.w_lfu + p.w_lhu + p.w_fld;
     require(std::fabs(sum - 1.0f) < 1e-3f, "the weights of eq. 3 (w_lru, w_lfu, w_lhu, w_fld) must sum to 1");
@@ -35,9 +36,15 @@ static expert_index make_index(const std::string & path, const std::string & low
 
 session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
     params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
-    thresholds_ = policy::default_thresholds(index_.n_expert_used);
+    how_.rule          = (policy::precision_rule) params.precision_rule;
+    how_.drop_fraction = params.drop_fraction;
+    how_.max_experts   = params.max_experts;
+    how_.t             = policy::default_thresholds(index_.n_expert_used);
     if (params.t1 >= 0.0f) {
-        thresholds_ = { params.t1, params.t2 };
+        how_.t = { params.t1, params.t2 };
+    }
+    if (!index_.has_low && how_.rule != policy::precision_rule::drop) {
+        how_.rule = policy::precision_rule::exact;  // nothing to serve instead: such a file is run as it is
     }
 }
 
@@ -73,18 +80,16 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
         if (!running()) {
             fail(HOBBIT_ERR_STATE, "the model was used before its expert pool was made or after it was closed");
         }
-        const auto rule = (policy::precision_rule) params_.precision_rule;
         // Thresholds that are not given follow the model's own distribution of scores, as long as the cache may have a say at
         // all: the weight rule promises the same text for the same prompt.
-        const bool adaptive = params_.t1 < 0.0f && rule == policy::precision_rule::miss;
+        const bool adaptive = params_.t1 < 0.0f && how_.rule == policy::precision_rule::miss;
         if (adaptive && layer == 0) {
-            thresholds_ = profile_.at_quantiles(thresholds_);
+            how_.t = profile_.at_quantiles(how_.t);
         }
         if (prefetcher_ && sel.n_tokens == 1) {
             prefetcher_->observe(layer, sel.ids, sel.k);
         }
-        pass_->build(layer, sel, rule, thresholds_, index_.has_low, params_.renormalize != 0, layer == 0,
-                     adaptive ? &profile_ : nullptr, out_weights);
+        pass_->build(layer, sel, how_, params_.renormalize != 0, layer == 0, adaptive ? &profile_ : nullptr, out_weights);
         pass_->key = key;
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
@@ -95,8 +100,7 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
             // A sample of a large batch tells its popular experts well enough.
             const uint32_t n_rows = std::min(sel.n_tokens, 64u);
             const size_t   step   = sel.n_tokens / n_rows * x_stride;
-            prefetcher_->post(layer, x, n_embd, step, n_rows, thresholds_,
-                              index_.has_low && rule != policy::precision_rule::exact);
+            prefetcher_->post(layer, x, n_embd, step, n_rows, how_);
         }
     } catch (...) {
         record_failure(std::current_exception());

@@ -80,7 +80,7 @@ class session : public std::enable_shared_from_this<session> {
 
     policy::threshold_profile profile_;
     size_t                    n_quiet_ = 0;  // layer passes since something had to be read
-    policy::thresholds        thresholds_;
+    policy::serving           how_;
 
     std::mutex         failure_mutex_;
     std::exception_ptr failure_;

@@ -1,23 +1,28 @@
 #include "precision.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace hobbit::policy {
 
-void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores) {
-    // k is small (at most a few dozen): insertion sort of indices on the stack, ties by position.
-    constexpr uint32_t MAX_K = 256;
-    uint16_t           order[MAX_K];
-    k         = std::min(k, MAX_K);
-    float sum = 0.0f;
+static constexpr uint32_t MAX_K = 256;
+
+// Selections by falling weight, ties by position. k is small (at most a few dozen): insertion sort on the stack.
+static void sort_by_weight(const float * weights, uint32_t k, uint16_t * order) {
     for (uint32_t i = 0; i < k; ++i) {
         uint32_t j = i;
         for (; j > 0 && weights[order[j - 1]] < weights[i]; --j) {
             order[j] = order[j - 1];
         }
         order[j] = (uint16_t) i;
-        sum += weights[i];
     }
+}
+
+void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores) {
+    uint16_t order[MAX_K];
+    k = std::min(k, MAX_K);
+    sort_by_weight(weights, k, order);
+    const float sum   = std::accumulate(weights, weights + k, 0.0f);
     const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
     float       s     = 0.0f;
     for (uint32_t i = 0; i < k; ++i) {
@@ -30,7 +35,46 @@ void classify(const float * weights, uint32_t k, thresholds t, need * needs, flo
     }
 }
 
+void classify_drop(const float * weights, uint32_t k, float fraction, need * needs) {
+    const float sum     = std::accumulate(weights, weights + k, 0.0f);
+    const float limit   = fraction / (float) k * sum;
+    const auto  largest = (uint32_t) (std::max_element(weights, weights + k) - weights);
+    for (uint32_t i = 0; i < k; ++i) {
+        needs[i] = i == largest || weights[i] >= limit ? need::high : need::skip;
+    }
+}
+
+void keep_largest(const float * weights, uint32_t k, uint32_t n, need * needs) {
+    uint16_t order[MAX_K];
+    k = std::min(k, MAX_K);
+    sort_by_weight(weights, k, order);
+    for (uint32_t i = n; i < k; ++i) {
+        needs[order[i]] = need::never;
+    }
+}
+
+void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores) {
+    switch (how.rule) {
+        case precision_rule::exact:
+            std::fill_n(needs, k, need::high);
+            break;
+        case precision_rule::miss:
+        case precision_rule::weight:
+            classify(weights, k, how.t, needs, scores);
+            break;
+        case precision_rule::drop:
+            classify_drop(weights, k, how.drop_fraction, needs);
+            break;
+    }
+    if (how.limits(k)) {
+        keep_largest(weights, k, how.max_experts, needs);
+    }
+}
+
 action resolve(precision_rule rule, need n, copy_state high, copy_state low) {
+    if (n == need::never) {
+        return action::skip;
+    }
     if (rule == precision_rule::exact) {
         n = need::high;
     }
@@ -55,7 +99,9 @@ action resolve(precision_rule rule, need n, copy_state high, copy_state low) {
             }
             return low == copy_state::in_flight ? action::use_low : action::load_low;
         case need::skip:
-            return low == copy_state::resident ? action::use_low : action::skip;
+            return low == copy_state::resident && rule != precision_rule::drop ? action::use_low : action::skip;
+        case need::never:
+            return action::skip;
     }
     return action::load_high;
 }

@@ -1,14 +1,18 @@
-// Which precision an expert is served in: HOBBIT's token-level dynamic loading (arXiv 2411.01433, section 3.2). Pure functions.
+// Which precision an expert is served in, if at all: HOBBIT's token-level dynamic loading (arXiv 2411.01433, section 3.2) and the rules
+// that it is compared with. Pure functions.
 #pragma once
 
 #include <cstdint>
 
 namespace hobbit::policy {
 
-// What a selection asks for, in rising order: of the tokens of a batch that share an expert the highest need counts.
-enum class need : uint8_t { skip = 0, low = 1, high = 2 };
+// What a selection asks for, in rising order: of the tokens of a batch that share an expert the highest need counts. `never`: left out
+// whatever is cached, and for this token only.
+enum class need : uint8_t { never = 0, skip = 1, low = 2, high = 3 };
 
-enum class precision_rule { exact = 0, miss = 1, weight = 2 };
+constexpr int N_NEED = 4;
+
+enum class precision_rule { exact = 0, miss = 1, weight = 2, drop = 3 };
 
 // State of one copy of an expert in the cache.
 enum class copy_state : uint8_t { absent, in_flight, resident };
@@ -31,6 +35,29 @@ thresholds default_thresholds(uint32_t k);
 // i == 0 or s[i] <= t1: high;  s[i] <= t2: low;  else skip. `scores` (may be NULL) receives s in the order of `weights`.
 void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores);
 
+// The rule `drop` needs no low copies: a selection with less than `fraction` / k of the token's router weight is skipped when its
+// expert is not there. The largest is kept.
+void classify_drop(const float * weights, uint32_t k, float fraction, need * needs);
+
+// Fewer experts a token: only the `n` largest of the k selections keep their need, the others get `never`.
+void keep_largest(const float * weights, uint32_t k, uint32_t n, need * needs);
+
+// How the selections of a token are served: what the parameters of a session come to on its file.
+struct serving {
+    precision_rule rule          = precision_rule::exact;
+    thresholds     t             = { 1.0f, 1.0f };  // of `miss` and `weight`
+    float          drop_fraction = 0.0f;            // of `drop`
+    uint32_t       max_experts   = 0;               // most experts a token; 0: all that were selected
+
+    // Whether router weights have a say. If not, all is high.
+    bool by_weight(uint32_t k) const { return rule != precision_rule::exact || limits(k); }
+
+    bool limits(uint32_t k) const { return max_experts > 0 && max_experts < k; }
+};
+
+// The needs of one token by all of this. `scores` as above, written by the rules `miss` and `weight`.
+void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores);
+
 // The distribution of unimportance scores on the model at hand, from which thresholds are taken at the paper's quantiles
 // (67 % high, 30 % low, 3 % skipped of all selections).
 class threshold_profile {
@@ -51,7 +78,7 @@ class threshold_profile {
 
 // Precision of one expert of a layer pass given what is cached. `miss`: only an expert that is not there may be read low or skipped; a
 // high copy serves a low need, a low copy does not serve a high need. A copy that is already on its way counts as there,
-// except for a selection that could be skipped. `weight`: the need alone decides.
+// except for a selection that could be skipped. `weight`: the need alone decides. `drop`: low copies play no part.
 action resolve(precision_rule rule, need n, copy_state high, copy_state low);
 
 }  // namespace hobbit::policy

@@ -8,7 +8,7 @@ from typing import Any, Optional, Tuple, Union
 from ._memory import Size
 from .errors import ParameterError
 
-_PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2}
+_PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
 _EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3}
 
 
@@ -20,7 +20,11 @@ class OffloadParams:
         mode: "hobbit" (mixed precision, prefetch, cost-aware cache) or "lru" (load on demand: the baseline).
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (HOBBIT: an expert of little weight that is not cached is read in low precision or skipped)
-            or "weight" (by router weight alone, whatever is cached: lossy, but the same text for the same prompt).
+            or "weight" (by router weight alone, whatever is cached: lossy, but the same text for the same prompt),
+            or "drop" (an expert that is not cached is skipped when its share of the token's router weight is below
+            drop_fraction / k; nothing is served in low precision, so an ordinary file will do).
+        drop_fraction: F of the rule "drop", more than 0; it needs that rule.
+        max_experts: most experts a token, those of the largest router weights, by any rule and in exact mode; None: all.
         t1, t2: thresholds on the unimportance score s in [0, 1] (HOBBIT eq. 2): s <= t1 high, s <= t2 low, else skip.
             None: at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores.
         renormalize: scale up the surviving router weights of a token after a skip.
@@ -42,6 +46,8 @@ class OffloadParams:
     t1: Optional[float] = None
     t2: Optional[float] = None
     renormalize: bool = True
+    drop_fraction: Optional[float] = None
+    max_experts: Optional[int] = None
     eviction: Optional[str] = None
     eviction_weights: Optional[Tuple[float, float, float, float]] = None
     prefetch_depth: Optional[int] = None
@@ -54,8 +60,14 @@ class OffloadParams:
     direct_io: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision_rule not in ("miss", "weight"):
-            raise ParameterError(f"precision_rule must be 'miss' or 'weight', not {self.precision_rule!r}")
+        if self.precision_rule not in ("miss", "weight", "drop"):
+            raise ParameterError(f"precision_rule must be 'miss', 'weight' or 'drop', not {self.precision_rule!r}")
+        if (self.precision_rule == "drop") != (self.drop_fraction is not None):
+            raise ParameterError("precision_rule='drop' and drop_fraction are given together or not at all")
+        if self.drop_fraction is not None and not 0 < self.drop_fraction < 1e4:
+            raise ParameterError(f"drop_fraction must be more than 0 and below 10000, not {self.drop_fraction}")
+        if self.max_experts is not None and self.max_experts < 1:
+            raise ParameterError(f"max_experts must be at least 1, not {self.max_experts}")
         if self.eviction is not None and self.eviction not in _EVICTION_RULES:
             raise ParameterError(f"eviction must be one of {', '.join(_EVICTION_RULES)}, not {self.eviction!r}")
         if (self.t1 is None) != (self.t2 is None):
@@ -104,7 +116,8 @@ class OffloadParams:
             c.w_lru, c.w_lfu, c.w_lhu, c.w_fld = self.eviction_weights
         c.norm_correction = self.norm_correction
         c.direct_io = self.direct_io
-        for name in ("prefetch_depth", "prefetch_reads", "low_share", "io_threads", "io_block"):
+        optional = ("drop_fraction", "max_experts", "prefetch_depth", "prefetch_reads", "low_share", "io_threads", "io_block")
+        for name in optional:
             value = getattr(self, name)
             if value is not None:
                 try:

@@ -318,7 +318,7 @@ wants random_wants(std::mt19937 & random) {
 
 void random_pass(tiny_store & s, std::mt19937 & random, size_t stream_slot, int n_waiters) {
     const auto  layer = (uint32_t) (random() % 3);
-    const auto  rule  = (precision_rule) (random() % 3);
+    const auto  rule  = (precision_rule) (random() % 4);
     const wants got   = s.acquire(layer, random_wants(random), rule);
     on_threads(n_waiters, [&](int) {
         s.arrive(got);

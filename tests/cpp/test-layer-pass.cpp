@@ -15,6 +15,7 @@ using hobbit::layer_pass;
 using hobbit::pass_item;
 using hobbit::pass_row;
 using hobbit::precision;
+using hobbit::policy::serving;
 
 namespace {
 
@@ -71,10 +72,17 @@ class pass_story : public tiny_store {
   public:
     explicit pass_story(const store_setup & setup) : tiny_store(setup), pass(store(), index()) {}
 
-    void build(uint32_t l, const batch & b, precision_rule rule, bool renormalize = true, bool has_low = true) {
+    void build(uint32_t l, const batch & b, precision_rule rule, bool renormalize = true) {
+        serving how;
+        how.rule = rule;
+        how.t    = T;
+        build(l, b, how, renormalize);
+    }
+
+    void build(uint32_t l, const batch & b, const serving & how, bool renormalize = true) {
         layer = l;
         out.assign(b.n_tokens * b.k, -1.0f);
-        pass.build(l, b.selections(), rule, T, has_low, renormalize, l == 0, nullptr, out.data());
+        pass.build(l, b.selections(), how, renormalize, l == 0, nullptr, out.data());
     }
 
     // (slot, token) -> its item, NULL when skipped. Each row exactly once, with its expert.
@@ -256,8 +264,6 @@ TEST("a token with nothing skipped keeps its weights bit for bit") {
     CHECK_EQ(s.pass.skipped().size(), 0u);
     CHECK(s.pass.uses(precision::low) && s.pass.uses(precision::high));
     CHECK(s.out[0] == 0.61f && s.out[1] == 0.52f);
-    s.build(0, b, precision_rule::miss, true, false);  // a file without low copies is run as it is
-    CHECK(!s.pass.uses(precision::low));
 }
 
 TEST("masses are shares of the router weight, one for each token") {
@@ -280,11 +286,96 @@ TEST("without weights all is in high precision") {
     const batch            b(random, 4, 3);
     layer_pass::selections sel = b.selections();
     sel.weights                = nullptr;
-    s.pass.build(0, sel, precision_rule::miss, T, true, true, true, nullptr, nullptr);
-    for (const auto & [row, item] : s.rows(b)) {
-        CHECK(item != nullptr && item->prec == precision::high);
+    for (const auto rule : { precision_rule::exact, precision_rule::miss, precision_rule::weight, precision_rule::drop }) {
+        serving how;
+        how.rule          = rule;
+        how.t             = T;
+        how.drop_fraction = 3.0f;
+        how.max_experts   = 1;
+        s.pass.build(0, sel, how, true, true, nullptr, nullptr);
+        for (const auto & [row, item] : s.rows(b)) {
+            CHECK(item != nullptr && item->prec == precision::high);
+        }
     }
     CHECK_EQ(s.total().mass_total, 0.0);
+}
+
+TEST("the drop rule leaves out what is light and not there, and reads nothing in low precision") {
+    pass_story   s(slots(8, 2));
+    std::mt19937 random(7);
+    batch        b(random, 1, 3);
+    b.weights = { 0.1f, 0.6f, 0.3f, 0.0f, 0.0f };
+    serving how;
+    how.rule          = precision_rule::drop;
+    how.drop_fraction = 0.9f;  // limits at 0.3 of the router weight
+    s.build(0, b, how);
+    CHECK_EQ(s.pass.skipped().size(), 1u);
+    CHECK_EQ(s.pass.skipped()[0].slot, 0);
+    CHECK(std::abs(s.out[0]) == 0.0f && std::abs(s.out[1] - 0.6f / 0.9f) < 1e-6f);
+    CHECK(!s.pass.uses(precision::low));
+    s.build(0, b, precision_rule::exact);
+    s.work(1, false);  // now all three are there
+    s.build(0, b, how);
+    CHECK_EQ(s.pass.skipped().size(), 0u);
+    CHECK(s.out[0] == 0.1f && s.out[1] == 0.6f && s.out[2] == 0.3f);
+    s.check_counts();
+}
+
+TEST("with fewer experts a token, the largest stay, whatever is there and whoever else wants them") {
+    for (const auto rule : { precision_rule::exact, precision_rule::miss, precision_rule::weight, precision_rule::drop }) {
+        pass_story   s(slots(8, 3));
+        std::mt19937 random(11);
+        serving      how;
+        how.rule          = rule;
+        how.t             = { 1.0f, 1.0f };
+        how.drop_fraction = 0.0f;
+        for (int i = 0; i < 200; ++i) {
+            const batch b(random, 1 + (uint32_t) (random() % 5), 4);
+            how.max_experts = (uint32_t) (random() % 6);
+            s.build((uint32_t) (random() % 3), b, how);
+            const uint32_t kept = how.limits(4) ? how.max_experts : 4;
+            const auto     rows = s.rows(b);
+            for (int token = 0; token < (int) b.n_tokens; ++token) {
+                uint32_t n     = 0;
+                float    least = 1e9f, most = -1.0f, sum = 0.0f, total = 0.0f;
+                for (int j = 0; j < 4; ++j) {
+                    const float w = b.weight({ j, token });
+                    total += w;
+                    sum += s.out[(size_t) token * 4 + (size_t) j];
+                    if (rows.at({ j, token }) != nullptr) {
+                        n++;
+                        least = std::min(least, w);
+                    } else {
+                        most = std::max(most, w);
+                    }
+                }
+                CHECK_EQ(n, kept);
+                CHECK(least >= most);
+                CHECK(std::abs(sum - total) <= 1e-5f * total);
+            }
+            s.check_counts();
+        }
+    }
+}
+
+TEST("random batches by the drop rule") {
+    pass_story   s(slots(5, 0));
+    std::mt19937 random(5);
+    serving      how;
+    how.rule          = precision_rule::drop;
+    how.drop_fraction = 0.8f;
+    for (int i = 0; i < 300; ++i) {
+        const batch b(random, 1 + (uint32_t) (random() % 9), 1 + (uint32_t) (random() % 4));
+        s.build((uint32_t) (random() % 3), b, how);
+        for (const auto & [row, item] : s.rows(b)) {
+            std::vector<need> needs(b.k);
+            hobbit::policy::classify_drop(&b.weights[(size_t) row.second * b.stride], b.k, 0.8f, needs.data());
+            CHECK(item != nullptr || needs[(size_t) row.first] == need::skip);
+            CHECK(item == nullptr || item->prec == precision::high);
+        }
+        s.check_counts();
+    }
+    CHECK(s.total().skips > 0 && s.total().mass_low == 0.0);
 }
 
 TEST("what is there is computed first, what has no slot last") {

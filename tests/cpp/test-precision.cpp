@@ -11,15 +11,32 @@ using namespace hobbit::policy;
 
 namespace {
 
-// One letter a selection, in the order of the weights: h(igh), l(ow), - (skip).
+// One letter a selection, in the order of the weights: h(igh), l(ow), - (skip), . (never).
+std::string letters(const std::vector<need> & needs) {
+    std::string out;
+    for (const need n : needs) {
+        out += n == need::high ? 'h' : n == need::low ? 'l' : n == need::skip ? '-' : '.';
+    }
+    return out;
+}
+
 std::string needs_of(const std::vector<float> & weights, thresholds t) {
     std::vector<need> needs(weights.size());
     classify(weights.data(), (uint32_t) weights.size(), t, needs.data(), nullptr);
-    std::string out;
-    for (const need n : needs) {
-        out += n == need::high ? 'h' : n == need::low ? 'l' : '-';
-    }
-    return out;
+    return letters(needs);
+}
+
+std::string dropped(const std::vector<float> & weights, float fraction) {
+    std::vector<need> needs(weights.size());
+    classify_drop(weights.data(), (uint32_t) weights.size(), fraction, needs.data());
+    return letters(needs);
+}
+
+std::string assessed(const std::vector<float> & weights, const serving & how) {
+    std::vector<need>  needs(weights.size());
+    std::vector<float> scores(weights.size());
+    assess(weights.data(), (uint32_t) weights.size(), how, needs.data(), scores.data());
+    return letters(needs);
 }
 
 std::vector<float> scores_of(const std::vector<float> & weights) {
@@ -163,6 +180,58 @@ TEST("the weight rule does not look at the other copy") {
     CHECK_EQ(row(precision_rule::weight, need::high), "hhh HHH HHH");
     CHECK_EQ(row(precision_rule::weight, need::low), "lLL lLL lLL");
     CHECK_EQ(row(precision_rule::weight, need::skip), "--- --- ---");
+}
+
+TEST("the drop rule skips only what is not there, and never looks at low copies") {
+    CHECK_EQ(row(precision_rule::drop, need::high), "hhh HHH HHH");
+    CHECK_EQ(row(precision_rule::drop, need::skip), "--- --- HHH");
+}
+
+TEST("what is never wanted is left out by every rule, there or not") {
+    for (const auto rule : { precision_rule::exact, precision_rule::miss, precision_rule::weight, precision_rule::drop }) {
+        CHECK_EQ(row(rule, need::never), "--- --- ---");
+    }
+}
+
+TEST("dropping: below F/k of the token's weight, whatever it sums to") {
+    CHECK_EQ(dropped({ 0.4f, 0.3f, 0.2f, 0.1f }, 0.5f), "hhh-");  // limit 0.125
+    CHECK_EQ(dropped({ 4.0f, 3.0f, 2.0f, 1.0f }, 0.5f), "hhh-");
+    CHECK_EQ(dropped({ 0.4f, 0.3f, 0.2f, 0.1f }, 1.0f), "hh--");  // 0.25
+    CHECK_EQ(dropped({ 0.1f, 0.2f, 0.3f, 0.4f }, 1.0f), "--hh");
+    CHECK_EQ(dropped({ 0.25f, 0.25f, 0.25f, 0.25f }, 1.0f), "hhhh");  // what is at the limit stays
+    CHECK_EQ(dropped({ 0.4f, 0.3f, 0.2f, 0.1f }, 0.0f), "hhhh");
+    CHECK_EQ(dropped({ 0.0f, 0.0f }, 1.0f), "hh");
+}
+
+TEST("dropping keeps the largest, and drops more with a larger F") {
+    std::mt19937                          random(4);
+    std::uniform_real_distribution<float> uniform(0.0f, 9.0f);
+    for (int i = 0; i < 2000; ++i) {
+        const auto  weights = random_weights(random);
+        const auto  best    = std::max_element(weights.begin(), weights.end()) - weights.begin();
+        const float a = uniform(random), b = a + uniform(random);
+        const auto  few = dropped(weights, a), more = dropped(weights, b);
+        CHECK_EQ(more[(size_t) best], 'h');
+        for (size_t j = 0; j < weights.size(); ++j) {
+            CHECK(few[j] == 'h' || more[j] == '-');
+        }
+    }
+}
+
+TEST("fewer experts a token: the largest keep what the rule says") {
+    serving how;
+    how.max_experts = 2;
+    CHECK_EQ(assessed({ 0.1f, 0.4f, 0.2f, 0.3f }, how), ".h.h");
+    CHECK_EQ(assessed({ 0.25f, 0.25f, 0.25f, 0.25f }, how), "hh..");  // ties by position
+    CHECK_EQ(assessed({ 0.7f, 0.3f }, how), "hh");
+    CHECK(how.by_weight(4) && !how.by_weight(2));
+    how.rule        = precision_rule::miss;
+    how.t           = { 0.3f, 0.65f };
+    how.max_experts = 3;
+    CHECK_EQ(assessed({ 0.1f, 0.4f, 0.2f, 0.3f }, how), ".h-l");
+    how.rule          = precision_rule::drop;
+    how.drop_fraction = 1.0f;
+    CHECK_EQ(assessed({ 0.1f, 0.4f, 0.2f, 0.3f }, how), ".h-h");
 }
 
 TEST("default thresholds are the paper's for top-2 and in order for all") {

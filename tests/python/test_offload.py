@@ -322,7 +322,10 @@ def test_parameters_out_of_range(tmp_path: Path) -> None:
     ):
         with pytest.raises(ParameterError):
             Llama(path, verbose=False, **bad)
-    for wrong in ({"precision_rule": "exactly"}, {"eviction": "fifo"}, {"t1": 0.5}, {"t1": 0.9, "t2": 0.5}):
+    for wrong in (
+        {"precision_rule": "exactly"}, {"eviction": "fifo"}, {"t1": 0.5}, {"t1": 0.9, "t2": 0.5}, {"max_experts": 0},
+        {"precision_rule": "drop"}, {"drop_fraction": 0.5}, {"precision_rule": "drop", "drop_fraction": -1.0},
+    ):  # fmt: skip
         with pytest.raises(ParameterError):
             OffloadParams(**wrong)
 

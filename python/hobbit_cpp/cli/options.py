@@ -32,8 +32,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exact", action="store_true", help="every expert in high precision: the same text as llama.cpp")
     group.add_argument(
         "--precision-rule",
-        choices=["miss", "weight"],
-        help="low precision on a cache miss (default), or by router weight alone: reproducible",
+        choices=["miss", "weight", "drop"],
+        help="on a cache miss (default), or by router weight alone: reproducible; drop: no low precision, skip on a miss",
+    )
+    group.add_argument(
+        "--drop-fraction", metavar="F", type=float, help="of drop: skip what has less than F/k of a token's router weight"
+    )
+    group.add_argument(
+        "--max-experts", metavar="N", type=_positive, help="most experts a token (default: what the router selects)"
     )
     group.add_argument("-c", "--ctx-size", metavar="N", type=_whole, default=4096, help="default: 4096; 0: the model's")
     group.add_argument("-t", "--threads", metavar="N", type=_positive, help="threads")
@@ -70,6 +76,8 @@ def check_model_flags(args: argparse.Namespace) -> None:
     """What argparse cannot see."""
     if args.exact and args.precision_rule is not None:
         raise ValueError("--exact leaves nothing to --precision-rule: give one of them")
+    if (args.precision_rule == "drop") != (args.drop_fraction is not None):
+        raise ValueError("--precision-rule drop and --drop-fraction F go together")
 
 
 def load_model(args: argparse.Namespace, **more: Any) -> Any:
@@ -89,6 +97,8 @@ def load_model(args: argparse.Namespace, **more: Any) -> Any:
         given = {
             "exact": args.exact or None,
             "precision_rule": args.precision_rule,
+            "drop_fraction": args.drop_fraction,
+            "max_experts": args.max_experts,
             "expert_cache": args.expert_cache,
         }
         offload = OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
