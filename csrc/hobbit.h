@@ -224,6 +224,24 @@ HOBBIT_API void          hobbit_session_reset_stats(hobbit_session * session);
 HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);
 HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids, float * weights);
 
+/* ---- probes: what this machine can give ---------------------------------------------------------------- */
+
+typedef struct hobbit_read_probe {
+    uint32_t struct_size;
+    uint64_t reads;
+    uint64_t bytes; /* bytes / seconds: the disk's bandwidth, bytes / reads: the size of a read */
+    double   seconds;
+} hobbit_read_probe;
+
+/* Reads expert slices at random places of the model's own file(s), as the engine does, `depth` (1 to 64) at a time for about `seconds`
+ * (more than 0, at most 60). `low`: the low-precision copies. The session need not be started; one that runs would be disturbed. */
+HOBBIT_API hobbit_status hobbit_probe_read(hobbit_session * session, bool low, uint32_t depth, double seconds,
+                                           hobbit_read_probe * probe, hobbit_error * error);
+
+/* Bytes of weights a second in products of one token with [n_in, n_out] matrices of the type, by ggml's kernels. */
+HOBBIT_API hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, uint32_t n_threads, double seconds,
+                                              double * bytes_per_second, hobbit_error * error);
+
 /* ---- quantisation, by ggml's own code ---------------------------------------------------------------- */
 
 /* -1 for an unknown name. Names as llama.cpp prints them, in any case: "Q8_0", "q4_k", "IQ4_NL", "F16". */

@@ -3,9 +3,11 @@
 
 #include "../base/error.h"
 #include "../engine/session.h"
+#include "../ggml/compute-probe.h"
 #include "../ggml/context-memory.h"
 #include "../ggml/expert-buffer.h"
 #include "../ggml/routers.h"
+#include "../io/read-probe.h"
 #include "../policy/mode.h"
 
 #include <algorithm>
@@ -247,4 +249,29 @@ void hobbit_session_trace(hobbit_session * s, bool on) {
 
 uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
     return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
+}
+
+hobbit_status hobbit_probe_read(hobbit_session * s, bool low, uint32_t depth, double seconds, hobbit_read_probe * probe,
+                                hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        require(depth >= 1 && depth <= 64, "depth must be 1 to 64");
+        require(seconds > 0.0 && seconds <= 60.0, "seconds must be above 0, at most 60");
+        const auto found =
+            hobbit::probe_reads(s->core->index(), low ? hobbit::precision::low : hobbit::precision::high, depth, seconds);
+        hobbit_read_probe out = {};
+        out.reads             = found.reads;
+        out.bytes             = found.bytes;
+        out.seconds           = found.seconds;
+        copy_out(probe, out);
+    });
+}
+
+hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, uint32_t n_threads, double seconds,
+                                   double * bytes_per_second, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(bytes_per_second != nullptr, "bytes_per_second is needed");
+        require(seconds > 0.0 && seconds <= 60.0, "seconds must be above 0, at most 60");
+        *bytes_per_second = hobbit::probe_compute(type, n_in, n_out, n_threads, seconds);
+    });
 }

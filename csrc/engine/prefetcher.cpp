@@ -1,5 +1,7 @@
 #include "prefetcher.h"
 
+#include "../base/thread-name.h"
+
 #include <algorithm>
 
 namespace hobbit {
@@ -40,6 +42,7 @@ void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t str
 }
 
 void prefetcher::run() {
+    name_thread("hobbit-predict");
     job now;
     while (true) {
         {

@@ -1,6 +1,7 @@
 #include "io-pool.h"
 
 #include "../base/error.h"
+#include "../base/thread-name.h"
 
 #include <algorithm>
 
@@ -119,6 +120,7 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
 }
 
 void io_pool::run() {
+    name_thread("hobbit-read");
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
         work_.wait(lock, [this] {

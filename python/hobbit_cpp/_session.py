@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from . import _lib, _memory
 from ._memory import Size, human
@@ -202,6 +202,14 @@ class Session:
                 HobbitWarning,
                 stacklevel=4,
             )
+
+    # ---- measuring ----
+
+    def probe_read(self, low: bool, depth: int, seconds: float) -> Tuple[int, int, float]:
+        """Reads expert slices at random places, `depth` at a time. Returns reads, bytes, seconds."""
+        error, probe = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_read_probe")
+        self._check(self._lib.hobbit_probe_read(self._alive(), low, depth, seconds, probe, error), error)
+        return int(probe.reads), int(probe.bytes), float(probe.seconds)
 
     # ---- running ----
 

@@ -1,0 +1,212 @@
+"""What this machine can give: the disk at a model's expert size and queue depth, the cores at its types of weights.
+
+Measured once and kept in the user's cache folder; nothing here is ever a reason to fail: what cannot be measured is
+None, what cannot be kept is measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from ._session import Session
+from .errors import HobbitError
+from .params import OffloadParams
+
+__all__ = ["DEPTHS", "DiskProbe", "cache_file", "cpu_name", "probe_compute", "probe_disk", "recall_floor", "remember_floor"]
+
+DEPTHS = (1, 2, 4, 8, 16)
+"""Reads under way at a time, for which a disk is probed."""
+
+_DISK_SECONDS = 0.5
+_COMPUTE_SECONDS = 0.3
+# Figures of another format are not read.
+_FORMAT = 1
+# A disk that was half full and a CPU that was cool are another machine half a year later.
+_KEEP_SECONDS = 180 * 86400
+
+Pathlike = Union[str, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True)
+class DiskProbe:
+    """Random reads of whole expert slices of one file.
+
+    Attributes:
+        read_bytes: mean size of a read.
+        bandwidth: bytes a second by queue depth.
+        direct: past the page cache.
+        measured: seconds since 1970.
+    """
+
+    read_bytes: int
+    bandwidth: Dict[int, float]
+    direct: bool
+    measured: float
+
+    @property
+    def best(self) -> float:
+        """The most that any depth gave, in bytes a second."""
+        return max(self.bandwidth.values())
+
+    @property
+    def best_depth(self) -> int:
+        """The smallest depth that gives 95 % of the most."""
+        return min(depth for depth, rate in self.bandwidth.items() if rate >= 0.95 * self.best)
+
+    def at(self, depth: float) -> float:
+        """Bytes a second at a depth between those that were measured."""
+        known = sorted(self.bandwidth)
+        if depth <= known[0]:
+            return self.bandwidth[known[0]] * depth / known[0]
+        for low, high in zip(known, known[1:]):
+            if depth <= high:
+                part = (depth - low) / (high - low)
+                return self.bandwidth[low] * (1 - part) + self.bandwidth[high] * part
+        return self.bandwidth[known[-1]]
+
+
+def probe_disk(model: Pathlike, *, low: bool = False, fresh: bool = False, seconds: float = _DISK_SECONDS) -> Optional[DiskProbe]:
+    """Reads expert slices at random places of the model's own files, as the engine does, at each depth of `DEPTHS`.
+
+    Args:
+        model: a GGUF with experts.
+        low: its low-precision copies.
+        fresh: measure, though it is known.
+        seconds: for each depth.
+
+    Returns:
+        None when it cannot be measured.
+    """
+    try:
+        session = Session(os.fspath(model), OffloadParams())
+    except HobbitError:
+        return None
+    try:
+        info = session.info
+        expert = info.bytes_expert_low if low else info.bytes_expert_high
+        # what is kept holds for this disk and experts of about this size
+        key = f"disk {_device(model)} {_rounded(expert)} {'direct' if info.direct_io else 'buffered'}"
+        kept = None if fresh else _recall(key)
+        if kept is not None:
+            with contextlib.suppress(TypeError, ValueError):
+                rates = {int(depth): float(rate) for depth, rate in kept.pop("bandwidth").items()}
+                return DiskProbe(bandwidth=rates, **kept)
+        rates = {}
+        reads = n_bytes = 0
+        for depth in DEPTHS:
+            n, moved, spent = session.probe_read(low, depth, seconds)
+            rates[depth] = moved / spent
+            reads, n_bytes = reads + n, n_bytes + moved
+    except HobbitError:
+        return None
+    finally:
+        session.close()
+    probe = DiskProbe(n_bytes // max(reads, 1), rates, info.direct_io, time.time())
+    _remember(key, asdict(probe))
+    return probe
+
+
+def probe_compute(
+    type_id: int, n_in: int, n_out: int, threads: int, *, fresh: bool = False, seconds: float = _COMPUTE_SECONDS
+) -> Optional[float]:
+    """Bytes of weights a second in products of one token with [n_in, n_out] matrices of a ggml type.
+
+    Returns:
+        None when it cannot be measured.
+    """
+    from . import _lib
+
+    _lib.load_bindings()  # which keep ggml's log off the terminal
+    key = f"compute {cpu_name()} {type_id} {n_in}x{n_out} {threads}"
+    kept = None if fresh else _recall(key)
+    if kept is not None and isinstance(kept.get("rate"), (int, float)):
+        return float(kept["rate"])
+    ffi, lib = _lib.core()
+    rate, error = ffi.new("double *"), ffi.new("hobbit_error *")
+    if lib.hobbit_probe_compute(type_id, n_in, n_out, threads, seconds, rate, error) != lib.HOBBIT_OK:
+        return None
+    _remember(key, {"rate": float(rate[0]), "measured": time.time()})
+    return float(rate[0])
+
+
+def remember_floor(model: Pathlike, threads: int, seconds: float) -> None:
+    """Keeps the time of a token with every expert of the model in memory, as it was measured."""
+    _remember(_floor_key(model, threads), {"seconds": seconds, "measured": time.time()})
+
+
+def recall_floor(model: Pathlike, threads: int) -> Optional[float]:
+    """What `remember_floor` kept, in seconds a token."""
+    kept = _recall(_floor_key(model, threads))
+    return float(kept["seconds"]) if kept is not None and isinstance(kept.get("seconds"), (int, float)) else None
+
+
+def _floor_key(model: Pathlike, threads: int) -> str:
+    stat = os.stat(model)
+    return f"floor {cpu_name()} {os.path.realpath(model)} {stat.st_size} {stat.st_mtime_ns} {threads}"
+
+
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _device(path: Pathlike) -> str:
+    device = os.stat(path).st_dev
+    return f"{platform.node()} {os.major(device)}:{os.minor(device)}"
+
+
+def _rounded(n: int) -> int:
+    """To one of eight steps between powers of two."""
+    step = max(1, 1 << max(0, n.bit_length() - 4))
+    return (n + step // 2) // step * step
+
+
+# ---- what is kept ----
+
+
+def cache_file() -> Path:
+    """Where figures are kept: $HOBBIT_CACHE_DIR/probes.json, else in hobbit-cpp/ of the user's cache folder."""
+    folder = os.environ.get("HOBBIT_CACHE_DIR")
+    if not folder:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hobbit-cpp")
+    return Path(folder) / "probes.json"
+
+
+def _load() -> Dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(cache_file().read_text(encoding="utf-8"))
+        if isinstance(kept, dict) and kept.get("format") == _FORMAT and isinstance(kept.get("figures"), dict):
+            return dict(kept["figures"])
+    return {}
+
+
+def _recall(key: str) -> Optional[Dict[str, Any]]:
+    value = _load().get(key)
+    if not isinstance(value, dict) or time.time() - float(value.get("measured") or 0) > _KEEP_SECONDS:
+        return None
+    return dict(value)
+
+
+def _remember(key: str, value: Dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        path = cache_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"format": _FORMAT, "figures": {**_load(), key: value}}, indent=1), encoding="utf-8")
+        partial.replace(path)
+
+
+def threads_or_all(threads: Optional[int]) -> int:
+    """The number of threads that is used when none is given: as llama-cpp-python, half of the processors."""
+    return threads or max((os.cpu_count() or 2) // 2, 1)

@@ -1,0 +1,65 @@
+"""Probes of disk and cores: sane, kept per machine, never a reason to fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hobbit_cpp import probe
+from models import tiny, tiny_dual
+
+Q8_0 = 8
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_disk_is_probed_at_every_depth() -> None:
+    found = probe.probe_disk(tiny("mixtral"), seconds=0.02)
+    assert found is not None
+    assert tuple(found.bandwidth) == probe.DEPTHS
+    assert all(rate > 0 for rate in found.bandwidth.values())
+    assert found.read_bytes >= 256 * 256 * 2  # a slice of an expert in F16
+    assert found.at(found.best_depth) >= 0.95 * found.best
+    assert found.bandwidth[1] * 0.49 < found.at(0.5) < found.bandwidth[1] * 0.51
+    between = sorted((found.bandwidth[4], found.bandwidth[8]))
+    assert between[0] <= found.at(6) <= between[1]
+
+
+def test_low_copies_are_probed_at_their_size() -> None:
+    high = probe.probe_disk(tiny_dual("mixtral"), seconds=0.02)
+    low = probe.probe_disk(tiny_dual("mixtral"), low=True, seconds=0.02)
+    assert high is not None and low is not None and low.read_bytes < high.read_bytes
+
+
+def test_figures_are_kept_until_fresh_ones_are_asked_for(own_cache: Path) -> None:
+    first = probe.probe_disk(tiny("mixtral"), seconds=0.02)
+    assert probe.probe_disk(tiny("mixtral"), seconds=0.02) == first
+    again = probe.probe_disk(tiny("mixtral"), seconds=0.02, fresh=True)
+    assert again is not None and first is not None and again.measured > first.measured
+    assert len(json.loads((own_cache / "probes.json").read_text())["figures"]) == 1
+
+
+def test_what_cannot_be_read_or_kept_is_no_error(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe.probe_disk(tmp_path / "absent.gguf") is None
+    assert probe.probe_compute(Q8_0, 100, 64, 1) is None  # no whole blocks
+    own_cache.mkdir()
+    (own_cache / "probes.json").write_text("{ not JSON")
+    assert probe.probe_disk(tiny("mixtral"), seconds=0.01) is not None
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", "/proc/nowhere")
+    assert probe.probe_compute(Q8_0, 256, 64, 1, seconds=0.01)
+
+
+def test_products_and_floors_are_kept(own_cache: Path) -> None:
+    rate = probe.probe_compute(Q8_0, 256, 256, 2, seconds=0.01)
+    assert rate is not None and rate > 1e6
+    assert probe.probe_compute(Q8_0, 256, 256, 2, seconds=0.01) == rate
+    assert probe.recall_floor(tiny("mixtral"), 2) is None
+    probe.remember_floor(tiny("mixtral"), 2, 0.125)
+    assert probe.recall_floor(tiny("mixtral"), 2) == 0.125
+    assert probe.recall_floor(tiny("mixtral"), 1) is None
