@@ -122,11 +122,12 @@ double probe_compute(int32_t type_number, int64_t n_in, int64_t n_out, uint32_t 
     std::vector<uint8_t>   work(plan.work_size);
     plan.work_data = work.data();
 
-    // The quickest turn: whatever else the machine does can only make it slower. The first round is first touch.
+    // The quickest turn: whatever else the machine does can only make it slower. The first one is not counted: caches, waking up.
     const auto begin = steady::now();
+    const auto spent = [&] { return std::chrono::duration<double>(steady::now() - begin).count(); };
     double     best  = 0.0;
-    for (size_t turn = 0; turn < 2 * n_graph || std::chrono::duration<double>(steady::now() - begin).count() < seconds;
-         ++turn) {
+    ggml_graph_compute(graphs[0], &plan);
+    for (size_t turn = 1; best == 0.0 || spent() < seconds; ++turn) {
         const auto before = steady::now();
         ggml_graph_compute(graphs[turn % n_graph], &plan);
         const double took = std::chrono::duration<double>(steady::now() - before).count();

@@ -16,6 +16,7 @@ Q8_0 = 8
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "_is_busy", lambda: False)
     return tmp_path / "cache"
 
 
@@ -63,3 +64,9 @@ def test_products_and_floors_are_kept(own_cache: Path) -> None:
     probe.remember_floor(tiny("mixtral"), 2, 0.125)
     assert probe.recall_floor(tiny("mixtral"), 2) == 0.125
     assert probe.recall_floor(tiny("mixtral"), 1) is None
+
+
+def test_figures_of_a_busy_machine_are_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_is_busy", lambda: True)
+    assert probe.probe_compute(Q8_0, 256, 64, 1, seconds=0.01)
+    assert not (own_cache / "probes.json").exists()
