@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from . import convert, run
+from . import convert, evaluate, run
 
 __all__ = ["build_parser", "main"]
 
@@ -30,12 +30,10 @@ class _VersionAction(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Commands import what they need when they run, so that this is quick."""
-    parser = argparse.ArgumentParser(
-        prog="hobbit", description="Runs Mixture-of-Experts GGUF models larger than memory."
-    )
+    parser = argparse.ArgumentParser(prog="hobbit", description="Runs Mixture-of-Experts GGUF models larger than memory.")
     parser.add_argument("--version", action=_VersionAction, nargs=0, help="versions of the package and of llama.cpp")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for module in (convert, run):
+    for module in (convert, run, evaluate):
         module.add_parser(commands)
     return parser
 

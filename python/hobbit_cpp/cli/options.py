@@ -18,12 +18,16 @@ __all__ = [
     "check_json_stats",
     "check_model_flags",
     "load_model",
+    "offload_of",
+    "positive",
     "sampling_of",
+    "whole",
+    "write_json",
 ]
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model, how it is run, and --verbose."""
+def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> None:
+    """The model, how it is run, and --verbose. `ctx_size`: the default of -c."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     group = parser.add_argument_group("model")
     group.add_argument("--offload", choices=["hobbit", "lru", "none"], default="hobbit", help="default: hobbit")
@@ -39,13 +43,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--drop-fraction", metavar="F", type=float, help="of drop: skip what has less than F/k of a token's router weight"
     )
     group.add_argument(
-        "--max-experts", metavar="N", type=_positive, help="most experts a token (default: what the router selects)"
+        "--max-experts", metavar="N", type=positive, help="most experts a token (default: what the router selects)"
     )
-    group.add_argument("-c", "--ctx-size", metavar="N", type=_whole, default=4096, help="default: 4096; 0: the model's")
-    group.add_argument("-t", "--threads", metavar="N", type=_positive, help="threads")
-    group.add_argument("-tb", "--threads-batch", metavar="N", type=_positive, help="threads for the prompt")
-    group.add_argument("-b", "--batch-size", metavar="N", type=_positive, default=512, help="default: 512")
-    group.add_argument("-ub", "--ubatch-size", metavar="N", type=_positive, default=512, help="default: 512")
+    context = f"default: {ctx_size}; 0: the model's"
+    group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
+    group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    group.add_argument("-tb", "--threads-batch", metavar="N", type=positive, help="threads for the prompt")
+    group.add_argument("-b", "--batch-size", metavar="N", type=positive, default=512, help="default: 512")
+    group.add_argument("-ub", "--ubatch-size", metavar="N", type=positive, default=512, help="default: 512")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log; a traceback when something fails")
 
 
@@ -80,8 +85,24 @@ def check_model_flags(args: argparse.Namespace) -> None:
         raise ValueError("--precision-rule drop and --drop-fraction F go together")
 
 
-def load_model(args: argparse.Namespace, **more: Any) -> Any:
-    """The `hobbit_cpp.Llama` behind the flags of `add_model_flags`; `more`: further arguments of it.
+def offload_of(args: argparse.Namespace) -> Any:
+    """`OffloadParams` behind the flags of `add_model_flags`; None for --offload none."""
+    if args.offload == "none":
+        return None
+    from hobbit_cpp import OffloadParams
+
+    given = {
+        "exact": args.exact or None,
+        "precision_rule": args.precision_rule,
+        "drop_fraction": args.drop_fraction,
+        "max_experts": args.max_experts,
+        "expert_cache": args.expert_cache,
+    }
+    return OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
+
+
+def load_model(args: argparse.Namespace, model_class: Any = None, **more: Any) -> Any:
+    """The `hobbit_cpp.Llama` (or `model_class`) behind the flags of `add_model_flags`; `more`: further arguments of it.
 
     Raises:
         ValueError: flags that exclude each other.
@@ -90,20 +111,10 @@ def load_model(args: argparse.Namespace, **more: Any) -> Any:
     check_model_flags(args)
     if not args.model.exists():
         raise FileNotFoundError(f"{args.model}: no such file")
-    from hobbit_cpp import Llama, OffloadParams
+    from hobbit_cpp import Llama
 
-    offload: Any = None
-    if args.offload != "none":
-        given = {
-            "exact": args.exact or None,
-            "precision_rule": args.precision_rule,
-            "drop_fraction": args.drop_fraction,
-            "max_experts": args.max_experts,
-            "expert_cache": args.expert_cache,
-        }
-        offload = OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
     options: dict[str, Any] = {
-        "offload": offload,
+        "offload": offload_of(args),
         "memory": args.memory,
         "n_ctx": args.ctx_size,
         "n_threads": args.threads,
@@ -112,7 +123,16 @@ def load_model(args: argparse.Namespace, **more: Any) -> Any:
         "n_ubatch": args.ubatch_size,
         "verbose": args.verbose,
     }
-    return Llama(str(args.model), **{**options, **more})
+    return (model_class or Llama)(str(args.model), **{**options, **more})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Beside the file and renamed when whole."""
+    import json
+
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,14 +155,16 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse: a number above 0."""
     n = int(text)
     if n < 1:
         raise argparse.ArgumentTypeError(f"{n} is not a positive number")
     return n
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """For argparse: a number from 0."""
     n = int(text)
     if n < 0:
         raise argparse.ArgumentTypeError(f"{n} is negative")

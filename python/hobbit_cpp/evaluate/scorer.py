@@ -1,0 +1,99 @@
+"""A model that is asked for logits only, in batches of a chosen width, and holds no more of them than a batch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, List, Optional, Protocol, Sequence
+
+import numpy as np
+
+from ..llama import Llama
+from ..stats import OffloadStats
+from .statistics import Logits
+
+# Tokens a llama_decode where the rule does not depend on the cache.
+BATCH_WIDTH = 64
+
+
+class Scorer(Protocol):
+    """What the evaluation needs of a model."""
+
+    vocabulary: int
+
+    def words(self, text: str, begin: bool) -> List[int]:
+        """Tokens; `begin`: with the token that begins a text, when the model has one."""
+
+    def restart(self) -> None:
+        """An empty context: a new sequence. The expert cache keeps its contents."""
+
+    def feed(self, tokens: Sequence[int]) -> Logits:
+        """One llama_decode after what is in the context: logits [tokens, vocabulary], valid until the next call."""
+
+    def rewind(self, n: int) -> bool:
+        """Back to the first `n` tokens of the context; False when the model's state cannot."""
+
+    def counts(self) -> Optional[OffloadStats]:
+        """Since `forget_counts`; None without offload."""
+
+    def forget_counts(self) -> None:
+        """All counts to zero."""
+
+    def close(self) -> None:
+        """Frees the model."""
+
+
+class LlamaScorer(Llama):
+    """`Llama` as a `Scorer`. `n_batch` is the widest `feed`."""
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.n_vocab())
+
+    @property
+    def context_params(self) -> Any:
+        params = super().context_params
+        if self._session is not None:
+            params.n_outputs_max = max(1, self.__dict__.get("n_batch", 1))
+        return params
+
+    @context_params.setter
+    def context_params(self, value: Any) -> None:
+        self.__dict__["_context_params"] = value
+
+    def _memory_to_come(self) -> int:
+        # llama.cpp's output buffer, and a few copies of it in double precision while it is scored
+        return int(self.n_vocab()) * (64 + 40 * self.n_batch)
+
+    def words(self, text: str, begin: bool) -> List[int]:
+        # llama-cpp-python adds the begin token when it is asked to; only some models want it
+        first = [int(self.token_bos())] if begin and self._model.add_bos_token() else []
+        return first + [int(t) for t in self.tokenize(text.encode("utf-8"), add_bos=False, special=False)]
+
+    def restart(self) -> None:
+        context: Any = self._ctx
+        context.kv_cache_clear()
+        self.n_tokens = 0
+        if self._session is not None:
+            self._session.begin_sequence()
+
+    def feed(self, tokens: Sequence[int]) -> Logits:
+        self._batch.set_batch(batch=list(tokens), n_past=self.n_tokens, logits_all=True)
+        with nullcontext() if self._session is None else self._session.decoding():
+            self._ctx.decode(self._batch)
+        self.n_tokens += len(tokens)
+        context: Any = self._ctx
+        rows = np.ctypeslib.as_array(context.get_logits(), shape=(len(tokens) * self.vocabulary,))
+        return rows.reshape(len(tokens), self.vocabulary)
+
+    def rewind(self, n: int) -> bool:
+        if not self._ctx.kv_cache_seq_rm(-1, n, -1):
+            return False
+        self.n_tokens = n
+        return True
+
+    def counts(self) -> Optional[OffloadStats]:
+        return None if self._session is None else self.offload_stats()
+
+    def forget_counts(self) -> None:
+        if self._session is not None:
+            self.reset_offload_stats()
