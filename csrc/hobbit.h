@@ -53,16 +53,17 @@ HOBBIT_API const char * hobbit_loaded_patches(void);
 
 typedef enum hobbit_status {
     HOBBIT_OK                   = 0,
-    HOBBIT_ERR_INVALID_ARGUMENT = 1, /* a parameter out of range; the message names it */
-    HOBBIT_ERR_FILE             = 2, /* cannot open or stat a file; os_errno is set */
-    HOBBIT_ERR_FORMAT           = 3, /* not a GGUF, truncated or corrupt */
-    HOBBIT_ERR_NOT_MOE          = 4, /* a GGUF without routed experts: nothing to offload */
-    HOBBIT_ERR_READ             = 5, /* a read of expert data failed; os_errno is set, 0 for a short read */
-    HOBBIT_ERR_BUDGET           = 6, /* the memory budget is below the smallest that works */
-    HOBBIT_ERR_NO_MEMORY        = 7, /* the system refused an allocation */
-    HOBBIT_ERR_UNSUPPORTED      = 8, /* this model or type cannot be offloaded */
-    HOBBIT_ERR_STATE            = 9, /* call out of order */
-    HOBBIT_ERR_INTERNAL         = 10 /* a defect in hobbit-cpp: please report */
+    HOBBIT_ERR_INVALID_ARGUMENT = 1,  /* a parameter out of range; the message names it */
+    HOBBIT_ERR_FILE             = 2,  /* cannot open or stat a file; os_errno is set */
+    HOBBIT_ERR_FORMAT           = 3,  /* not a GGUF, truncated or corrupt */
+    HOBBIT_ERR_NOT_MOE          = 4,  /* a GGUF without routed experts: nothing to offload */
+    HOBBIT_ERR_READ             = 5,  /* a read of expert data failed; os_errno is set, 0 for a short read */
+    HOBBIT_ERR_BUDGET           = 6,  /* the memory budget is below the smallest that works */
+    HOBBIT_ERR_NO_MEMORY        = 7,  /* the system refused an allocation */
+    HOBBIT_ERR_UNSUPPORTED      = 8,  /* this model or type cannot be offloaded */
+    HOBBIT_ERR_STATE            = 9,  /* call out of order */
+    HOBBIT_ERR_INTERNAL         = 10, /* a defect in hobbit-cpp: please report */
+    HOBBIT_ERR_CANCELLED        = 11  /* hobbit_session_cancel was called */
 } hobbit_status;
 
 typedef struct hobbit_error {
@@ -168,6 +169,11 @@ HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 
 /* A new sequence starts: sequence-level statistics (HOBBIT section 3.4) are reset, the cache keeps its contents. */
 HOBBIT_API void hobbit_session_begin_sequence(hobbit_session * session);
+
+/* Stops the llama_decode that is running at its next graph node, as a failed read does; threads that wait for reads wake. From any
+ * thread, but not at the same time as start, stop and free. hobbit_session_take_error then gives HOBBIT_ERR_CANCELLED; until it
+ * is called every llama_decode stops, so call it too when nothing was running. */
+HOBBIT_API void hobbit_session_cancel(hobbit_session * session);
 
 /* After llama_decode failed: moves the recorded error out (and clears it). HOBBIT_OK when there was none. */
 HOBBIT_API hobbit_status hobbit_session_take_error(hobbit_session * session, hobbit_error * error);

@@ -204,6 +204,12 @@ void hobbit_session_begin_sequence(hobbit_session * s) {
     }
 }
 
+void hobbit_session_cancel(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->cancel();
+    }
+}
+
 hobbit_status hobbit_session_take_error(hobbit_session * s, hobbit_error * error) {
     return guarded(error, [&] {
         std::exception_ptr why;

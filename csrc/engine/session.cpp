@@ -120,6 +120,10 @@ void session::record_failure(std::exception_ptr why) {
     }
 }
 
+void session::cancel() {
+    record_failure(std::make_exception_ptr(error(HOBBIT_ERR_CANCELLED, 0, "the evaluation was cancelled")));
+}
+
 bool session::take_error(std::exception_ptr & out) {
     bool found = false;
     {

@@ -45,6 +45,8 @@ class session : public std::enable_shared_from_this<session> {
     bool failed() const;
     void record_failure(std::exception_ptr why);
     bool take_error(std::exception_ptr & out);
+    // Fails with HOBBIT_ERR_CANCELLED. Any thread.
+    void cancel();
 
     void stats(hobbit_stats & out);
     void layer_stats(uint32_t layer, hobbit_counts & out);

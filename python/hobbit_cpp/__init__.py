@@ -15,6 +15,7 @@ from . import _lib
 
 if TYPE_CHECKING:
     from .errors import (
+        EvaluationCancelled,
         HobbitError,
         HobbitWarning,
         MemoryBudgetError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = _lib.version
 
 __all__ = [
+    "EvaluationCancelled",
     "HobbitError",
     "HobbitWarning",
     "LayerCounts",

@@ -237,6 +237,15 @@ class Session:
         status = self._lib.hobbit_session_take_error(self._alive(), error)
         return None if status == self._lib.HOBBIT_OK else from_c(self._ffi, self._lib, error)
 
+    def cancel(self) -> None:
+        """Stops the running llama_decode; from any thread. Until clear_cancel() every other one stops too."""
+        if self._ours():
+            self._lib.hobbit_session_cancel(self._handle)
+
+    def clear_cancel(self) -> None:
+        if self._ours():
+            self.pending_error()
+
     def stats(self) -> OffloadStats:
         handle, error = self._alive(), self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_stats")

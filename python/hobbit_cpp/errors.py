@@ -58,6 +58,10 @@ class StateError(HobbitError, RuntimeError):
     """The object was used before it was ready or after it was closed."""
 
 
+class EvaluationCancelled(HobbitError):
+    """`Llama.cancel` stopped this call. The object stays usable."""
+
+
 class InternalError(HobbitError, RuntimeError):
     """A defect in hobbit_cpp."""
 
@@ -78,6 +82,7 @@ STATUS_TO_EXCEPTION: Dict[str, Type[HobbitError]] = {
     "HOBBIT_ERR_UNSUPPORTED": UnsupportedModelError,
     "HOBBIT_ERR_STATE": StateError,
     "HOBBIT_ERR_INTERNAL": InternalError,
+    "HOBBIT_ERR_CANCELLED": EvaluationCancelled,
 }
 
 

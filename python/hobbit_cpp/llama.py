@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Generator, Iterator, Optional, Sequence, Union
 
 from . import _lib
+from ._calls import Calls
 from ._memory import Size
 from ._session import ModelInfo, Session
 from .errors import ModelFileError, ParameterError, StateError
@@ -59,6 +61,7 @@ class Llama(_Llama):
         **kwargs: Any,
     ) -> None:
         self._session: Optional[Session] = None
+        self._calls = Calls(self._stop_decoding, self._clear_stop)
         self._no_alloc = False
         path = os.fspath(model_path)
         if offload is None:
@@ -118,10 +121,10 @@ class Llama(_Llama):
         if self._session is not None:
             params.abort_callback = ctypes.cast(self._session.abort_callback(), _c.ggml_abort_callback)
             params.abort_callback_data = self._session.address()
-            if not self.__dict__.get("_logits_all", True) and not params.embeddings:
-                # Only the last token's logits are asked for; for a whole batch of them llama.cpp would reserve
-                # n_batch * n_vocab floats.
-                params.n_outputs_max = 1
+            # Mostly only the last token's logits are asked for; for a whole batch of them (0) llama.cpp would reserve
+            # n_ubatch * n_vocab floats.
+            only_last = not self.__dict__.get("_logits_all", True) and not params.embeddings
+            params.n_outputs_max = 1 if only_last else 0
         return params
 
     @context_params.setter
@@ -139,23 +142,110 @@ class Llama(_Llama):
             rows = self.n_ctx() + n_batch  # `scores`, and llama.cpp's output buffer
         return n_vocab * (64 + 4 * rows)
 
-    def eval(self, tokens: Sequence[int]) -> None:
+    # ---- calls: one at a time, and any thread may cancel ----
+
+    def cancel(self) -> None:
+        """Stops the call that is running in another thread; it raises `EvaluationCancelled`.
+
+        With offload it stops at the next node of the graph (a part of a layer), also while it waits for the disk; with
+        offload=None after the batch at hand. A stream that stands between two chunks raises when it is resumed. Does nothing when
+        no call is running, and never touches a call that begins later. Afterwards the object is usable, and keeps the tokens
+        whose evaluation was complete (`n_tokens`); a recurrent model starts over.
+        """
+        self._calls.cancel()
+
+    def _stop_decoding(self) -> None:
+        if self._session is not None:
+            self._session.cancel()
+
+    def _clear_stop(self) -> None:
+        if self._session is not None:
+            self._session.clear_cancel()
+
+    @contextlib.contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Around llama_decode: its failure becomes an exception of ours, and n_tokens and llama.cpp's memory agree afterwards."""
         session = self._session
-        if session is None:
-            super().eval(tokens)
+        try:
+            with session.decoding() if session is not None else contextlib.nullcontext():
+                yield
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        """llama.cpp keeps those ubatches of a failed llama_decode that were complete: drops all beyond n_tokens."""
+        self._requires_eval = True  # the logits are lost
+        memory = _c.llama_get_memory(self._ctx.ctx)
+        if memory is None:
             return
-        if self.n_tokens == 0:
-            session.begin_sequence()
-        with session.decoding():
-            super().eval(tokens)
+        # Of a sliding window (swa_full=False) what the failed batch has pushed out is lost.
+        n_swa = int(_c.llama_model_n_swa(self._model.model))
+        window_begin = max(0, self.n_tokens - n_swa)
+        whole = n_swa == 0 or int(_c.llama_memory_seq_pos_min(memory, 0)) <= window_begin
+        if self._is_recurrent or self._is_hybrid or not whole or not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            self.reset()
+            _c.llama_memory_clear(memory, True)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        with self._calls.running():
+            if self._session is not None and self.n_tokens == 0:
+                self._session.begin_sequence()
+            for i in range(0, max(1, len(tokens)), self.n_batch):
+                self._calls.check()
+                with self._decoding():
+                    super().eval(tokens[i : i + self.n_batch])
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
-        session = self._session
-        if session is None:
-            return super().embed(*args, **kwargs)
-        session.begin_sequence()
-        with session.decoding():
-            return super().embed(*args, **kwargs)
+        with self._calls.running():
+            if not self.context_params.embeddings:
+                return super().embed(*args, **kwargs)  # says that embedding=True is needed
+            if self._session is not None:
+                self._session.begin_sequence()
+            context: Any = self._ctx
+
+            def decode(batch: Any) -> None:
+                self._calls.check()
+                # Clears llama.cpp's memory at its begin, and at its end.
+                self.n_tokens = 0
+                with self._decoding():
+                    type(context).decode(context, batch)
+
+            context.decode = decode
+            try:
+                return super().embed(*args, **kwargs)
+            finally:
+                del context.decode
+
+    def generate(self, *args: Any, **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
+        return self._calls.stream(super().generate(*args, **kwargs))
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        return self._calls.stream(super()._create_completion(*args, **kwargs))
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        with self._calls.alone():
+            return super().sample(*args, **kwargs)
+
+    def reset(self) -> None:
+        with self._calls.running():
+            super().reset()  # type: ignore[no-untyped-call]
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls.check_open()
+        return super().tokenize(*args, **kwargs)
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls.check_open()
+        return super().detokenize(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        with self._calls.alone():
+            return super().save_state()
+
+    def load_state(self, state: Any) -> None:
+        with self._calls.running():
+            super().load_state(state)
 
     def _offloaded(self) -> Session:
         if self._session is None:
@@ -173,18 +263,26 @@ class Llama(_Llama):
         Raises:
             StateError: not offloaded, or closed.
         """
-        return self._offloaded().stats()
+        with self._calls.gate:
+            return self._offloaded().stats()
 
     def reset_offload_stats(self) -> None:
         """All counts go to zero; the cache keeps its contents."""
-        self._offloaded().reset_stats()
+        with self._calls.gate:
+            self._offloaded().reset_stats()
 
     def close(self) -> None:
-        """Frees the model and the expert pool; safe to call twice."""
-        session = self.__dict__.get("_session")
-        if session is not None:
-            session.stop()
-        if "_stack" in self.__dict__:
-            super().close()
-        if session is not None:
-            session.close()
+        """Frees the model and the expert pool; safe to call twice. A call that runs in another thread is cancelled first."""
+        calls = self.__dict__.get("_calls")
+        if calls is None:  # the constructor was never reached
+            return
+        session = self._session
+        with calls.closing():
+            with calls.gate:
+                if session is not None:
+                    session.stop()
+            if "_stack" in self.__dict__:
+                super().close()
+            with calls.gate:
+                if session is not None:
+                    session.close()

@@ -1,0 +1,143 @@
+"""Calls on one model: one computes at a time, and any thread may cancel it.
+
+llama.cpp's contexts are not made for several threads, and a context holds one text. So a call waits until the one that
+computes is done. Between two chunks of a stream other calls may come in; then the stream is over, and says so.
+
+The *current call* is the one that the text in the context belongs to. It lasts from its begin to its end; for a stream that is
+until the generator is exhausted, closed, dropped, or superseded. `cancel` marks the current call, never one that comes later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Generator
+from typing import Any, Callable, Iterator, Optional
+
+from .errors import EvaluationCancelled, StateError
+
+
+class Call:
+    """One call of the user: `cancelled` is set once, by any thread."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+
+class Calls:
+    """
+    Args:
+        stop: called by `cancel` to stop what is being computed; from any thread.
+        clear: takes back what `stop` did, before the next call.
+    """
+
+    def __init__(self, stop: Callable[[], None], clear: Callable[[], None]) -> None:
+        self._stop = stop
+        self._clear = clear
+        self._closed = False
+        self._make_locks()
+
+    def _make_locks(self) -> None:
+        self._pid = os.getpid()
+        # Held while something is computed.
+        self._lock = threading.RLock()
+        # Guards _current and its flag, and keeps the model from being freed while another thread talks to it. Held for moments;
+        # re-entrant, since signal handlers and finalizers may come in at any point.
+        self.gate = threading.RLock()
+        self._depth = 0  # of calls within calls; belongs to the holder of _lock
+        self._current: Optional[Call] = None
+
+    def _set_current(self, call: Optional[Call]) -> None:
+        with self.gate:
+            before, self._current = self._current, call
+            if before is not None and before is not call and before.cancelled:
+                self._clear()
+
+    def _end(self, call: Call) -> None:
+        with self.gate:
+            if self._current is call:
+                self._set_current(None)
+
+    def cancel(self) -> None:
+        """Cancels the current call; nothing when there is none."""
+        with self.gate:
+            if self._current is not None and not self._current.cancelled:
+                self._current.cancelled = True
+                self._stop()
+
+    def check(self) -> None:
+        """Raises EvaluationCancelled when the current call was cancelled."""
+        call = self._current
+        if call is not None and call.cancelled:
+            raise EvaluationCancelled("the evaluation was cancelled")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other threads out. Does not begin a call: for what leaves the text in the context as it is."""
+        if self._pid != os.getpid():
+            self._make_locks()  # a child made by fork: whoever held them stayed in the parent
+        with self._lock:
+            self.check_open()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise StateError("the model is closed")
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Cancels the current call and waits for its end; no call begins any more."""
+        if self._pid != os.getpid():
+            self._make_locks()
+        self.cancel()
+        with self._lock:
+            self._closed = True
+            self._set_current(None)
+            yield
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A call, or a part of the one that this thread is in."""
+        with self.alone():
+            if self._depth > 1:
+                yield
+                return
+            call = Call()
+            self._set_current(call)
+            try:
+                yield
+            finally:
+                self._end(call)
+
+    def stream(self, inner: Iterator[Any]) -> Generator[Any, Any, Any]:
+        """The generator `inner` as a call: computing while it is resumed, and at most as long as no other call has begun."""
+        assert isinstance(inner, Generator)
+        call: Optional[Call] = None
+        sent: Any = None
+        try:
+            while True:
+                with self.alone():
+                    if self._depth == 1:
+                        if call is None:
+                            call = Call()
+                            self._set_current(call)
+                        elif self._current is not call:
+                            raise StateError(
+                                "another call has used this model since, and a model holds one text at a time: finish a stream "
+                                "before the next call, or load the model twice"
+                            )
+                        self.check()
+                    try:
+                        item = inner.send(sent)
+                    except StopIteration:
+                        return
+                sent = yield item
+        finally:
+            inner.close()
+            if call is not None:
+                self._end(call)
