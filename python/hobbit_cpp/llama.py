@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any, Generator, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, Optional, Sequence, Union
+
+import numpy as np
 
 from . import _lib
 from ._calls import Calls
@@ -38,6 +40,8 @@ class Llama(_Llama):
         expert_cache: size of the expert pool alone.
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
+        progress: called while the weights that stay in memory are read, with the share of them that is there, 0 to 1. What
+            it returns says whether to go on; False ends the loading with an exception. Must not raise.
 
     Raises:
         ModelFormatError, NotMoeError, UnsupportedModelError: the file cannot be offloaded, with the reason.
@@ -58,11 +62,14 @@ class Llama(_Llama):
         expert_cache: Optional[Size] = None,
         exact: Optional[bool] = None,
         precision_rule: Optional[str] = None,
+        progress: Optional[Callable[[float], bool]] = None,
         **kwargs: Any,
     ) -> None:
         self._session: Optional[Session] = None
         self._calls = Calls(self._stop_decoding, self._clear_stop)
         self._no_alloc = False
+        # kept as long as llama.cpp may call it
+        self._progress = None if progress is None else _c.llama_progress_callback(lambda done, _: bool(progress(done)))
         path = os.fspath(model_path)
         if offload is None:
             given = {"memory": memory, "expert_cache": expert_cache, "exact": exact, "precision_rule": precision_rule}
@@ -70,6 +77,7 @@ class Llama(_Llama):
             if set_:
                 raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
             super().__init__(path, **kwargs)
+            self._lengthen_arrays()
             return
 
         params = OffloadParams.of(offload, exact=exact, precision_rule=precision_rule, expert_cache=expert_cache)
@@ -91,6 +99,7 @@ class Llama(_Llama):
                 raise session.refuse_unloaded(self._context_address(), self._memory_to_come())
             with session.bound():
                 super().__init__(path, **kwargs)
+            self._lengthen_arrays()
             session.start(self._context_address(), self._memory_to_come())
         except BaseException:
             self.close()
@@ -102,6 +111,8 @@ class Llama(_Llama):
     @property
     def model_params(self) -> Any:
         params = self.__dict__["_model_params"]
+        if self._progress is not None:
+            params.progress_callback = self._progress
         if self._no_alloc:
             params.load_mode = _c.LLAMA_LOAD_MODE_NONE
             params.no_alloc = True
@@ -130,6 +141,16 @@ class Llama(_Llama):
     @context_params.setter
     def context_params(self, value: Any) -> None:
         self.__dict__["_context_params"] = value
+
+    def _lengthen_arrays(self) -> None:
+        """llama.cpp rounds n_ctx up to a multiple of 256, and llama_cpp goes by that, but for the arrays that it keeps tokens
+        and scores in: with n_ctx=100 it would fail at the 101st token."""
+        missing = self._n_ctx - len(self.input_ids)
+        if missing > 0:
+            self.input_ids = np.concatenate([self.input_ids, np.zeros(missing, self.input_ids.dtype)])
+            if self._logits_all:
+                more = np.zeros((missing, self.scores.shape[1]), self.scores.dtype)
+                self.scores = np.concatenate([self.scores, more])
 
     def _context_address(self) -> int:
         return ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0

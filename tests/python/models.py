@@ -7,6 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
+import gguf
+
 import tiny_models
 from hobbit_cpp.convert import convert
 
@@ -39,3 +41,42 @@ def tiny_dual(shape: str, high: str = "Q8_0", low: str = "Q4_0") -> Path:
     if not path.is_file():
         convert(tiny(shape), path, high=high, low=low, progress=False)
     return path
+
+
+_CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@functools.cache
+def tiny_chat(shape: str = "qwen3moe", template: str | None = _CHAT) -> Path:
+    """`tiny` with a chat template, or without. It never ends by itself, nor says a byte that is not ASCII: what it says is
+    valid text of any length."""
+    made = hashlib.sha256((template or "").encode()).hexdigest()[:8]
+    path = cache_dir() / f"{shape}-chat-{made}.gguf"
+    if not path.is_file():
+        partial = path.with_suffix(f".{os.getpid()}")
+        _copy_with_template(tiny(shape), partial, template)
+        reader = gguf.GGUFReader(partial, "r+")
+        output = next(t for t in reader.tensors if t.name == "output.weight")
+        texts = reader.fields["tokenizer.ggml.tokens"].contents()
+        for i, text in enumerate(texts):
+            # a logit of 0 is far below the best of the others
+            if text in ("<unk>", "<s>", "</s>") or (text.startswith("<0x") and text[3:5] > "7E"):
+                output.data[i] = 0
+        reader.data.flush()
+        partial.rename(path)
+    return path
+
+
+def _copy_with_template(source: Path, target: Path, template: str | None) -> None:
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, arch=arch, use_temp_file=False)
+    new = {}
+    if template is not None:
+        new["tokenizer.chat_template"] = MetadataDetails(gguf.GGUFValueType.STRING, template)
+    copy_with_new_metadata(reader, writer, new, [])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import options
+from .output import write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     with _Progress() as progress:
         result = {**about(args), **measure(plan, _opener(args), progress)}
     if args.json is not None:
-        options.write_json(args.json, result)
+        write_json(args.json, result)
     from rich.console import Console
 
     table.show(result, Console() if sys.stdout.isatty() else Console(width=120))

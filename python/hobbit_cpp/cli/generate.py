@@ -7,11 +7,30 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol, Tuple
 
 from .options import sampling_of
+from .worker import Worker
 
-__all__ = ["Answer", "Model", "Phase", "Request", "generate", "make_report", "make_request", "summary"]
+__all__ = [
+    "Answer",
+    "Model",
+    "Phase",
+    "Piece",
+    "Request",
+    "answer_report",
+    "cancel_of",
+    "completion_pieces",
+    "generate",
+    "make_report",
+    "make_request",
+    "measure",
+    "peak_memory",
+    "summary",
+]
+
+# Text, and in the last one why it ended: "stop" or "length".
+Piece = Tuple[str, Optional[str]]
 
 
 class Model(Protocol):
@@ -90,22 +109,53 @@ def make_request(args: argparse.Namespace, model: Model, prompt: str) -> Request
 
 
 def generate(
-    model: Model, request: Request, write: Callable[[str], None], clock: Callable[[], float] = time.perf_counter
+    model: Model,
+    request: Request,
+    write: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+    worker: Worker | None = None,
 ) -> Answer:
-    """Streams the answer to `write`. Ctrl-C ends it early, and what was measured stays."""
+    """Streams the answer to `write`. Ctrl-C ends it early, and what was measured stays; with a worker also in the prompt."""
+    pieces = stream(model, request)
+    if worker is None:
+        return measure(model, pieces, write, request.offload, clock=clock)
+    with worker.stoppable(cancel_of(model)):
+        return measure(model, worker.each(pieces), write, request.offload, clock=clock)
+
+
+def cancel_of(model: Model) -> Callable[[], object]:
+    """What makes the evaluation that runs in another thread end."""
+    return getattr(model, "cancel", lambda: None)
+
+
+def measure(
+    model: Model,
+    pieces: Iterator[Piece],
+    write: Callable[[str], None],
+    offload: bool,
+    reused: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Answer:
+    """Writes the pieces and measures prompt and answer apart.
+
+    Args:
+        pieces: text, and the reason for the end in the last.
+        offload: whether there are statistics of the offload.
+        reused: tokens of the prompt that were in the context already.
+    """
     answer = Answer()
-    _reset(model, request)
+    _reset(model, offload)
     start = clock()
     first: float | None = None
     tokens_before = 0
     try:
-        for text, reason in _stream(model, request):
+        for text, reason in pieces:
             if first is None:
                 # with the first chunk the prompt is through and the first token chosen
                 first = clock()
                 tokens_before = model.n_tokens
-                answer.prompt = Phase(model.n_tokens, first - start, _stats(model, request))
-                _reset(model, request)
+                answer.prompt = _phase(model, model.n_tokens - reused, first - start, offload)
+                _reset(model, offload)
             if text:
                 write(text)
             answer.finish_reason = reason or answer.finish_reason
@@ -113,13 +163,19 @@ def generate(
         answer.interrupted = True
     now = clock()
     if first is None:
-        answer.prompt = Phase(model.n_tokens, now - start, _stats(model, request))
+        answer.prompt = _phase(model, model.n_tokens - reused, now - start, offload)
     else:
-        answer.decode = Phase(model.n_tokens - tokens_before, now - first, _stats(model, request))
+        answer.decode = _phase(model, model.n_tokens - tokens_before, now - first, offload)
     return answer
 
 
-def _stream(model: Model, request: Request) -> Iterator[tuple[str, str | None]]:
+def _phase(model: Model, tokens: int, seconds: float, offload: bool) -> Phase:
+    stats = _stats(model, offload)
+    # the engine counts what it computes; without it, a prompt that was stopped early may hold less than was reused
+    return Phase(max(tokens, 0) if stats is None else stats["n_tokens"], seconds, stats)
+
+
+def stream(model: Model, request: Request) -> Iterator[Piece]:
     """Pieces of text, with the reason for the end in the last."""
     if request.chat:
         messages = [{"role": "system", "content": request.system}] if request.system else []
@@ -128,19 +184,24 @@ def _stream(model: Model, request: Request) -> Iterator[tuple[str, str | None]]:
             choice = chunk["choices"][0]
             yield choice["delta"].get("content") or "", choice["finish_reason"]
     else:
-        for chunk in model.create_completion(request.prompt, stream=True, **request.sampling):
-            choice = chunk["choices"][0]
-            yield choice["text"] or "", choice["finish_reason"]
+        yield from completion_pieces(model.create_completion(request.prompt, stream=True, **request.sampling))
 
 
-def _reset(model: Model, request: Request) -> None:
-    if request.offload:
+def completion_pieces(chunks: Iterator[Mapping[str, Any]]) -> Iterator[Piece]:
+    """The pieces in what `create_completion(stream=True)` gives."""
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        yield choice["text"] or "", choice["finish_reason"]
+
+
+def _reset(model: Model, offload: bool) -> None:
+    if offload:
         model.reset_offload_stats()
 
 
-def _stats(model: Model, request: Request) -> dict[str, Any] | None:
+def _stats(model: Model, offload: bool) -> dict[str, Any] | None:
     """The statistics as plain data, with the figures that are computed from them."""
-    if not request.offload:
+    if not offload:
         return None
     stats = model.offload_stats()
     out = dataclasses.asdict(stats)
@@ -151,23 +212,26 @@ def _stats(model: Model, request: Request) -> dict[str, Any] | None:
 
 def make_report(path: str, load_seconds: float, answer: Answer) -> dict[str, Any]:
     """All that was measured, ready for JSON."""
+    return {"model": path, "load_seconds": load_seconds, **answer_report(answer), "peak_memory": peak_memory(answer)}
+
+
+def answer_report(answer: Answer) -> dict[str, Any]:
+    """What was measured of one answer, ready for JSON."""
 
     def phase(p: Phase) -> dict[str, Any]:
         return {"tokens": p.tokens, "seconds": p.seconds, "tokens_per_second": p.rate, "offload": p.stats}
 
     return {
-        "model": path,
-        "load_seconds": load_seconds,
         "prompt": phase(answer.prompt),
         "decode": phase(answer.decode),
         "finish_reason": answer.finish_reason,
         "interrupted": answer.interrupted,
-        "peak_memory": _peak_memory(answer),
     }
 
 
-def _peak_memory(answer: Answer) -> int:
-    peaks = [p.stats.get("peak_memory") or 0 for p in (answer.prompt, answer.decode) if p.stats]
+def peak_memory(*answers: Answer) -> int:
+    """The most this process held, in bytes."""
+    peaks = [p.stats.get("peak_memory") or 0 for answer in answers for p in (answer.prompt, answer.decode) if p.stats]
     if any(peaks):
         return int(max(peaks))
     import resource

@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from . import convert, evaluate, run
+from . import chat, convert, evaluate, run
+from .output import one_line
 
 __all__ = ["build_parser", "main"]
 
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hobbit", description="Runs Mixture-of-Experts GGUF models larger than memory.")
     parser.add_argument("--version", action=_VersionAction, nargs=0, help="versions of the package and of llama.cpp")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for module in (convert, run, evaluate):
+    for module in (chat, convert, run, evaluate):
         module.add_parser(commands)
     return parser
 
@@ -84,9 +85,5 @@ def _complain(e: Exception, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    text = " ".join(str(e).split())
-    if not text or isinstance(e, (KeyError, IndexError, AttributeError, TypeError, AssertionError)):
-        # nothing written for people
-        text = f"{type(e).__name__}: {text} (HOBBIT_DEBUG=1 shows where)"
-    print(f"hobbit: {text}", file=sys.stderr)
+    print(f"hobbit: {one_line(e)}", file=sys.stderr)
     return EXIT_ERROR

@@ -22,7 +22,6 @@ __all__ = [
     "positive",
     "sampling_of",
     "whole",
-    "write_json",
 ]
 
 
@@ -124,15 +123,6 @@ def load_model(args: argparse.Namespace, model_class: Any = None, **more: Any) -
         "verbose": args.verbose,
     }
     return (model_class or Llama)(str(args.model), **{**options, **more})
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Beside the file and renamed when whole."""
-    import json
-
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

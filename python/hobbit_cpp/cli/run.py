@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .options import (
     check_model_flags,
     load_model,
 )
+from .output import write_json, write_stdout
 
 __all__ = ["add_parser", "run"]
 
@@ -50,25 +52,22 @@ def run(args: argparse.Namespace) -> int:
     import time
 
     from . import generate as gen
+    from .loading import load_with_progress
+    from .worker import Worker
 
     check_model_flags(args)
     check_json_stats(args)
     prompt = read_prompt(args)
     start = time.perf_counter()
-    model = load_model(args)
-    try:
+    with contextlib.closing(Worker()) as worker, contextlib.closing(load_with_progress(load_model, args, worker)) as model:
         load_seconds = time.perf_counter() - start
-        answer = gen.generate(model, gen.make_request(args, model, prompt), _write)
+        answer = gen.generate(model, gen.make_request(args, model, prompt), write_stdout, worker=worker)
         report = gen.make_report(str(args.model), load_seconds, answer)
-    finally:
-        model.close()
     if sys.stdout.isatty():
-        _write("\n")
+        write_stdout("\n")
     print("\n" + gen.summary(report), file=sys.stderr)
     if args.json_stats is not None:
-        import json
-
-        args.json_stats.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json_stats, report)
     return 130 if answer.interrupted else 0
 
 
@@ -85,15 +84,6 @@ def read_prompt(args: argparse.Namespace) -> str:
     if not text:
         raise ValueError("the prompt is empty")
     return str(text)
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
 
 
 def _without_newline(text: str) -> str:

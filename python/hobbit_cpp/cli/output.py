@@ -1,0 +1,61 @@
+"""How commands write: to stdout, to JSON files, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["one_line", "write_json", "write_stdout"]
+
+
+def write_stdout(text: str) -> None:
+    """At once, whatever the encoding of the terminal."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """The whole file or none: written beside and renamed.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+        ValueError: a number is not finite, which JSON does not know.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            f.write(text)
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+            os.fchmod(f.fileno(), mode)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def one_line(e: BaseException) -> str:
+    """What an error says, for people, without a line break."""
+    text = " ".join(str(e).split())
+    if not text or isinstance(e, (KeyError, IndexError, AttributeError, TypeError, AssertionError)):
+        # nothing written for people
+        text = f"{type(e).__name__}: {text} (HOBBIT_DEBUG=1 shows where)"
+    return text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,371 @@
+"""Turns of a chat: what the model is sent, what it evaluates, what is dropped, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_chat import Ears, FakeChatModel, chat_with
+from hobbit_cpp.cli.chat import commands
+from hobbit_cpp.cli.chat.conversation import Conversation, load, save
+from hobbit_cpp.cli.chat.session import TooLongError
+from hobbit_cpp.cli.chat.template import respell
+from hobbit_cpp.cli.chat.terminal import fit
+from hobbit_cpp.cli.worker import Worker
+
+
+@pytest.fixture
+def ears() -> Ears:
+    return Ears()
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    before = threading.active_count()
+    made: list[Worker] = []
+    init = Worker.__init__
+
+    def remembered(self: Worker) -> None:
+        init(self)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "__init__", remembered)
+        yield
+    for worker in made:
+        worker.close()
+    assert threading.active_count() == before
+
+
+def command(line: str, chat: Any, ears: Ears) -> bool:
+    found, argument = commands.find(line)
+    return found.run(chat, ears, argument)
+
+
+# ---- turns -----------------------------------------------------------------------------------------------
+
+
+def test_a_turn_sends_what_was_said_before(ears: Ears) -> None:
+    model = FakeChatModel(["Hello.", "Fine."])
+    chat = chat_with(model, system="be brief")
+    assert chat.send("hi", ears).text == "Hello."
+    turn = chat.send("how are you?", ears)
+    assert model.prompts == ["S:be brief|U:hi|A:", "S:be brief|U:hi|A:Hello.|U:how are you?|A:"]
+    # only what is new: the end of the answer, the message, and where the model begins
+    assert model.evaluated[1] == turn.answer.prompt.tokens == len("|U:how are you?|A:")
+    assert turn.reused == len("S:be brief|U:hi|A:Hello.")
+    assert ears.said == "Hello.Fine."
+    assert ears.notes == []
+
+
+def test_a_template_without_system_role_says_it_in_the_first_message(ears: Ears) -> None:
+    model = FakeChatModel(["a"], system_role=False)
+    chat_with(model, system="be brief").send("hi", ears)
+    assert model.prompts == ["U:be brief\n\nhi|A:"]
+
+
+def test_retry_answers_again_with_another_seed(ears: Ears) -> None:
+    model = FakeChatModel(["one", "two", "three"])
+    chat = chat_with(model)
+    assert chat.retry(ears) is None
+    chat.send("hi", ears)
+    turn = chat.retry(ears)
+    assert turn is not None and turn.text == "two"
+    assert [m["content"] for m in chat.conversation.messages] == ["hi", "two"]
+    assert model.prompts[0] == model.prompts[1]
+    assert [a["seed"] for a in model.asked] == [0, 1]
+    chat.send("ho", ears)
+    assert model.asked[2]["seed"] == 0
+
+
+def test_a_failed_message_counts_as_not_sent(ears: Ears) -> None:
+    model = FakeChatModel(["one", RuntimeError("disk"), "two"])
+    chat = chat_with(model)
+    chat.send("hi", ears)
+    with pytest.raises(RuntimeError, match="disk"):
+        chat.send("ho", ears)
+    assert [m["content"] for m in chat.conversation.messages] == ["hi", "one"]
+    chat.retry(ears)
+    assert model.prompts[-1] == "U:hi|A:one|U:ho|A:"
+
+
+def test_a_stopped_answer_stays_as_far_as_it_was(ears: Ears) -> None:
+    model = FakeChatModel(["one tw\x03", "x"])
+    chat = chat_with(model)
+    turn = chat.send("hi", ears)
+    assert turn.answer.interrupted and turn.text == "one tw"
+    chat.send("ho", ears)
+    assert model.prompts[-1] == "U:hi|A:one tw|U:ho|A:"
+
+
+def test_a_message_stopped_before_the_answer_can_be_sent_again(ears: Ears) -> None:
+    model = FakeChatModel(["one", "\x03", "two"])
+    chat = chat_with(model)
+    chat.send("hi", ears)
+    assert chat.send("ho", ears).answer.interrupted
+    assert len(chat.conversation.messages) == 2
+    turn = chat.retry(ears)
+    assert turn is not None and turn.text == "two"
+    assert model.prompts[-1] == "U:hi|A:one|U:ho|A:"
+
+
+def test_ctrl_c_while_the_prompt_is_read_cancels_the_evaluation(ears: Ears) -> None:
+    model = FakeChatModel(["one"])
+    chat = chat_with(model)
+    model.slow.set()
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    turn = chat.send("hi", ears)
+    assert turn.answer.interrupted and turn.text == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    model.slow.clear()
+    again = chat.retry(ears)
+    assert again is not None and again.text == "one"
+
+
+def test_without_history_each_text_stands_alone(ears: Ears) -> None:
+    model = FakeChatModel(["a", "b"])
+    chat = chat_with(model, history=False)
+    chat.send("one", ears)
+    chat.send("two", ears)
+    assert model.prompts == ["U:one|A:", "U:two|A:"]
+
+
+# ---- the context is full ---------------------------------------------------------------------------------
+
+
+def test_the_oldest_turns_are_dropped_and_it_is_said(ears: Ears) -> None:
+    model = FakeChatModel([c * 20 for c in "abcdef"], n_ctx=160)
+    chat = chat_with(model, system="sys")
+    for i in range(6):
+        turn = chat.send(f"message {i}", ears)
+        assert turn.text == "abcdef"[i] * 20  # there was room for it
+        assert model.prompts[-1].startswith("S:sys|U:message")
+        assert f"U:message {i}|A:" in model.prompts[-1]
+    assert len(chat.conversation.messages) == 12  # all are kept for /save
+    assert chat.conversation.first > 0
+    assert all("no longer sees" in note for note in ears.notes)
+    # a drop makes room for more than one turn, since the rest has to be evaluated anew
+    assert 1 <= len(ears.notes) < 4
+
+
+def test_a_message_too_long_is_refused_and_the_chat_goes_on(ears: Ears) -> None:
+    model = FakeChatModel(["one", "two"], n_ctx=100)
+    chat = chat_with(model)
+    chat.send("hi", ears)
+    with pytest.raises(TooLongError, match=r"it takes 20\d tokens, and the context has 100"):
+        chat.send("x" * 200, ears)
+    assert chat.conversation.first == 0
+    chat.send("ho", ears)
+    assert model.prompts[-1] == "U:hi|A:one|U:ho|A:"
+
+
+def test_an_answer_that_fills_the_context_says_so(ears: Ears) -> None:
+    chat = chat_with(FakeChatModel(["x" * 200], n_ctx=100))
+    chat.send("hi", ears)
+    assert ears.notes == ["the answer was cut off: the context of 100 tokens is full"]
+    chat = chat_with(FakeChatModel(["x" * 200], n_ctx=100), max_tokens=5)
+    assert chat.send("hi", ears).text == "xxxxx"
+    assert ears.notes[1:] == ["the answer was cut off after 5 tokens (-n)"]
+
+
+# ---- tokens that are there already -----------------------------------------------------------------------
+
+
+@given(st.data())
+def test_respelling_changes_tokens_and_no_text(data: st.DataObject) -> None:
+    pieces = [b"a", b"b", b"c", b"ab", b"bc", b"abc", b"ca", b"aab"]
+    tokens = st.lists(st.integers(0, len(pieces) - 1), max_size=12)
+    evaluated = data.draw(tokens)
+    # often the same text in other tokens
+    start = data.draw(st.integers(0, len(evaluated)))
+    text = b"".join(pieces[t] for t in evaluated[:start]) + b"".join(pieces[t] for t in data.draw(tokens))
+    wanted = []
+    left = text
+    while left:
+        fitting = [t for t, p in enumerate(pieces) if left.startswith(p)]
+        wanted.append(data.draw(st.sampled_from(fitting)))
+        left = left[len(pieces[wanted[-1]]) :]
+
+    out = respell(evaluated, wanted, pieces.__getitem__)
+    assert b"".join(pieces[t] for t in out) == text
+    kept = 0
+    while kept < min(len(out), len(evaluated)) and out[kept] == evaluated[kept]:
+        kept += 1
+    # nothing that could have been kept was dropped: no later place where a token ends in both
+    ends = {len(b"".join(pieces[t] for t in wanted[:n])) for n in range(len(wanted) + 1)}
+    longest = 0
+    for n in range(len(evaluated) + 1):
+        joined = b"".join(pieces[t] for t in evaluated[:n])
+        if text.startswith(joined) and len(joined) in ends:
+            longest = n
+    assert kept >= longest
+
+
+# ---- saved conversations ---------------------------------------------------------------------------------
+
+
+def test_a_saved_conversation_goes_on(tmp_path: Path, ears: Ears) -> None:
+    file = tmp_path / "a b.json"
+    model = FakeChatModel(["grüß dich 😀", "two"])
+    chat = chat_with(model, system="sys")
+    chat.send("hi", ears)
+    assert command(f"/save {file}", chat, ears)
+    assert json.loads(file.read_text(encoding="utf-8")) == {
+        "format": "hobbit-chat",
+        "model": "fake.gguf",
+        "system": "sys",
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "grüß dich 😀"}],
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["a b.json"]
+    other = chat_with(model)
+    assert command(f'/load "{file}"', other, ears)
+    other.send("ho", ears)
+    assert model.prompts[-1] == "S:sys|U:hi|A:grüß dich 😀|U:ho|A:"
+    # the new one replaces the old one
+    command(f"/save {file}", other, ears)
+    assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 4
+
+
+def test_a_message_without_answer_is_saved_too(tmp_path: Path, ears: Ears) -> None:
+    model = FakeChatModel([RuntimeError("disk"), "one"])
+    chat = chat_with(model)
+    with pytest.raises(RuntimeError):
+        chat.send("hi", ears)
+    command(f"/save {tmp_path / 'c.json'}", chat, ears)
+    other = chat_with(model)
+    command(f"/load {tmp_path / 'c.json'}", other, ears)
+    assert "/retry asks for it" in ears.notes[-1]
+    command("/retry", other, ears)
+    assert model.prompts[-1] == "U:hi|A:"
+
+
+def test_a_plain_list_of_messages_loads_too(tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    messages = [{"role": r, "content": r} for r in ("system", "user", "assistant")]
+    file.write_text(json.dumps(messages))
+    assert load(file) == Conversation("system", messages[1:])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is not a saved conversation"),
+        ("{", "is not a saved conversation"),
+        ("[" * 100_000, "is not a saved conversation"),
+        ("7", "no list of messages"),
+        ('{"messages": 7}', "no list of messages"),
+        ('{"system": 7, "messages": []}', "system message is not a text"),
+        ('["x"]', "message 1 is not an object"),
+        ('[{"role": "user"}]', "message 1 has no role and content"),
+        ('[{"role": "user", "content": ["x"]}]', "message 1 has no role and content"),
+        ('[{"role": "assistant", "content": "x"}]', "message 1 is of 'assistant'"),
+        ('[{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]', "message 2 is of 'user'"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(tmp_path: Path, content: str, says: str, ears: Ears) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    chat = chat_with(FakeChatModel(["one"]))
+    chat.send("hi", ears)
+    with pytest.raises(ValueError, match=says) as e:
+        command(f"/load {file}", chat, ears)
+    assert str(file) in str(e.value)
+    assert len(chat.conversation.messages) == 2
+
+
+def test_saving_replaces_no_other_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x00\xff")
+    with pytest.raises(ValueError, match="not a saved conversation"):
+        save(file, Conversation(), "m")
+    assert file.read_bytes() == b"GGUF\x00\xff"
+    with pytest.raises(ValueError, match="is a folder"):
+        save(tmp_path, Conversation(), "m")
+    with pytest.raises(ValueError, match="is not a folder"):
+        save(tmp_path / "no" / "x.json", Conversation(), "m")
+
+
+# ---- commands --------------------------------------------------------------------------------------------
+
+
+def test_commands(ears: Ears) -> None:
+    chat = chat_with(FakeChatModel(["one", "two"]))
+    command("/help", chat, ears)
+    assert all(name in ears.notes[-1] for name in commands.COMMANDS)
+    command("/system  be brief ", chat, ears)
+    assert chat.conversation.system == "be brief"
+    command("/system", chat, ears)
+    assert "be brief" in ears.notes[-1]
+    chat.send("hi", ears)
+    command("/stats", chat, ears)
+    assert "2 messages" in ears.notes[-1] and "memory" in ears.notes[-1]
+    command("/reset", chat, ears)
+    assert chat.conversation == Conversation("be brief")
+    command('/system ""', chat, ears)
+    assert chat.conversation.system is None
+    assert not command("/exit", chat, ears)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/nonsense x", "unknown command /nonsense"),
+        ("/", "unknown command /"),
+        ("/exit now", "/exit takes nothing more"),
+        ("/save", "/save needs the name of a file"),
+        ("/load", "/load needs the name of a file"),
+        ('/load "x', "/load"),
+        ("/load /no/such/file", "no such file"),
+        ("/retry", "no message"),
+    ],
+)
+def test_wrong_commands_say_so(line: str, says: str, ears: Ears) -> None:
+    chat = chat_with(FakeChatModel([]))
+    with pytest.raises(ValueError, match=says):
+        command(line, chat, ears)
+
+
+def test_the_status_line_fits_the_terminal() -> None:
+    parts = ["37.6 tok/s", "hit 96%", "9.4 MB/tok"]
+    assert fit(parts, 80) == "37.6 tok/s · hit 96% · 9.4 MB/tok"
+    assert fit(parts, 21) == "37.6 tok/s · hit 96%"
+    assert fit(parts, 5) == "37.6 tok/s"
+
+
+# ---- the thread ------------------------------------------------------------------------------------------
+
+
+def test_work_that_is_not_yet_cancellable_is_cancelled_later() -> None:
+    """A cancel that comes before the evaluation begins is lost: it is said again."""
+    worker, cancels = Worker(), threading.Semaphore(0)
+
+    def work() -> None:
+        for _ in range(3):
+            assert cancels.acquire(timeout=10)
+
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with worker.stoppable(cancels.release), pytest.raises(KeyboardInterrupt):
+        worker.do(work)
+
+
+def test_nothing_is_made_while_an_item_is_looked_at() -> None:
+    worker, made = Worker(), []
+
+    def items() -> Iterator[int]:
+        for i in range(3):
+            made.append(i)
+            yield i
+
+    for item in worker.each(items()):
+        time.sleep(0.02)
+        assert made[-1] == item
