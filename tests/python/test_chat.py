@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,17 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decode import load as load_model
+from decode import logits
 from fake_chat import Ears, FakeChatModel, chat_with
 from hobbit_cpp.cli.chat import commands
 from hobbit_cpp.cli.chat.conversation import Conversation, load, save
-from hobbit_cpp.cli.chat.session import TooLongError
-from hobbit_cpp.cli.chat.template import respell
+from hobbit_cpp.cli.chat.session import Chat, TooLongError
+from hobbit_cpp.cli.chat.template import Template, respell
 from hobbit_cpp.cli.chat.terminal import fit
 from hobbit_cpp.cli.worker import Worker
+from models import tiny_chat
 
 
 @pytest.fixture
@@ -86,6 +91,17 @@ def test_retry_answers_again_with_another_seed(ears: Ears) -> None:
     assert [a["seed"] for a in model.asked] == [0, 1]
     chat.send("ho", ears)
     assert model.asked[2]["seed"] == 0
+
+
+@pytest.mark.parametrize("fails", [RuntimeError("disk"), "\x03"])
+def test_a_retry_that_fails_leaves_the_old_answer(ears: Ears, fails: Any) -> None:
+    chat = chat_with(FakeChatModel(["one", fails, "two"]))
+    chat.send("hi", ears)
+    with contextlib.suppress(RuntimeError):
+        chat.retry(ears)
+    assert [m["content"] for m in chat.conversation.messages] == ["hi", "one"]
+    chat.retry(ears)
+    assert [m["content"] for m in chat.conversation.messages] == ["hi", "two"]
 
 
 def test_a_failed_message_counts_as_not_sent(ears: Ears) -> None:
@@ -164,7 +180,7 @@ def test_a_message_too_long_is_refused_and_the_chat_goes_on(ears: Ears) -> None:
     chat.send("hi", ears)
     with pytest.raises(TooLongError, match=r"it takes 20\d tokens, and the context has 100"):
         chat.send("x" * 200, ears)
-    assert chat.conversation.first == 0
+    assert chat.conversation.first == 0 and chat.conversation.unanswered is None
     chat.send("ho", ears)
     assert model.prompts[-1] == "U:hi|A:one|U:ho|A:"
 
@@ -369,3 +385,34 @@ def test_nothing_is_made_while_an_item_is_looked_at() -> None:
     for item in worker.each(items()):
         time.sleep(0.02)
         assert made[-1] == item
+
+
+# ---- a real model ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
+@pytest.mark.parametrize("offload", [None, "lru"])
+def test_the_context_is_what_its_tokens_say(offload: str | None, ears: Ears) -> None:
+    """After turns, a retry and a drop, each token was evaluated where it stands: a model that reads them anew agrees."""
+    from hobbit_cpp import Llama
+
+    more = {"offload": offload, "exact": True} if offload else {}
+    llm, fresh = (load_model(Llama, str(tiny_chat()), 1, **more) for _ in range(2))
+    chat = Chat(llm, Template(llm), Worker(), lambda _: {"max_tokens": 8, "temperature": 0.0}, offload is not None)
+    for message in ("the expert", "of that", "the layer is to the token"):
+        chat.send(message, ears)
+    chat.conversation.first = 2
+    chat.send("of", ears)
+    turn = chat.retry(ears)
+    assert turn is not None
+    tokens = llm.input_ids[: llm.n_tokens].tolist()
+    text = "".join(f"<s>{m['role']}\n{m['content'].strip()}</s>\n" for m in chat.conversation.messages[2:])
+    canonical = llm.tokenize(text.encode(), add_bos=False, special=True)
+    # the last token was chosen, and not evaluated
+    evaluated = llm.detokenize(tokens, special=True)
+    assert llm.detokenize(canonical, special=True).startswith(evaluated) and len(evaluated) > len(text) - 20
+    # the model chose other tokens than its text would have
+    assert tokens != canonical[: len(tokens)]
+    np.testing.assert_allclose(llm.scores[: len(tokens)], logits(fresh, tokens, 64), atol=2e-3)
+    for model in (llm, fresh):
+        model.close()

@@ -61,17 +61,6 @@ def test_a_line_is_a_message_and_nothing_is_evaluated_twice(tmp_path: Path, offl
             assert turn["decode"]["offload"]["n_tokens"] == said
 
 
-def test_reused_tokens_do_not_change_the_answer() -> None:
-    """A conversation loaded from its file, evaluated from the start, goes on as the one that was never interrupted: the
-    context held what the file says."""
-    # in one go, exact, and one token at a time throughout: batches of another size may round differently
-    exact = ["--offload", "lru", "--exact", "-n", "8"]
-    both = piped("the expert\nof that\n", *exact)
-    first = piped("the expert\n", *exact)
-    assert both.returncode == first.returncode == 0
-    assert both.stdout.startswith(first.stdout)
-
-
 def test_an_answer_is_a_line_whatever_the_model_says(tmp_path: Path) -> None:
     done = piped("the\n", "-n", "1")
     assert (done.returncode, done.stdout.count(b"\n")) == (0, 1)
@@ -283,6 +272,27 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start: Any) -> None:
     screen.type("\x03")
     assert "Ctrl-C again, or Ctrl-D, leaves" in screen.prompt()
     screen.type("\x03")
+    assert screen.ends() == 0
+
+
+@pytest.mark.parametrize("offload", ["hobbit", "none"])
+def test_ctrl_c_stops_the_reading_of_a_prompt(start: Any, offload: str) -> None:
+    screen = start("-c", "16384", "--offload", offload)
+    screen.prompt()
+    screen.type("\x1b[200~" + "a b c d e\n" * 1500 + "\x1b[201~")
+    screen.type("\r")
+    assert "tok/s" not in screen.until("reading ")
+    screen.type("\x03")
+    assert "stopped before the answer began" in screen.prompt()
+    # what was evaluated is reused, and what was not is not
+    screen.type("/reset\r")
+    screen.prompt()
+    screen.type("the expert\r")
+    time.sleep(0.5)
+    screen.type("\x03")
+    said = screen.prompt()
+    assert "stopped" in said and "tok/s" in said
+    screen.type("\x04")
     assert screen.ends() == 0
 
 

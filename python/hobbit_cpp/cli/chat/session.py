@@ -75,22 +75,39 @@ class Chat:
     _attempt: int = 0
 
     def send(self, text: str, listener: Listener) -> Turn:
-        """Answers a message. If that is stopped before the first word, or fails, the message counts as not sent.
+        """Answers a message. If that is stopped before the first word, or fails, it waits for `retry`.
 
         Raises:
-            TooLongError: it does not fit.
+            TooLongError: it does not fit; nothing changed.
             HobbitError, ...: the model failed.
         """
         self._attempt = 0
-        return self._send(text, listener)
+        if not self.history:
+            self.conversation.reset()
+        before = self.conversation.unanswered
+        try:
+            return self._send(text, listener)
+        except TooLongError:
+            self.conversation.unanswered = before
+            raise
 
     def retry(self, listener: Listener) -> Turn | None:
-        """Another answer to the last message. None: there is no message."""
-        text = self.conversation.take_back()
+        """Another answer to the last message. None: there is no message. The old answer stays until the new one has begun."""
+        talk = self.conversation
+        messages, first = [*talk.messages], talk.first
+        text = talk.take_back()
         if text is None:
             return None
         self._attempt += 1
-        return self._send(text, listener)
+        answered = len(talk.messages) < len(messages)
+        begun = False
+        try:
+            turn = self._send(text, listener)
+            begun = bool(turn.text) or not turn.answer.interrupted
+            return turn
+        finally:
+            if answered and not begun:
+                talk.messages, talk.first, talk.unanswered = messages, first, None
 
     @property
     def n_ctx(self) -> int:
@@ -99,8 +116,6 @@ class Chat:
 
     def _send(self, text: str, listener: Listener) -> Turn:
         talk = self.conversation
-        if not self.history:
-            talk.reset()
         talk.unanswered = text
         before = len(talk.messages)
         talk.messages.append({"role": "user", "content": text})

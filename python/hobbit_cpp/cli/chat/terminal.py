@@ -97,7 +97,7 @@ class Terminal:
             self._waiting_since = now
         elif now - self._waiting_since >= _PATIENCE_SECONDS and sys.stderr.isatty():
             self._shows_reading = True
-            text = f"reading {done} of {total} tokens"[: _width() - 1]
+            text = f"reading {done} of {total} tokens, {now - self._waiting_since:.0f} s"[: _width() - 1]
             sys.stderr.write(f"\r\x1b[K{_DIM}{text}{_PLAIN}" if self._colour else f"\r{text}")
             sys.stderr.flush()
 
@@ -239,6 +239,7 @@ def _prompt_session(history: Path | None, complain: Callable[[str], None], clear
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
+    @keys.add("escape", "c-j")  # typed while the model spoke
     def _(event: Any) -> None:
         event.current_buffer.newline(copy_margin=False)
 
