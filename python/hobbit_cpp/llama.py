@@ -53,6 +53,8 @@ class Llama(_Llama):
         >>> llm.offload_stats().hit_rate
     """
 
+    _session: Optional[Session]
+
     def __init__(
         self,
         model_path: Union[str, os.PathLike[str]],
@@ -65,11 +67,7 @@ class Llama(_Llama):
         progress: Optional[Callable[[float], bool]] = None,
         **kwargs: Any,
     ) -> None:
-        self._session: Optional[Session] = None
-        self._calls = Calls(self._stop_decoding, self._clear_stop)
-        self._no_alloc = False
-        # kept as long as llama.cpp may call it
-        self._progress = None if progress is None else _c.llama_progress_callback(lambda done, _: bool(progress(done)))
+        self._begin(progress)
         path = os.fspath(model_path)
         if offload is None:
             given = {"memory": memory, "expert_cache": expert_cache, "exact": exact, "precision_rule": precision_rule}
@@ -104,6 +102,14 @@ class Llama(_Llama):
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, progress: Optional[Callable[[float], bool]] = None) -> None:
+        """What everything else relies on."""
+        self._session = None
+        self._calls = Calls(self._stop_decoding, self._clear_stop)
+        self._no_alloc = False
+        # kept as long as llama.cpp may call it
+        self._progress = None if progress is None else _c.llama_progress_callback(lambda done, _: bool(progress(done)))
 
     # llama_cpp.Llama makes these two structs in its constructor, fills them in and hands them to llama.cpp. As properties
     # they carry what the offload needs on top, whatever the constructor has set.

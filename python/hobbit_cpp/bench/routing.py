@@ -1,0 +1,91 @@
+"""How often an expert has to be loaded, before a model has run: from the statistics of real routing in locality.json."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List
+
+__all__ = ["Loads", "expected_loads"]
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Shares of all selections; `bytes` in those of a high-precision copy."""
+
+    high: float
+    low: float
+    skip: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Selections that find a copy they can use."""
+        return max(0.0, 1.0 - self.high - self.low - self.skip)
+
+    def bytes(self, low_cost: float) -> float:
+        """To be read for a selection, of a high-precision copy's."""
+        return self.high + self.low * low_cost
+
+
+@functools.cache
+def _statistics() -> Dict[str, Any]:
+    out: Dict[str, Any] = json.loads(Path(__file__).with_name("locality.json").read_text(encoding="utf-8"))
+    return out
+
+
+def _at(shares: List[float], values: List[float], share: float) -> float:
+    """Linear between the shares that were measured; with nothing cached everything is loaded."""
+    if share <= shares[0]:
+        return values[0]
+    for i in range(1, len(shares)):
+        if share <= shares[i]:
+            part = (share - shares[i - 1]) / (shares[i] - shares[i - 1])
+            return values[i - 1] * (1 - part) + values[i] * part
+    return values[-1]
+
+
+def _of_trace(trace: Dict[str, Any], rule: str, share: float) -> Loads:
+    rows = trace["rules"][rule]
+    shares = _statistics()["shares"]
+    none = [0.0] * len(shares)
+    return Loads(*(_at(shares, rows.get(key, none), share) for key in ("load_high", "load_low", "skip")))
+
+
+def _uniform(rule: str, share: float) -> Loads:
+    """Without locality the hit rate is the share of the experts that is cached; of the rest, the paper's quantiles."""
+    miss = 1.0 - min(share, 1.0)
+    return Loads(0.67 * miss, 0.30 * miss, 0.03 * miss) if rule == "hobbit" else Loads(miss, 0.0, 0.0)
+
+
+def expected_loads(n_expert: int, n_expert_used: int, share: float, rule: str, random: bool = False) -> List[Loads]:
+    """What is to be expected, then each trace's own: the spread.
+
+    Args:
+        n_expert: of a layer; n_expert_used: of a token. Models of the same ratio are taken as alike: between the ratios of the
+            traces what is expected moves from the one to the other, beyond them it stays.
+        share: of all experts that fit into the cache.
+        rule: "lru", "exact" or "hobbit".
+        random: the router is noise.
+    """
+    if random:
+        return [_uniform(rule, share)]
+    traces = _statistics()["traces"]
+    each = [_of_trace(trace, rule, share) for trace in traces]
+    classes: Dict[float, List[Loads]] = {}
+    for trace, loads in zip(traces, each):
+        classes.setdefault(math.log(trace["n_expert"] / trace["n_expert_used"]), []).append(loads)
+    ratios = sorted(classes)
+    means = [_mean(classes[ratio]) for ratio in ratios]
+    at = math.log(max(n_expert, 1) / max(n_expert_used, 1))
+    expected = Loads(*(_at(ratios, [getattr(m, key) for m in means], at) for key in ("high", "low", "skip")))
+    if rule == "lru" and share * n_expert < n_expert_used:
+        expected = Loads(1.0, 0.0, 0.0)  # a cache smaller than a token's cycle
+    return [expected, *each]
+
+
+def _mean(loads: List[Loads]) -> Loads:
+    n = len(loads)
+    return Loads(sum(x.high for x in loads) / n, sum(x.low for x in loads) / n, sum(x.skip for x in loads) / n)

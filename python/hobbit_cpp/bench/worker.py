@@ -1,0 +1,212 @@
+"""One contender over one text, in this process: python -m hobbit_cpp.bench.worker JOB.json writes its result into job["result"].
+
+A process of its own, so that nothing of one contender (memory, threads, page cache) helps or hinders another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from hobbit_cpp import _memory
+
+__all__ = ["main", "run"]
+
+
+def _load(job: Dict[str, Any]) -> Any:
+    from hobbit_cpp import Llama, OffloadParams
+
+    kwargs: Dict[str, Any] = {
+        "n_ctx": job["n_ctx"],
+        "n_batch": job["n_batch"],
+        "n_ubatch": job["n_ubatch"],
+        "n_threads": job["threads"],
+        "n_threads_batch": job["threads"],
+        "verbose": False,
+        "seed": 1,
+    }
+    if job["kind"] == "stock":
+        if job["repack"]:
+            return Llama(job["model"], use_mmap=job["mmap"], **kwargs)
+
+        class Plain(Llama):
+            """Stock llama.cpp, told to leave weights as they are in the file."""
+
+            @property
+            def model_params(self) -> Any:
+                params = super().model_params
+                params.use_extra_bufts = False
+                return params
+
+            @model_params.setter
+            def model_params(self, value: Any) -> None:
+                Llama.model_params.fset(self, value)  # type: ignore[attr-defined]
+
+        return Plain(job["model"], use_mmap=job["mmap"], **kwargs)
+    params = OffloadParams(mode=job["mode"], **job["options"])
+    cache = "100%" if job["everything"] else None
+    return Llama(job["model"], offload=params, memory=job["memory"], expert_cache=cache, **kwargs)
+
+
+def _disk_reads() -> int:
+    """Bytes this process had read from a disk, page faults included."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
+
+
+def _disk_writes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("write_bytes:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_oublock * 512
+
+
+def _thread_seconds(name: str) -> float:
+    """CPU seconds of our threads of this name."""
+    total = 0.0
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                head, _, rest = (task / "stat").read_text().rpartition(")")
+                if head.partition("(")[2] == name:
+                    fields = rest.split()
+                    total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _stats(llm: Any, seconds: float) -> Dict[str, Any]:
+    """The offload's own figures of one phase."""
+    s = llm.offload_stats()
+    n = max(s.selections, 1)
+    tokens = max(s.n_tokens, 1)
+    out: Dict[str, Any] = {
+        "mb_token": s.bytes_per_token / 1e6,
+        "mb_wasted_token": s.bytes_wasted / tokens / 1e6,
+        "hit_rate": s.hit_rate,
+        "hit_rate_high": s.hits_high / n,
+        "hit_rate_low": s.hits_low / n,
+        "share_high": (s.hits_high + s.loads_high) / n,
+        "share_low": (s.hits_low + s.loads_low) / n,
+        "share_skipped": s.skips / n,
+        "loads_high": s.loads_high / n,
+        "loads_low": s.loads_low / n,
+        "mass_low": s.mass_low / max(s.mass_total, 1e-9),
+        "mass_skipped": s.mass_skipped / max(s.mass_total, 1e-9),
+        "stall_share": s.stall_seconds / max(s.eval_seconds, 1e-9),
+        "stall_ms": s.stall_seconds / tokens * 1e3,
+        "expert_ms": s.expert_seconds / tokens * 1e3,
+        "prefetches": s.prefetches,
+        "prefetches_useful": s.prefetches_useful,
+        "prefetches_late": s.prefetches_late,
+        "prefetches_wasted": s.prefetches_wasted,
+        "slots_high": s.slots_high,
+        "slots_low": s.slots_low,
+        "pool_bytes": s.pool_bytes,
+        "memory_budget": s.memory_budget,
+        "direct_io": s.direct_io,
+        "read_gb_s": s.bytes_read / max(seconds, 1e-9) / 1e9,
+    }
+    if s.recall:
+        out["recall"] = s.recall[min(s.recall)]
+    return out
+
+
+def _decode(llm: Any, tokens: List[int], patience: float) -> Tuple[List[float], float]:
+    """Feeds all tokens but the last, one at a time. Returns the seconds of each, and the sum of negative log-likelihoods."""
+    import numpy as np
+
+    laps: List[float] = []
+    nll = 0.0
+    for now, then in zip(tokens, tokens[1:]):
+        begin = time.perf_counter()
+        llm.eval([now])
+        laps.append(time.perf_counter() - begin)
+        row = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).astype(np.float64)
+        nll += float(np.logaddexp.reduce(row) - row[then])
+        if sum(laps) > patience:
+            break
+    return laps, nll
+
+
+def run(job: Dict[str, Any]) -> Dict[str, Any]:
+    """Loads, warms where asked, measures the prompt and the tokens after it."""
+    begin = time.perf_counter()
+    llm = _load(job)
+    loaded = time.perf_counter() - begin
+    offloaded = job["kind"] == "offload"
+    tokens: List[int] = job["tokens"]
+    n_prompt: int = job["n_prompt"]
+    if job.get("routing"):
+        llm.set_routing(job["routing"])
+    if job["warm"]:
+        if n_prompt:
+            llm.eval(tokens[:n_prompt])
+        _decode(llm, tokens[n_prompt:], job["patience"])
+        llm.reset()
+    out: Dict[str, Any] = {"load_s": loaded}
+    if offloaded:
+        llm.reset_offload_stats()
+    if n_prompt:
+        begin = time.perf_counter()
+        llm.eval(tokens[:n_prompt])
+        seconds = time.perf_counter() - begin
+        out.update(prompt_s=seconds, prompt_tok_s=n_prompt / seconds)
+        if offloaded:
+            out["prompt_mb_token"] = _stats(llm, seconds)["mb_token"]
+            llm.reset_offload_stats()
+
+    user, system = os.times()[:2]
+    reads, predicting = _disk_reads(), _thread_seconds("hobbit-predict")
+    laps, nll = _decode(llm, tokens[n_prompt:], job["patience"])
+    n, seconds = len(laps), sum(laps)
+    half = laps[n // 2 :]
+    out.update(
+        n_tokens=n,
+        tok_s=n / seconds,
+        tok_s_last_half=len(half) / sum(half),
+        first_token_s=out.get("prompt_s", 0.0) + (0.0 if n_prompt else laps[0]),
+        user_ms=(os.times().user - user) / n * 1e3,
+        system_ms=(os.times().system - system) / n * 1e3,
+        perplexity=math.exp(nll / n),
+        disk_mb_token=(_disk_reads() - reads) / n / 1e6,
+    )
+    if offloaded:
+        out.update(_stats(llm, seconds))
+        out["prediction_ms"] = (_thread_seconds("hobbit-predict") - predicting) / n * 1e3
+    out["disk_written_mb"] = _disk_writes() / 1e6
+    out["peak_rss"] = _memory.peak_resident()
+    llm.close()
+    return out
+
+
+def main() -> int:
+    """The program. An error is one line on stderr."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    written = Path(job["result"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            result = run(job)
+        except Exception as e:
+            if os.environ.get("HOBBIT_DEBUG", "") not in ("", "0"):
+                raise
+            print(" ".join(f"{e}".split()) or type(e).__name__, file=sys.stderr)
+            return 1
+    written.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

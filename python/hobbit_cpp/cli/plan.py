@@ -1,0 +1,62 @@
+"""hobbit plan: will it run here, and how fast, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="will it run here, and how fast",
+        description="Says what a model takes, what goes where, how fast it will be and with which settings: from the "
+        "file's header, a probe of disk and cores (seconds, kept per machine), and the statistics of real routing. "
+        "Reads no weights. The exit code is 1 when it does not fit.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
+    add("--memory", metavar="SIZE", help="budget of the process: 8GiB, 50%%, or bytes (default: as hobbit run)")
+    add("-c", "--ctx-size", metavar="N", type=int, nargs="+", default=[4096], help="contexts (default: 4096)")
+    add("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
+    add("-b", "--batch-size", metavar="N", type=int, default=512, help="default: 512")
+    add("-ub", "--ubatch-size", metavar="N", type=int, default=512, help="default: 512")
+    add("--fresh", action="store_true", help="probe disk and cores again")
+    add("--json", metavar="FILE", type=Path, help="write the plan as JSON; - for stdout")
+    add("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    parser.set_defaults(function=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans. Exit code 1 when it does not fit."""
+    from hobbit_cpp._memory import parse_size
+    from hobbit_cpp.bench.conditions import cores
+    from hobbit_cpp.bench.document import check_writable, write_json
+    from hobbit_cpp.bench.plan import make_plan, print_plans, to_json
+
+    check_writable(args.json)
+    if not args.model.exists():
+        raise FileNotFoundError(f"{args.model}: no such file")
+    for name in ("threads", "batch_size", "ubatch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if min(args.ctx_size) < 0:
+        raise ValueError("--ctx-size must not be negative")
+    memory = int(args.memory) if args.memory and args.memory.isdigit() else args.memory
+    if memory is not None:
+        parse_size(memory, of=1 << 60)
+    threads = args.threads or cores()
+    plans = [
+        make_plan(args.model, memory, n_ctx, args.batch_size, args.ubatch_size, threads, args.fresh and i == 0)
+        for i, n_ctx in enumerate(args.ctx_size)
+    ]
+    if args.json is None or str(args.json) != "-":
+        print_plans(plans)
+    if args.json is not None:
+        documents = [to_json(plan) for plan in plans]
+        write_json(args.json, documents[0] if len(documents) == 1 else documents)
+    return 0 if all(plan.fits for plan in plans) else 1

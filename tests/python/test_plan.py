@@ -1,0 +1,229 @@
+"""hobbit plan: what it says about memory holds, its forecasts follow from what they are made of, and it reads no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+from hobbit_cpp.bench.forecast import Compute, Machine, forecast
+from hobbit_cpp.bench.routing import expected_loads
+from hobbit_cpp.bench.sizes import Sizes, Weights, measure_sizes, read_weights
+from hobbit_cpp.cli import main
+from hobbit_cpp.convert.header import Value
+from hobbit_cpp.probe import DiskProbe
+from models import tiny, tiny_dual
+
+GIB = 1 << 30
+FAST = DiskProbe(500_000, {1: 0.5e9, 2: 0.9e9, 4: 1.3e9, 8: 1.5e9, 16: 1.5e9}, True, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("hobbit_cpp.probe._DISK_SECONDS", 0.01)
+    monkeypatch.setattr("hobbit_cpp.probe._COMPUTE_SECONDS", 0.01)
+
+
+# ---- memory ----
+
+MEASURE = """
+import json, sys
+from hobbit_cpp import Llama, _memory
+llm = Llama(sys.argv[1], offload="hobbit", memory=int(sys.argv[2]), n_ctx=int(sys.argv[3]), n_batch=128, n_ubatch=128,
+            n_threads=1, n_threads_batch=1, verbose=False)
+tokens = (llm.tokenize(b"the expert of the layer and the token in the wood ") * 100)[: int(sys.argv[3]) - 8]
+llm.eval(tokens)
+s = llm.offload_stats()
+print(json.dumps({"pool": s.pool_bytes, "peak": s.peak_memory, "slots": s.slots_high}))
+"""
+
+
+@pytest.mark.parametrize("shape, n_ctx", [("mixtral", 512), ("deepseek2", 512), ("qwen3moe", 2048)])
+def test_memory_is_as_planned(shape: str, n_ctx: int) -> None:
+    path = tiny_dual(shape)
+    budget = 110 << 20
+    # in a process of its own, as a user: this one holds pytest and more
+    command = [sys.executable, "-m", "hobbit_cpp", "plan", str(path), "--memory", str(budget), "-c", str(n_ctx), "-t", "1"]
+    said = subprocess.run([*command, "-b", "128", "-ub", "128", "--json", "-"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    plan = json.loads(said.stdout)
+    assert plan["budget"] == budget and sum(v for k, v in plan["memory"].items() if k != "n_ctx") == budget
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path), str(budget), str(n_ctx)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    real = json.loads(done.stdout.strip().splitlines()[-1])
+    assert real["peak"] <= budget
+    planned = plan["forecasts"][0]["peak"]
+    assert abs(real["peak"] - planned) < 0.1 * planned, (real, plan["memory"])
+
+
+def test_the_smallest_budget_works_and_less_does_not() -> None:
+    path = tiny_dual("mixtral")
+    command = [sys.executable, "-m", "hobbit_cpp", "plan", str(path), "--memory", "110MiB", "-c", "512", "-t", "1"]
+    said = subprocess.run([*command, "-b", "128", "-ub", "128", "--json", "-"], capture_output=True, text=True)
+    smallest = json.loads(said.stdout)["smallest"]
+    for memory, works in ((smallest + (6 << 20), True), (smallest - (12 << 20), False)):
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(path), str(memory), "512"], capture_output=True, text=True)
+        assert (done.returncode == 0) is works, done.stderr
+        if not works:
+            assert "too small" in done.stderr
+
+
+def test_a_larger_context_takes_more() -> None:
+    small, large = (measure_sizes(tiny("mixtral"), n, 64, 64, 1) for n in (256, 2048))
+    assert large.kv == 8 * small.kv > 0 and large.dense == small.dense
+    assert small.budget(small.info.pool_max) >= small.largest > small.smallest
+    assert small.pool(small.budget(1 << 20)) in range((1 << 20) - 4, (1 << 20) + 4)
+
+
+# ---- forecasts ----
+
+
+def model(n_expert: int = 64, used: int = 4, **more: Any) -> Sizes:
+    """A model of a GiB of experts, in sizes alone."""
+    info = measure_sizes(tiny("mixtral"), 256, 64, 64, 1).info
+    slot = GIB // (32 * n_expert)
+    info = dataclasses.replace(
+        info, n_layer=32, n_moe_layer=32, n_expert=n_expert, n_expert_used=used, bytes_high=GIB,
+        bytes_expert_high=slot, slot_high=slot, bytes_cycle=32 * used * slot,
+        pool_min=used * slot + 4 * slot, pool_max=GIB + 4 * slot, **more,
+    )  # fmt: skip
+    return Sizes(info, 256, 60 << 20, 100 << 20, 10 << 20, 10 << 20)
+
+
+def machine(disk: DiskProbe = FAST) -> Machine:
+    return Machine(disk, None, Compute(0.002, 0.008, "estimated"), 2)
+
+
+WEIGHTS = Weights([], [], 32, False, "a model")
+
+
+def test_more_memory_is_never_slower() -> None:
+    sizes = model()
+    for mode in ("lru", "exact", "hobbit"):
+        budgets = range(sizes.smallest, sizes.largest, 32 << 20)
+        speeds = [forecast(sizes, WEIGHTS, machine(), budget, mode) for budget in budgets]
+        assert all(a.tok_s <= b.tok_s * 1.0001 and a.mb_token >= b.mb_token for a, b in zip(speeds, speeds[1:]))
+        assert all(f.tok_s_low <= f.tok_s <= f.tok_s_high for f in speeds)
+
+
+def test_with_everything_in_memory_the_cores_are_the_limit() -> None:
+    sizes = model()
+    f = forecast(sizes, WEIGHTS, machine(), sizes.largest, "exact")
+    assert (f.share, f.hit_rate, f.mb_token) == (1.0, 1.0, 0.0) and f.tok_s == pytest.approx(100)
+
+
+def test_half_the_disk_is_about_half_the_speed_where_it_is_the_limit() -> None:
+    sizes = model()
+    slow = DiskProbe(500_000, {depth: rate / 10 for depth, rate in FAST.bandwidth.items()}, True, 0.0)
+    slower = DiskProbe(500_000, {depth: rate / 20 for depth, rate in FAST.bandwidth.items()}, True, 0.0)
+    a, b = (forecast(sizes, WEIGHTS, machine(disk), sizes.budget(GIB // 4), "lru").tok_s for disk in (slow, slower))
+    assert 1.8 < a / b < 2.05
+
+
+def test_low_copies_save_bytes_and_a_cold_start_costs_some() -> None:
+    sizes = model(has_low=True, bytes_low=GIB // 2, bytes_expert_low=GIB // (64 * 64), slot_low=GIB // (64 * 64))
+    budget = sizes.budget(GIB // 4)
+    exact, hobbit = (forecast(sizes, WEIGHTS, machine(), budget, mode) for mode in ("exact", "hobbit"))
+    assert hobbit.mb_token < 0.9 * exact.mb_token and hobbit.loads.low > 0 and exact.loads.low == 0
+    cold = forecast(sizes, WEIGHTS, machine(), budget, "exact", n_cold=64)
+    assert cold.mb_token > exact.mb_token and cold.hit_rate < exact.hit_rate
+
+
+def test_random_weights_have_no_locality() -> None:
+    noise = dataclasses.replace(WEIGHTS, random=True)
+    sizes = model()
+    f = forecast(sizes, noise, machine(), sizes.budget(GIB // 2), "exact")
+    assert f.hit_rate == pytest.approx(f.share, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["lru", "exact", "hobbit"])
+@pytest.mark.parametrize("n_expert, used", [(8, 2), (32, 4), (64, 6), (128, 8), (512, 10)])
+def test_statistics_cover_every_model_and_share(n_expert: int, used: int, rule: str) -> None:
+    before = 1.1
+    for share in (0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0):
+        for loads in (all_loads := expected_loads(n_expert, used, share, rule)):
+            assert 0 <= loads.hit_rate <= 1 and loads.high >= 0 and loads.low >= 0 and loads.skip >= 0
+        assert all_loads[0].bytes(0.5) <= before
+        before = all_loads[0].bytes(0.5)
+    assert expected_loads(n_expert, used, 1.0, rule)[0].hit_rate > 0.999
+
+
+def test_a_cache_below_one_token_gives_lru_nothing() -> None:
+    assert expected_loads(64, 6, 0.08, "lru")[0].hit_rate == 0
+    assert expected_loads(64, 6, 0.08, "exact")[0].hit_rate > 0.1
+
+
+# ---- the command ----
+
+
+def run_plan(path: Path, *arguments: str) -> Dict[str, Any]:
+    out = path.with_name(f"plan-{path.stem}.json")
+    try:
+        main(["plan", str(path), "-t", "1", *arguments, "--json", str(out)])
+        document: Dict[str, Any] = json.loads(out.read_text())
+        return document
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def test_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = run_plan(tiny_dual("mixtral"), "--memory", "88MiB", "-c", "512")
+    assert set(plan) == {
+        "format", "model", "name", "budget", "free", "fits", "problem", "smallest", "largest", "memory", "experts", "disk",
+        "compute", "forecasts", "table", "choices", "command", "notes",
+    }  # fmt: skip
+    assert {f["mode"] for f in plan["forecasts"]} == {"hobbit", "exact", "lru"}
+    assert [f["budget"] for f in plan["table"]] == sorted(f["budget"] for f in plan["table"])
+    assert plan["choices"][0]["setting"] == "offload" and plan["choices"][0]["why"]
+    out = capsys.readouterr().out
+    for word in ("dense weights", "KV cache", "tokens/s", "MB a token", "what memory buys", "hobbit run", "GB/s in reads"):
+        assert word in out
+
+
+def test_everything_fits() -> None:
+    plan = run_plan(tiny_dual("mixtral"), "--memory", "400MiB")
+    assert plan["fits"] and plan["experts"]["share_resident"] == 1 and plan["choices"][0]["value"] == "exact"
+
+
+def test_too_little_is_told_with_what_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny("mixtral")
+    assert main(["plan", str(path), "--memory", "20MiB", "-t", "1", "-c", "256", "512"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("does not fit") == 2 and "the smallest that works is" in out
+
+
+def test_memory_that_others_hold_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hobbit_cpp._memory.available", lambda: 1 << 20)
+    plan = run_plan(tiny("mixtral"), "--memory", "900MiB")
+    assert not plan["fits"] and "more than is free" in plan["problem"]
+
+
+def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    junk = tmp_path / "junk.gguf"
+    junk.write_bytes(b"no GGUF" * 100)
+    for arguments, says in (
+        ([str(tmp_path / "absent.gguf")], "no such file"),
+        ([str(junk)], "GGUF"),
+        ([str(tiny("mixtral")), "--memory", "lots"], "is not a size"),
+        ([str(tiny("mixtral")), "-c", "-5"], "must not be negative"),
+        ([str(tiny("mixtral")), "-t", "0"], "--threads must be at least 1"),
+    ):
+        assert main(["plan", *arguments]) == 1
+        err = capsys.readouterr().err
+        assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_products_of_a_token() -> None:
+    path = tiny_dual("mixtral")
+    weights = read_weights(path, 2)
+    (experts,) = weights.experts
+    sizes = measure_sizes(path, 256, 64, 64, 1)
+    assert experts.bytes == sizes.info.bytes_cycle and experts.n_in == 256 and not weights.random
+    assert sum(p.bytes for p in weights.dense) <= sizes.info.bytes_dense
+    assert Value(7, b"\1").scalar() is True
