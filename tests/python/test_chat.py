@@ -79,6 +79,15 @@ def test_a_template_without_system_role_says_it_in_the_first_message(ears: Ears)
     assert model.prompts == ["U:be brief\n\nhi|A:"]
 
 
+def test_an_answer_with_the_space_of_the_template_is_reused(ears: Ears) -> None:
+    model = FakeChatModel([" one", " two", " three"], space=" ")
+    chat = chat_with(model)
+    for message in ("hi", "ho", "hu"):
+        turn = chat.send(message, ears)
+    assert model.prompts[-1] == "U:hi|A: one|U:ho|A: two|U:hu|A:"
+    assert turn.reused == len("U:hi|A: one|U:ho|A: two")
+
+
 def test_retry_answers_again_with_another_seed(ears: Ears) -> None:
     model = FakeChatModel(["one", "two", "three"])
     chat = chat_with(model)

@@ -296,6 +296,20 @@ def test_ctrl_c_stops_the_reading_of_a_prompt(start: Any, offload: str) -> None:
     assert screen.ends() == 0
 
 
+def test_a_chat_that_is_terminated_leaves_the_terminal_in_order(start: Any, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.json"
+    screen = start("-c", "16384", "--json-stats", str(stats))
+    screen.prompt()
+    screen.type("the expert\r")
+    screen.until("the expert")
+    time.sleep(0.5)
+    assert not screen.echoes()
+    screen.process.terminate()
+    assert screen.process.wait(60) == 128 + signal.SIGTERM
+    assert screen.echoes()
+    assert json.loads(stats.read_text())["turns"] == []
+
+
 def test_a_second_ctrl_c_after_the_answer_leaves(start: Any) -> None:
     screen = start("-c", "8192")
     screen.prompt()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .signals import sigterm_exits
 
 if TYPE_CHECKING:
     from hobbit_cpp.convert import ConvertReport
@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Converts."""
     from hobbit_cpp.convert import convert
 
-    # a batch system stops with SIGTERM: leave no partial file then either
-    before = signal.signal(signal.SIGTERM, _terminated) if _in_main_thread() else None
-    try:
+    with sigterm_exits():  # leaves no partial file
         report = convert(
             args.input,
             args.output,
@@ -56,20 +54,9 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             progress=not args.quiet,
         )
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
     if not args.quiet:
         print_report(report)
     return 0
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def print_report(report: ConvertReport) -> None:

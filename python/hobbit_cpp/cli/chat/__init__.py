@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..loading import load_with_progress
     from ..output import write_json
+    from ..signals import sigterm_exits
     from ..worker import Worker
     from .conversation import Conversation, load
     from .session import Chat
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             conversation=talk,
         )
         try:
-            return _talk(chat, terminal, first, args)
+            with sigterm_exits():  # the terminal gets back its echo, and the statistics are written
+                return _talk(chat, terminal, first, args)
         finally:
             if args.json_stats is not None:
                 write_json(args.json_stats, _report(str(args.model), load_seconds, chat))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..generate import Answer, cancel_of, completion_pieces, measure
 from ..worker import Worker
 from .conversation import Conversation
-from .template import Prompt
+from .template import Prompt, common
 
 __all__ = ["Chat", "Listener", "TooLongError", "Turn"]
 
@@ -164,11 +164,7 @@ class Chat:
         """Tokens that `Llama.generate` will not evaluate again."""
         model = self.model
         held = model.n_tokens
-        same = 0
-        for a, b in zip(model.input_ids[:held], tokens):
-            if a != b:
-                break
-            same += 1
+        same = common(model.input_ids[:held], tokens)
         if same < held and (model._is_recurrent or model._is_hybrid):
             return 0  # their state cannot go back
         if same == len(tokens) and (same < held or model._requires_eval):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Dict
 
-__all__ = ["Message", "PlainText", "Prompt", "Template", "respell"]
+__all__ = ["Message", "PlainText", "Prompt", "Template", "common", "respell"]
 
 # {"role": "user" or "assistant" or "system", "content": text}
 Message = Dict[str, str]
@@ -74,11 +74,19 @@ class Template:
             ValueError: the template refuses the messages.
         """
         asked = self._ask(self._with_system(system, list(messages)), sampling)
+        held = self._evaluated()
+        tokens = respell(held, asked["prompt"], self._piece)
+        if common(held, tokens) < len(held):
+            # A template that writes a space before an answer which began with one: to it the answer was without.
+            stripped = self._ask(self._with_system(system, [_stripped(m) for m in messages]), sampling)
+            others = respell(held, stripped["prompt"], self._piece)
+            if common(held, others) > common(held, tokens):
+                asked, tokens = stripped, others
         # an empty stop, of a vocabulary without end token, would end each answer at once
         asked["stop"] = [s for s in [*(asked.get("stop") or []), *self._stop] if s]
-        tokens = asked.pop("prompt")
-        asked.pop("stream")
-        return Prompt(respell(self._evaluated(), tokens, self._piece), asked)
+        for name in ("prompt", "stream"):
+            del asked[name]
+        return Prompt(tokens, asked)
 
     def _with_system(self, system: str | None, messages: list[Message]) -> list[Message]:
         if not system:
@@ -158,13 +166,7 @@ def respell(evaluated: Sequence[int], wanted: Sequence[int], piece: Callable[[in
         wanted: tokens of the next prompt.
         piece: the text of a token, never empty.
     """
-    i = 0
-    for a, b in zip(evaluated, wanted):
-        if a != b:
-            break
-        i += 1
-    j = same = i
-    kept = i
+    i = j = kept = same = common(evaluated, wanted)
     ours = theirs = b""  # read, and not yet found in the other
     while True:
         if not ours and not theirs:
@@ -184,3 +186,17 @@ def respell(evaluated: Sequence[int], wanted: Sequence[int], piece: Callable[[in
             break
         ours, theirs = ours[n:], theirs[n:]
     return [*evaluated[:kept], *wanted[same:]]
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens at the beginning that are the same."""
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _stripped(message: Message) -> Message:
+    return {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class Terminal:
         """
         line = str(self._session.prompt())
         self._forget_ctrl_c()
-        return line
+        return _valid(line)
 
     def wants_to_leave(self) -> bool:
         """Whether this Ctrl-C at the empty prompt, after another one, is meant for the program."""
@@ -128,6 +129,8 @@ class Terminal:
     def _say(self, text: str, style: str) -> None:
         self._end_reading()
         self._end_line()
+        lines = [textwrap.fill(line, _width() - 1, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")]
+        text = "\n".join(lines)
         print(f"{style}{text}{_PLAIN}" if self._colour else text, file=sys.stderr, flush=True)
 
     def _end_line(self) -> None:
@@ -186,12 +189,21 @@ def fit(parts: list[str], width: int) -> str:
 
 
 def _width() -> int:
-    return shutil.get_terminal_size().columns
+    """Columns of the terminal that is spoken to; stdout may be a file."""
+    try:
+        return max(os.get_terminal_size(sys.stderr.fileno()).columns, 2)
+    except (OSError, ValueError):
+        return max(shutil.get_terminal_size().columns, 2)
 
 
 def _printable(text: str) -> str:
     """Without what would steer the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def _valid(text: str) -> str:
+    """Bytes that a terminal sent and that are no text become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextlib.contextmanager
@@ -255,6 +267,13 @@ def _prompt_session(history: Path | None, complain: Callable[[str], None], clear
             if document.text_before_cursor.startswith("/") and " " not in document.text_before_cursor:
                 yield from super().get_completions(document, event)
 
+    class Lines(FileHistory):
+        """A full disk is no reason to end a conversation."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(_valid(string))
+
     words = {c.name: f"{c.argument} {c.help}".strip() for c in commands.COMMANDS.values()}
     session: Any = PromptSession(
         FormattedText([("class:prompt", "> ")]),
@@ -273,7 +292,7 @@ def _prompt_session(history: Path | None, complain: Callable[[str], None], clear
         try:
             history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(history, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
-            session.history = session.default_buffer.history = FileHistory(str(history))
+            session.history = session.default_buffer.history = Lines(str(history))
         except OSError as e:
             complain(f"no history is kept: {one_line(e)}")
     return session
