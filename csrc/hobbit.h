@@ -225,6 +225,39 @@ HOBBIT_API hobbit_status hobbit_session_layer_stats(hobbit_session * session, ui
                                                     uint32_t * block, hobbit_error * error);
 HOBBIT_API void          hobbit_session_reset_stats(hobbit_session * session);
 
+/* How often each expert of a MoE layer was selected since the statistics were reset, and how often it had to be read for it: up to `n`
+ * experts into `uses` and `loads` (either may be NULL). Returns the number of experts of the layer, 0 for no such layer. */
+HOBBIT_API uint32_t hobbit_session_expert_uses(hobbit_session * session, uint32_t layer, uint64_t * uses, uint64_t * loads,
+                                               uint32_t n);
+
+/* ---- time line of one token ---- */
+
+typedef enum hobbit_event_kind {
+    HOBBIT_EVENT_DECODE   = 0, /* the whole llama_decode; block is 0 */
+    HOBBIT_EVENT_ROUTE    = 1, /* a layer's router has spoken: what to serve is decided, what is missing is requested */
+    HOBBIT_EVENT_EXPERTS  = 2, /* one of a layer's expert products, as compute thread 0 sees it */
+    HOBBIT_EVENT_STALL    = 3, /* inside of it: nothing to do but wait for a read */
+    HOBBIT_EVENT_READ     = 4, /* a slice read on demand, from the request to the arrival */
+    HOBBIT_EVENT_PREFETCH = 5  /* a slice read ahead, likewise */
+} hobbit_event_kind;
+
+typedef struct hobbit_event {
+    uint32_t kind;  /* hobbit_event_kind */
+    uint32_t block; /* N of blk.N */
+    double   begin; /* seconds since the token began */
+    double   end;
+    uint64_t bytes; /* of a read */
+} hobbit_event;
+
+/* Switches the recording on (a few clock readings per layer) or off, and forgets what was recorded. */
+HOBBIT_API void hobbit_session_timeline(hobbit_session * session, bool on);
+/* Optional, around a llama_decode: then the time before the first router and after the last product belongs to the token. */
+HOBBIT_API void hobbit_session_decode_begin(hobbit_session * session);
+HOBBIT_API void hobbit_session_decode_end(hobbit_session * session);
+/* Events of the last single token decoded since, or of the slowest. Returns how many there are; copies at most max_events. */
+HOBBIT_API uint64_t hobbit_session_timeline_read(hobbit_session * session, bool slowest, uint64_t max_events,
+                                                 hobbit_event * events);
+
 /* Selections of the tokens decoded since tracing was switched on, oldest first, for `hobbit trace` and the tests.
  * ids, weights: [n_rows][n_moe_layer][k]. Returns the rows available; copies at most max_rows. Prefill counts too. */
 HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);

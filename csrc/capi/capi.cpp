@@ -247,6 +247,57 @@ void hobbit_session_reset_stats(hobbit_session * s) {
     }
 }
 
+uint32_t hobbit_session_expert_uses(hobbit_session * s, uint32_t layer, uint64_t * uses, uint64_t * loads, uint32_t n) {
+    uint32_t found = 0;
+    guarded(nullptr, [&] {
+        if (s == nullptr || layer >= s->core->index().layers().size()) {
+            return;
+        }
+        std::vector<uint64_t> all[2];
+        s->core->expert_uses(layer, all[0], all[1]);
+        uint64_t * to[2] = { uses, loads };
+        for (int i = 0; i < 2; ++i) {
+            if (to[i] != nullptr) {
+                std::copy_n(all[i].begin(), std::min<size_t>(n, all[i].size()), to[i]);
+            }
+        }
+        found = s->core->index().layers()[layer].n_expert;
+    });
+    return found;
+}
+
+void hobbit_session_timeline(hobbit_session * s, bool on) {
+    if (s != nullptr) {
+        s->core->times().enable(on);
+    }
+}
+
+void hobbit_session_decode_begin(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->times().begin();
+    }
+}
+
+void hobbit_session_decode_end(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->times().end();
+    }
+}
+
+uint64_t hobbit_session_timeline_read(hobbit_session * s, bool slowest, uint64_t max_events, hobbit_event * events) {
+    uint64_t n = 0;
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            const auto found = s->core->times().events(slowest);
+            n                = found.size();
+            if (events != nullptr) {
+                std::copy_n(found.begin(), std::min<uint64_t>(n, max_events), events);
+            }
+        }
+    });
+    return n;
+}
+
 void hobbit_session_trace(hobbit_session * s, bool on) {
     if (s != nullptr) {
         s->core->trace(on);

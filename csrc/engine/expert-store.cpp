@@ -21,12 +21,16 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
         stream_slots_.back()->room = pool_.data() + i * index.max_segment;
     }
     holds_all_high_ = plan.holds_all_high;
-    cache_          = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
-                                                     find_eviction_rule(params.eviction_rule));
-    now_.n_layer    = plan.cache.n_layer;
-    now_.weights    = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
-    now_.low_cost   = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    io_             = std::make_unique<io_pool>(
+    uses_.resize(counts_.size() * index.n_expert);
+    loads_.resize(uses_.size());
+    asked_[0].resize(counts_.size());
+    asked_[1].resize(counts_.size());
+    cache_        = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
+                                                   find_eviction_rule(params.eviction_rule));
+    now_.n_layer  = plan.cache.n_layer;
+    now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    io_           = std::make_unique<io_pool>(
         params.io_threads, params.io_block, params.prefetch_reads,
         [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); });
 }
@@ -127,6 +131,19 @@ bool expert_store::only_high(policy::precision_rule rule) const {
     return holds_all_high_ && rule == policy::precision_rule::miss;
 }
 
+// One time for all reads that a layer asks for at once: they are waited for together.
+void expert_store::note_asked(bool demand, uint32_t layer) {
+    if (times_ != nullptr && times_->on()) {
+        asked_[demand][layer] = timeline::clock::now();
+    }
+}
+
+void expert_store::note_arrival(hobbit_event_kind kind, uint32_t layer, timeline::clock::time_point asked, uint64_t bytes) {
+    if (times_ != nullptr && times_->on()) {
+        times_->add(kind, index_.layers()[layer].block, asked, timeline::clock::now(), bytes);
+    }
+}
+
 void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens,
                            std::vector<expert_want> & wants) {
     using policy::action;
@@ -143,6 +160,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                                                          : copy_state::resident;
     };
     hobbit_counts & c = counts_[layer];
+    note_asked(true, layer);
 
     // First pin all that is there, so that making room for the rest cannot evict it.
     for (expert_want & w : wants) {
@@ -174,6 +192,8 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                 break;
         }
         c.selections += w.count;
+        uses_[(size_t) layer * index_.n_expert + w.expert] += w.count;
+        loads_[(size_t) layer * index_.n_expert + w.expert] += w.action == action::load_high || w.action == action::load_low;
         if (w.action == action::use_high || w.action == action::load_high) {
             use.high_uses += w.count;
         } else if (w.action != action::skip) {
@@ -236,6 +256,7 @@ void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t
     slot.part  = part;
     slot.prec  = p;
     slot.ready.store(false, std::memory_order_relaxed);
+    slot.asked = timeline::clock::now();
     io_->demand({ r });
 }
 
@@ -261,6 +282,7 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
         {
             std::lock_guard<std::mutex> lock(mutex_);
             counts_[slot->layer].bytes_demand += r.bytes;
+            note_arrival(HOBBIT_EVENT_READ, slot->layer, slot->asked, r.bytes);
             if (outcome == io_outcome::failed) {
                 error_ = error_ ? error_ : why;
                 failed_.store(true, std::memory_order_release);
@@ -294,6 +316,7 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
             counts_[e->layer].bytes_wasted += bytes;  // its entry was counted before this read ended
         }
         e->bytes += bytes;
+        note_arrival(demanded ? HOBBIT_EVENT_READ : HOBBIT_EVENT_PREFETCH, e->layer, asked_[demanded][e->layer], bytes);
 
         e->reading &= ~(1u << r.part);
         if (outcome == io_outcome::done) {
@@ -374,6 +397,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         prefetching_.push_back(e);
         started.push_back(e);
     }
+    note_asked(false, layer);
     std::vector<io_request> requests;
     for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
         for (cache_entry * e : started) {
@@ -400,6 +424,14 @@ void expert_store::layer_counts(uint32_t layer, hobbit_counts & out) {
     out = counts_[layer];
 }
 
+void expert_store::expert_uses(uint32_t layer, std::vector<uint64_t> & uses, std::vector<uint64_t> & loads) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t                begin = (size_t) layer * index_.n_expert;
+    const size_t                end   = begin + index_.layers()[layer].n_expert;
+    uses.assign(uses_.begin() + (ptrdiff_t) begin, uses_.begin() + (ptrdiff_t) end);
+    loads.assign(loads_.begin() + (ptrdiff_t) begin, loads_.begin() + (ptrdiff_t) end);
+}
+
 void expert_store::stats(hobbit_stats & out) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const auto & c : counts_) {
@@ -417,6 +449,8 @@ void expert_store::stats(hobbit_stats & out) {
 void expert_store::reset_stats() {
     std::lock_guard<std::mutex> lock(mutex_);
     std::fill(counts_.begin(), counts_.end(), hobbit_counts {});
+    std::fill(uses_.begin(), uses_.end(), 0);
+    std::fill(loads_.begin(), loads_.end(), 0);
     n_tokens_ = 0;
 }
 

@@ -12,6 +12,7 @@
 #include "../policy/precision.h"
 #include "../policy/top-k.h"
 #include "pool-plan.h"
+#include "timeline.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -33,12 +34,13 @@ struct expert_want {
 
 // A read past the cache, for experts that found no slot.
 struct stream_slot {
-    std::byte *              room = nullptr;
-    std::atomic<std::byte *> data { nullptr };  // the slice inside `room`
-    std::atomic<bool>        ready { false };
-    uint32_t                 layer = 0;
-    uint32_t                 part  = 0;
-    precision                prec  = precision::high;
+    std::byte *                 room = nullptr;
+    std::atomic<std::byte *>    data { nullptr };  // the slice inside `room`
+    std::atomic<bool>           ready { false };
+    timeline::clock::time_point asked;  // for the time line
+    uint32_t                    layer = 0;
+    uint32_t                    part  = 0;
+    precision                   prec  = precision::high;
 };
 
 class expert_store {
@@ -91,7 +93,12 @@ class expert_store {
     void add_counts(uint32_t layer, const hobbit_counts & more);
     void layer_counts(uint32_t layer, hobbit_counts & out);
     void stats(hobbit_stats & out);
+    // Selections of each expert of a layer, and those for which it had to be read.
+    void expert_uses(uint32_t layer, std::vector<uint64_t> & uses, std::vector<uint64_t> & loads);
     void reset_stats();
+
+    // Where arrivals are noted while it is on. Before the first pass; must outlive the store.
+    void set_timeline(timeline * times) { times_ = times; }
 
     io_pool & io() { return *io_; }
 
@@ -104,19 +111,26 @@ class expert_store {
     bool        only_high(policy::precision_rule rule) const;
     void        resume(cache_entry & entry);
     void        settle(cache_entry & entry);
+    void        note_asked(bool demand, uint32_t layer);
+    void        note_arrival(hobbit_event_kind kind, uint32_t layer, timeline::clock::time_point asked, uint64_t bytes);
     void        count_hit(cache_entry & entry, bool was_in_flight);
     void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
     static void on_evicted(void * self, const cache_entry & entry);
 
-    const expert_index &                      index_;
-    const hobbit_params                       params_;
-    const arrival_hook                        on_arrival_;
+    const expert_index & index_;
+    const hobbit_params  params_;
+    const arrival_hook   on_arrival_;
+    timeline *           times_ = nullptr;
+    // When each layer last asked for reads: ahead, on demand.
+    std::vector<timeline::clock::time_point>  asked_[2];
     region                                    pool_;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
     std::mutex                    mutex_;
     std::unique_ptr<expert_cache> cache_;
     std::vector<hobbit_counts>    counts_;  // per layer
+    std::vector<uint64_t>         uses_;    // [layer][expert]
+    std::vector<uint64_t>         loads_;
     std::vector<cache_entry *>    prefetching_;
     eviction_context              now_;
     uint64_t                      n_tokens_       = 0;

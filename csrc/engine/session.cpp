@@ -55,7 +55,8 @@ void session::start(uint64_t pool_bytes) {
         fail(HOBBIT_ERR_STATE, "the session is started already");
     }
     store_ = std::make_unique<expert_store>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), on_arrival_);
-    pass_  = std::make_unique<layer_pass>(*store_, index_);
+    store_->set_timeline(&times_);
+    pass_ = std::make_unique<layer_pass>(*store_, index_);
     index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
     if (params_.prefetch_depth > 0 && routers_) {
         prefetcher_ = std::make_unique<prefetcher>(*store_, index_, params_, *routers_);
@@ -86,6 +87,10 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
         if (adaptive && layer == 0) {
             how_.t = profile_.at_quantiles(how_.t);
         }
+        const auto begin = timeline::clock::now();
+        if (layer == 0) {
+            times_.batch(sel.n_tokens);
+        }
         if (prefetcher_ && sel.n_tokens == 1) {
             prefetcher_->observe(layer, sel.ids, sel.k);
         }
@@ -93,6 +98,9 @@ void session::route(uint32_t layer, const void * key, const layer_pass::selectio
         pass_->key = key;
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
+        }
+        if (times_.on()) {
+            times_.add(HOBBIT_EVENT_ROUTE, index_.layers()[layer].block, begin, timeline::clock::now());
         }
         // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
         n_quiet_ = pass_->n_loads() > 0 ? 0 : n_quiet_ + 1;
@@ -161,6 +169,12 @@ void session::stats(hobbit_stats & out) {
 void session::layer_stats(uint32_t layer, hobbit_counts & out) {
     if (store_) {
         store_->layer_counts(layer, out);
+    }
+}
+
+void session::expert_uses(uint32_t layer, std::vector<uint64_t> & uses, std::vector<uint64_t> & loads) {
+    if (store_) {
+        store_->expert_uses(layer, uses, loads);
     }
 }
 

@@ -51,6 +51,9 @@ class session : public std::enable_shared_from_this<session> {
     void stats(hobbit_stats & out);
     void layer_stats(uint32_t layer, hobbit_counts & out);
     void reset_stats();
+    void expert_uses(uint32_t layer, std::vector<uint64_t> & uses, std::vector<uint64_t> & loads);
+
+    timeline & times() { return times_; }
 
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
@@ -74,6 +77,7 @@ class session : public std::enable_shared_from_this<session> {
     expert_index        index_;
     std::string         pattern_;
 
+    timeline                       times_;
     expert_store::arrival_hook     on_arrival_;
     std::unique_ptr<router_source> routers_;
     std::unique_ptr<expert_store>  store_;

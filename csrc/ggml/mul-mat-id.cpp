@@ -150,6 +150,9 @@ class product {
             c.stall_seconds  = stalled_;
             c.expert_seconds = seconds_since(begin) - stalled_;
             owner_.store()->add_counts(pass.layer(), c);
+            if (owner_.times().on()) {
+                owner_.times().add(HOBBIT_EVENT_EXPERTS, layer_.block, begin, steady::now());
+            }
         }
     }
 
@@ -264,6 +267,9 @@ class product {
                 const auto begin = steady::now();
                 store.wait(seen);
                 stalled_ += seconds_since(begin);
+                if (params_->ith == 0 && owner_.times().on()) {
+                    owner_.times().add(HOBBIT_EVENT_STALL, layer_.block, begin, steady::now());
+                }
             }
         }
         left.clear();

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Optional, Tuple
 
-from . import _lib, _memory
+from . import _lib, _memory, _recording
 from ._memory import Size, human
 from .errors import HobbitError, HobbitWarning, MemoryBudgetError, StateError, from_c
 from .params import OffloadParams
@@ -66,6 +66,7 @@ class Session:
         self.memory_budget = 0
         self._base_budget: Optional[int] = None
         self._pid = os.getpid()
+        self._recorded: Optional[_recording.MemorySamples] = None
         error = self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_params")
         self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
@@ -219,10 +220,12 @@ class Session:
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Around calls of llama_decode: times them, and turns a failed read into its exception."""
-        self._alive()
+        handle = self._alive()
         begin = time.perf_counter()
+        self._lib.hobbit_session_decode_begin(handle)
         try:
             yield
+            self._lib.hobbit_session_decode_end(handle)
         except RuntimeError as e:
             pending = self.pending_error()
             if pending is not None:
@@ -230,6 +233,8 @@ class Session:
             raise
         finally:
             self.eval_seconds += time.perf_counter() - begin
+            if self._recorded is not None:
+                self._recorded.take()
 
     def pending_error(self) -> Optional[HobbitError]:
         """The error that stopped the last llama_decode; it is cleared."""
@@ -271,6 +276,39 @@ class Session:
             direct_io=bool(c.direct_io),
             layers=layers,
         )
+
+    def expert_uses(self) -> Dict[str, Any]:
+        """{"blocks": N of blk.N for each MoE layer, "uses": selections of each expert, "loads": those it was read for}."""
+        handle, n = self._alive(), self.info.n_expert
+        out: Dict[str, Any] = {"blocks": [layer.block for layer in self.stats().layers], "uses": [], "loads": []}
+        for layer in range(self.info.n_moe_layer):
+            uses, loads = self._ffi.new("uint64_t[]", n), self._ffi.new("uint64_t[]", n)
+            found = int(self._lib.hobbit_session_expert_uses(handle, layer, uses, loads, n))
+            out["uses"].append([int(u) for u in uses[0:found]])
+            out["loads"].append([int(u) for u in loads[0:found]])
+        return out
+
+    def record(self) -> None:
+        """From now on: the time line of a token, memory over time, every selection."""
+        handle = self._alive()
+        self._lib.hobbit_session_timeline(handle, True)
+        self._lib.hobbit_session_trace(handle, True)
+        self._recorded = _recording.MemorySamples()
+
+    def recording(self) -> Dict[str, Any]:
+        """What was recorded since; see `_recording.recording`."""
+        if self._recorded is None:
+            raise StateError("nothing was recorded")
+        return _recording.recording(self, self._recorded)
+
+    def timeline(self, slowest: bool) -> Any:
+        """Events [kind, N of blk.N, begin, end, bytes] of the last token or of the slowest, seconds since it began."""
+        handle = self._alive()
+        n = int(self._lib.hobbit_session_timeline_read(handle, slowest, 0, self._ffi.NULL))
+        events = self._ffi.new("hobbit_event[]", max(n, 1))
+        n = min(n, int(self._lib.hobbit_session_timeline_read(handle, slowest, n, events)))
+        kinds = _recording.EVENT_KINDS
+        return [[kinds[e.kind], int(e.block), e.begin, e.end, int(e.bytes)] for e in events[0:n]]
 
     def reset_stats(self) -> None:
         self._lib.hobbit_session_reset_stats(self._alive())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
@@ -292,6 +292,27 @@ class Llama(_Llama):
         """
         with self._calls.gate:
             return self._offloaded().stats()
+
+    def expert_uses(self) -> Dict[str, Any]:
+        """How often each expert was selected, and read for it, since the model was loaded or the statistics were reset:
+        lists by MoE layer, "blocks" (N of blk.N), "uses" and "loads".
+        """
+        with self._calls.gate:
+            return self._offloaded().expert_uses()
+
+    def start_recording(self) -> None:
+        """Records what `hobbit report` draws: time line of a token, memory over time, reuse of experts. Costs little."""
+        with self._calls.gate:
+            self._offloaded().record()
+
+    def recording(self) -> Dict[str, Any]:
+        """What was recorded: "timeline", "memory", "reuse", as in the README.
+
+        Raises:
+            StateError: `start_recording` was not called.
+        """
+        with self._calls.gate:
+            return self._offloaded().recording()
 
     def reset_offload_stats(self) -> None:
         """All counts go to zero; the cache keeps its contents."""

@@ -68,6 +68,9 @@ class FakeModel:
             recall={1: 0.5},
         )
 
+    def expert_uses(self) -> dict[str, Any]:
+        return {"blocks": [0], "uses": [[3, 1]], "loads": [[1, 1]]}
+
     def reset_offload_stats(self) -> None:
         assert self.offload
         self.evaluated = 0

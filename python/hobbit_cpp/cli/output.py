@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["one_line", "write_json", "write_stdout"]
+__all__ = ["one_line", "write_json", "write_stdout", "write_whole"]
 
 
 def write_stdout(text: str) -> None:
@@ -23,13 +23,21 @@ def write_stdout(text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """The whole file or none: written beside and renamed.
+    """As `write_whole`.
 
     Raises:
         OSError: it cannot be written; what was there before still is.
         ValueError: a number is not finite, which JSON does not know.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or none: written beside and renamed.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
     if path.exists() and not path.is_file():  # /dev/stdout, a pipe
         path.write_text(text, encoding="utf-8")
         return

@@ -32,6 +32,9 @@ def add_parser(commands: Any) -> None:
     add_model_flags(parser)
     add_sampling_flags(parser)
     add_json_stats_flag(parser)
+    parser.add_argument(
+        "--record", action="store_true", help="with --json-stats: time line, memory and reuse too, for hobbit report"
+    )
     parser.set_defaults(function=run)
 
 
@@ -57,12 +60,20 @@ def run(args: argparse.Namespace) -> int:
 
     check_model_flags(args)
     check_json_stats(args)
+    if args.record and (args.json_stats is None or args.offload == "none"):
+        raise ValueError("--record goes into --json-stats FILE, and needs the engine (no --offload none)")
     prompt = read_prompt(args)
     start = time.perf_counter()
     with contextlib.closing(Worker()) as worker, contextlib.closing(load_with_progress(load_model, args, worker)) as model:
         load_seconds = time.perf_counter() - start
+        if args.record:
+            model.start_recording()
         answer = gen.generate(model, gen.make_request(args, model, prompt), write_stdout, worker=worker)
         report = gen.make_report(str(args.model), load_seconds, answer)
+        if args.json_stats is not None and args.offload != "none":
+            report["experts"] = model.expert_uses()
+        if args.record:
+            report["recording"] = model.recording()
     if sys.stdout.isatty():
         write_stdout("\n")
     print("\n" + gen.summary(report), file=sys.stderr)

@@ -14,7 +14,10 @@ def show(result: Dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
     settings = result["settings"]
-    table = Table(title="in brackets: 95 % intervals" if settings else None, title_justify="left")
+    if not settings:
+        console.print("interrupted before anything was finished")
+        return
+    table = Table(title="in brackets: 95 % intervals", title_justify="left")
     table.add_column("", no_wrap=True)
     for setting in settings:
         table.add_column(_name(setting), justify="right")

@@ -1,0 +1,83 @@
+"""What `hobbit report` draws beyond counts: the time line of one token, memory over time, reuse of experts."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+
+from . import _memory
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ._session import Session
+
+# hobbit_event_kind of csrc/hobbit.h, by number.
+EVENT_KINDS = ("decode", "route", "experts", "stall", "read", "prefetch")
+_SECONDS_BETWEEN_SAMPLES = 0.05
+_MAX_SAMPLES = 2000
+
+
+class MemorySamples:
+    """What the process holds, over time. Of a long run only every second sample is kept, again and again."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._step = _SECONDS_BETWEEN_SAMPLES
+        self.samples: List[Tuple[float, int]] = []
+
+    def take(self) -> None:
+        """One more, when the last is old enough."""
+        now = time.perf_counter() - self._begin
+        if self.samples and now - self.samples[-1][0] < self._step:
+            return
+        self.samples.append((now, _memory.resident()))
+        if len(self.samples) >= _MAX_SAMPLES:
+            del self.samples[1::2]
+            self._step *= 2
+
+
+def reuse_distances(ids: npt.NDArray[Any], n_experts: int) -> npt.NDArray[Any]:
+    """How many other experts of the layer were used since an expert was used last, for all selections.
+
+    An LRU cache of c experts per layer serves exactly what is reused at a distance below c. The experts of a token are used
+    one after the other, in the order of `ids`.
+
+    Args:
+        ids: [tokens, layers, k].
+
+    Returns:
+        [layers, n_experts + 1] counts by distance; the last: used for the first time.
+    """
+    import numpy as np
+
+    n_tokens, n_layers, k = ids.shape
+    counts = np.zeros((n_layers, n_experts + 1), np.int64)
+    last = np.full((n_layers, n_experts), -1, np.int64)  # time of the last use
+    layers = np.arange(n_layers)[:, None]
+    earlier = np.tri(k, k=-1, dtype=bool)  # [j, i]: i comes before j in a token
+    for token in range(n_tokens):
+        chosen = ids[token].astype(np.int64)
+        before = last[layers, chosen]  # [layers, k]
+        distance = (last[:, None, :] > before[:, :, None]).sum(-1)
+        # those of this token that were behind it until they were used just now
+        distance += ((before[:, None, :] < before[:, :, None]) & earlier).sum(-1)
+        distance[before < 0] = n_experts
+        np.add.at(counts, (np.broadcast_to(layers, chosen.shape), distance), 1)
+        last[layers, chosen] = token * k + np.arange(k)
+    return counts
+
+
+def recording(session: Session, memory: MemorySamples) -> Dict[str, Any]:
+    """All of it as plain data; keys as in the "recording" of `hobbit run --record --json-stats`."""
+    ids, _ = session.trace_read()
+    n_experts = session.info.n_expert
+    return {
+        "timeline": {which: session.timeline(slowest=which == "slowest") for which in ("last", "slowest")},
+        "memory": [[seconds, held] for seconds, held in memory.samples],
+        "reuse": {
+            "tokens": len(ids),
+            "experts": n_experts,
+            "counts": reuse_distances(ids, n_experts).tolist() if len(ids) else [],
+        },
+    }

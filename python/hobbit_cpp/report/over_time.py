@@ -1,0 +1,209 @@
+"""Sections drawn over time: one token, memory. And the rows of bench and eval."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Dict, List, Sequence, Tuple
+
+from .._memory import human
+from .sources import Data
+from .svg import Plot, both, legend, number, table, ticks
+
+Span = Tuple[float, float]
+
+
+class Token:
+    """Events of a token, by layer; milliseconds."""
+
+    def __init__(self, events: Sequence[Sequence[Any]]) -> None:
+        self.total = max((1e3 * e[3] for e in events if e[0] == "decode"), default=0.0)
+        self.by: Dict[int, Dict[str, List[Span]]] = defaultdict(lambda: defaultdict(list))
+        self.bytes: Dict[str, int] = defaultdict(int)
+        self.n: Dict[str, int] = defaultdict(int)
+        for kind, block, begin, end, size in events:
+            if kind == "decode":
+                continue
+            self.by[block][kind].append((1e3 * begin, min(1e3 * end, self.total) if self.total else 1e3 * end))
+            self.bytes[kind] += size
+            self.n[kind] += 1
+        self.total = self.total or max((s[1] for k in self.by.values() for v in k.values() for s in v), default=0.0)
+        self.blocks = sorted(self.by)
+        before: float = 0.0
+        for block in self.blocks:
+            kinds = self.by[block]
+            if kinds["route"]:
+                kinds["dense"].append((before, kinds["route"][0][0]))
+            before = max((s[1] for name in ("route", "experts") for s in kinds[name]), default=before)
+        self.rest: Span = (before, self.total)
+
+    def sum(self, kind: str, block: int) -> float:
+        return sum(end - begin for begin, end in self.by[block][kind])
+
+    def sums(self, kind: str) -> float:
+        return sum(self.sum(kind, block) for block in self.blocks)
+
+
+_KINDS = (
+    ("dense", "c-dense", "attention, router"),
+    ("experts", "c-compute", "experts, computing"),
+    ("stall", "c-stall", "waiting for reads"),
+    ("read", "c-read", "reads on demand"),
+    ("prefetch", "c-prefetch", "reads ahead"),
+)
+
+
+def timeline(data: Data) -> str:
+    """The last token, and the slowest."""
+    out = []
+    for which, title in (("last", "The last token"), ("slowest", "The slowest token")):
+        events = data.timeline.get(which)
+        if events:
+            token = Token(events)
+            out.append(f"<h3>{title}: {token.total:.1f} ms</h3>" + _token(token))
+    return legend([(css, name) for _, css, name in _KINDS]) + "".join(out)
+
+
+def _token(token: Token) -> str:
+    n = len(token.blocks)
+
+    def draw(width: int, css: str) -> str:
+        row = max(9, min(16, 480 // max(n, 1)))
+        p = Plot(width, row * (n + 1) + 52, (0, token.total), (0, n + 1), down=True)
+        p.x_axis("time since the token began (ms)", ticks(0, token.total, 10 if width > 500 else 5))
+        for y, block in enumerate(token.blocks):
+            kinds = token.by[block]
+            for begin, end in kinds["dense"]:
+                p.rect(begin, y + 0.08, end, y + 0.62, "c-dense", f"layer {block}: {end - begin:.2f} ms attention, router")
+            for begin, end in kinds["experts"]:
+                p.rect(begin, y + 0.08, end, y + 0.62, "c-compute", f"layer {block}: {end - begin:.2f} ms in an expert product")
+            for begin, end in kinds["stall"]:
+                p.rect(begin, y + 0.08, end, y + 0.62, "c-stall", f"layer {block}: {end - begin:.2f} ms waiting")
+            for kind, name in (("prefetch", "ahead"), ("read", "on demand")):
+                spans = kinds[kind]
+                if spans:
+                    begin, end = min(s[0] for s in spans), max(s[1] for s in spans)
+                    what = f"layer {block}: {len(spans)} slices read {name} in {end - begin:.2f} ms"
+                    p.rect(begin, y + 0.68, max(end, begin + token.total / 2000), y + 0.96, f"c-{kind}", what)
+        p.rect(token.rest[0], n + 0.08, token.rest[1], n + 0.62, "c-dense", f"output: {token.rest[1] - token.rest[0]:.2f} ms")
+        step = -(-13 // row)
+        labels = [(i + 0.5, str(token.blocks[i])) for i in range(0, n, step)]
+        for middle, text in [*labels, (n + 0.5, "out")]:
+            p.text(p.x0 - 8, p.py(middle) + 4, text, "end")
+        p.text(13, (p.y0 + p.y1) / 2, "layer (N of blk.N)", css="label", turn=True)
+        return p.svg(f"Time line of one token of {token.total:.1f} ms over {n} layers", css)
+
+    experts, stall = token.sums("experts") - token.sums("stall"), token.sums("stall")
+    outside = token.total - token.sums("experts")
+    note = (
+        f'<p class="note">{outside:.1f} ms outside of the experts (attention, routers, output), '
+        f"{experts:.1f} ms computing experts, "
+        f"{stall:.1f} ms waiting for reads; {token.n['read']} slices ({token.bytes['read'] / 1e6:.1f} MB) read on demand, "
+        f"{token.n['prefetch']} ({token.bytes['prefetch'] / 1e6:.1f} MB) ahead. As compute thread 0 sees it.</p>"
+    )
+    rows = [
+        [
+            str(b),
+            f"{token.sum('dense', b):.2f}",
+            f"{token.sum('experts', b) - token.sum('stall', b):.2f}",
+            f"{token.sum('stall', b):.2f}",
+            str(len(token.by[b]["read"])),
+            str(len(token.by[b]["prefetch"])),
+        ]
+        for b in token.blocks
+    ]
+    head = ["layer", "ms before the experts", "ms in experts", "ms waiting", "slices on demand", "slices ahead"]
+    return both(draw) + note + table(head, rows, "Figures by layer")
+
+
+def memory(data: Data) -> str:
+    """What the process held, against its budget."""
+    assert data.memory
+    samples = [(t, b / (1 << 20)) for t, b in data.memory]
+    begin, end = samples[0][0], max(samples[-1][0], samples[0][0] + 1e-3)
+    budget = data.memory_budget / (1 << 20)
+    peak = max(b for _, b in samples)
+    top = 1.08 * max(peak, budget)
+
+    def draw(width: int, css: str) -> str:
+        p = Plot(width, 240, (begin, end), (0, top), left=64)
+        p.y_axis("memory held (MiB)", ticks(0, top, 5))
+        p.x_axis("time since the recording began (s)", ticks(begin, end, 8 if width > 500 else 5))
+        p.area(samples, [(t, 0.0) for t, _ in samples], "c-band")
+        p.line(samples, "l-hit")
+        if budget:
+            p.add(f'<path class="mean" d="M{p.x0} {number(p.py(budget))}H{p.x1}"/>')
+            p.text(p.x1, p.py(budget) - 5, f"budget {budget:,.0f} MiB", "end", "halo")
+        return p.svg(f"Curve: memory held over {end - begin:.1f} s, at most {peak:,.0f} MiB", css)
+
+    note = f"At most {peak:,.0f} MiB in {len(samples)} samples" + (f", {peak / budget:.1%} of the budget." if budget else ".")
+    return both(draw) + f'<p class="note">{note}</p>'
+
+
+def _describe(row: Dict[str, Any]) -> str:
+    memory = row.get("memory")
+    return f"{row['contender']}, {human(memory)}" if isinstance(memory, (int, float)) else str(row["contender"])
+
+
+def contenders(data: Data) -> str:
+    """Speed of the rows of `hobbit bench`."""
+    rows = data.contenders or []
+    best = max(float(r["tok_s"]) for r in rows) or 1.0
+
+    def draw(width: int, css: str) -> str:
+        left = 170 if width > 500 else 120
+        p = Plot(width, 26 * len(rows) + 56, (0, 1.12 * best), (0, len(rows)), left=left, down=True)
+        p.x_axis("tokens a second", ticks(0, best, 8 if width > 500 else 4))
+        for i, r in enumerate(rows):
+            rate = float(r["tok_s"])
+            p.rect(0, i + 0.18, rate, i + 0.82, "c-hit", f"{_describe(r)}: {rate:.2f} tokens a second")
+            p.text(p.x0 - 8, p.py(i + 0.5) + 4, _describe(r), "end")
+            p.text(p.px(rate) + 5, p.py(i + 0.5) + 4, f"{rate:.1f}", "start")
+        return p.svg("Bars: tokens a second of each contender", css)
+
+    keys = (
+        ("mb_token", "MB a token"),
+        ("hit_rate", "hit rate"),
+        ("stall_share", "share waited"),
+        ("bound_share", "of the bound"),
+    )
+    body = [
+        [_describe(r), f"{r['tok_s']:.2f}", *(f"{r[k]:.3g}" if isinstance(r.get(k), (int, float)) else "-" for k, _ in keys)]
+        for r in rows
+    ]
+    return both(draw) + table(["contender", "tokens/s", *(name for _, name in keys)], body, "Figures")
+
+
+def settings(data: Data) -> str:
+    """Quality against traffic of the rows of `hobbit eval`."""
+    rows = [s for s in data.settings or [] if s.get("offload") and (s.get("text") or {}).get("kl")]
+    if not rows:
+        return ""
+    most_x = 1.1 * max(s["offload"]["mb_per_token"] for s in rows) or 1.0
+    most_y = 1.15 * max(1e3 * (s["text"]["kl"]["high"] or s["text"]["kl"]["value"]) for s in rows) or 1.0
+
+    def draw(width: int, css: str) -> str:
+        p = Plot(width, 280, (0, most_x), (0, most_y), left=60)
+        p.y_axis("KL from exact mode (mnat a token)", ticks(0, most_y, 5))
+        p.x_axis("MB read a token", ticks(0, most_x, 8 if width > 500 else 5))
+        for s in rows:
+            kl = s["text"]["kl"]
+            x, y = p.px(s["offload"]["mb_per_token"]), p.py(1e3 * kl["value"])
+            if kl["low"] is not None:
+                low, high = number(p.py(1e3 * kl["low"])), number(p.py(1e3 * kl["high"]))
+                p.add(f'<path class="whisker" d="M{number(x)} {low}V{high}"/>')
+            p.add(f'<circle class="c-hit" cx="{number(x)}" cy="{number(y)}" r="5"/>')
+            right = x > p.x1 - 80
+            p.text(x - 9 if right else x + 9, y - 6, str(s["name"]), "end" if right else "start", "halo")
+        return p.svg("Points: quality lost against MB read a token, one for each setting", css)
+
+    body = [
+        [
+            s["name"],
+            f"{s['offload']['mb_per_token']:.1f}",
+            f"{s['text']['perplexity']['value']:.2f}",
+            f"{1e3 * s['text']['kl']['value']:.2f}",
+        ]
+        for s in rows
+    ]
+    note = '<p class="note">Lower and farther left is better. Bars: 95 % intervals.</p>'
+    return both(draw) + note + table(["setting", "MB a token", "perplexity", "KL, mnat"], body, "Figures")
