@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from . import _memory
 
@@ -37,7 +37,7 @@ class MemorySamples:
             self._step *= 2
 
 
-def reuse_distances(ids: npt.NDArray[Any], n_experts: int) -> npt.NDArray[Any]:
+def reuse_distances(ids: npt.NDArray[Any], n_experts: int, known: Optional[npt.NDArray[Any]] = None) -> npt.NDArray[Any]:
     """How many other experts of the layer were used since an expert was used last, for all selections.
 
     An LRU cache of c experts per layer serves exactly what is reused at a distance below c. The experts of a token are used
@@ -45,6 +45,7 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int) -> npt.NDArray[Any]:
 
     Args:
         ids: [tokens, layers, k].
+        known: [tokens, layers], where there are ids at all; None: everywhere.
 
     Returns:
         [layers, n_experts + 1] counts by distance; the last: used for the first time.
@@ -54,12 +55,14 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int) -> npt.NDArray[Any]:
     n_tokens, n_layers, k = ids.shape
     counts = np.zeros((n_layers, n_experts + 1), np.int64)
     last = np.full((n_layers, n_experts), -1, np.int64)  # time of the last use
-    layers = np.arange(n_layers)[:, None]
+    all_layers = np.arange(n_layers)
     earlier = np.tri(k, k=-1, dtype=bool)  # [j, i]: i comes before j in a token
     for token in range(n_tokens):
-        chosen = ids[token].astype(np.int64)
+        rows = all_layers if known is None else all_layers[known[token]]
+        layers = rows[:, None]
+        chosen = ids[token, rows].astype(np.int64)
         before = last[layers, chosen]  # [layers, k]
-        distance = (last[:, None, :] > before[:, :, None]).sum(-1)
+        distance = (last[rows, None, :] > before[:, :, None]).sum(-1)
         # those of this token that were behind it until they were used just now
         distance += ((before[:, None, :] < before[:, :, None]) & earlier).sum(-1)
         distance[before < 0] = n_experts
@@ -70,7 +73,9 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int) -> npt.NDArray[Any]:
 
 def recording(session: Session, memory: MemorySamples) -> Dict[str, Any]:
     """All of it as plain data; keys as in the "recording" of `hobbit run --record --json-stats`."""
-    ids, _ = session.trace_read()
+    ids, weights = session.trace_read()
+    # Of a prompt, llama.cpp computes the last layer only where logits are wanted: no ids there, and no weights.
+    known = weights.any(-1)
     n_experts = session.info.n_expert
     return {
         "timeline": {which: session.timeline(slowest=which == "slowest") for which in ("last", "slowest")},
@@ -78,6 +83,6 @@ def recording(session: Session, memory: MemorySamples) -> Dict[str, Any]:
         "reuse": {
             "tokens": len(ids),
             "experts": n_experts,
-            "counts": reuse_distances(ids, n_experts).tolist() if len(ids) else [],
+            "counts": reuse_distances(ids, n_experts, known).tolist() if len(ids) else [],
         },
     }

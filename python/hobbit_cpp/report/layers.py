@@ -103,11 +103,11 @@ def hit_rate(data: Data) -> str:
             p.rect(i + 0.1, 0, i + 0.9, high, "c-hit", name)
             p.rect(i + 0.1, high, i + 0.9, high + low, "c-low", name)
         p.add(f'<path class="mean" d="M{p.x0} {number(p.py(100 * mean))}H{p.x1}"/>')
-        p.text(p.x1, p.py(100 * mean) - 5, f"all layers {mean:.1%}", "end", "halo")
         _block_axis(p, layers)
         return p.svg(f"Bars: hit rate by layer, {mean:.0%} over all layers", css)
 
-    return both(draw) + legend([("c-hit", "high precision"), ("c-low", "low precision")]) + _layer_table(layers)
+    note = f'<p class="note">Dashed: {mean:.1%} over all layers.</p>'
+    return both(draw) + legend([("c-hit", "high precision"), ("c-low", "low precision")]) + note + _layer_table(layers)
 
 
 def precision_mix(data: Data) -> str:

@@ -55,8 +55,11 @@ _KINDS = (
 def timeline(data: Data) -> str:
     """The last token, and the slowest."""
     out = []
-    for which, title in (("last", "The last token"), ("slowest", "The slowest token")):
-        events = data.timeline.get(which)
+    last, slowest = data.timeline.get("last"), data.timeline.get("slowest")
+    tokens = [("The last token", last), ("The slowest token", slowest)]
+    if last == slowest:
+        tokens = [("The last token, also the slowest", last)]
+    for title, events in tokens:
         if events:
             token = Token(events)
             out.append(f"<h3>{title}: {token.total:.1f} ms</h3>" + _token(token))

@@ -149,8 +149,9 @@ def _add_trace(data: Data, path: Path) -> None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ids, lens, n_experts = arrays["ids"], arrays["lens"], int(arrays["n_experts"])
+            known = arrays["weights"].any(-1)
             meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-        if ids.ndim != 3 or not ids.size or int(ids.max()) >= n_experts:
+        if ids.ndim != 3 or not ids.size or int(ids.max()) >= n_experts or known.shape != ids.shape[:2]:
             raise ValueError("ids must be [tokens, layers, k], below n_experts")
     except (KeyError, ValueError, OSError, EOFError, TypeError) as e:
         raise ParameterError(f"{path} is not a trace of hobbit trace: {e}") from e
@@ -160,7 +161,7 @@ def _add_trace(data: Data, path: Path) -> None:
     rows = list(range(n_layers))
     if data.uses is None:
         data.blocks = rows
-        data.uses = [np.bincount(ids[:, layer].ravel(), minlength=n_experts).tolist() for layer in rows]
+        data.uses = [np.bincount(ids[known[:, layer], layer].ravel(), minlength=n_experts).tolist() for layer in rows]
     if data.reuse is None:
-        data.reuse = reuse_distances(ids, n_experts).tolist()
+        data.reuse = reuse_distances(ids, n_experts, known).tolist()
         data.reuse_tokens = n_tokens
