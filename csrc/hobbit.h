@@ -63,7 +63,8 @@ typedef enum hobbit_status {
     HOBBIT_ERR_UNSUPPORTED      = 8,  /* this model or type cannot be offloaded */
     HOBBIT_ERR_STATE            = 9,  /* call out of order */
     HOBBIT_ERR_INTERNAL         = 10, /* a defect in hobbit-cpp: please report */
-    HOBBIT_ERR_CANCELLED        = 11  /* hobbit_session_cancel was called */
+    HOBBIT_ERR_CANCELLED        = 11, /* hobbit_session_cancel was called */
+    HOBBIT_ERR_SIDECAR          = 12  /* the file with the low-precision copies is damaged or belongs to another model */
 } hobbit_status;
 
 typedef struct hobbit_error {
@@ -94,6 +95,11 @@ typedef struct hobbit_model_info {
     uint32_t direct_io;    /* 1: reads go past the page cache */
     uint32_t io_alignment; /* of direct reads; 1 when buffered */
 } hobbit_model_info;
+
+/* Writes the fingerprint of the routed experts of a model (the first part of a split one) into `text`, at most `size` bytes with
+ * the NUL: what binds a sidecar to it, as the string `hobbit.sidecar.fingerprint` in its metadata. It depends on names, types,
+ * shapes and sampled bytes of the expert tensors, not on names of files, other metadata or the division into parts. */
+HOBBIT_API hobbit_status hobbit_fingerprint(const char * path, char * text, size_t size, hobbit_error * error);
 
 /* ---- session: one loaded model ------------------------------------------------------------------------ */
 
@@ -139,7 +145,8 @@ typedef struct hobbit_params {
 HOBBIT_API hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobbit_error * error);
 
 /* Opens a GGUF (all parts of a split one), reads its header and builds the expert index. No weights are read.
- * `low_path` (may be NULL): a file with the low-precision copies only. */
+ * `low_path` (may be NULL): a sidecar, a file with the low-precision copies only. It must be bound to this model (see
+ * hobbit_fingerprint) and hold a copy of every expert: else HOBBIT_ERR_SIDECAR. */
 HOBBIT_API hobbit_session * hobbit_session_init(const char * path, const char * low_path, const hobbit_params * params,
                                                 hobbit_error * error);
 /* Stops the threads and drops the caller's reference. The memory goes when the llama model is freed as well. */

@@ -7,6 +7,7 @@
 #include "../ggml/context-memory.h"
 #include "../ggml/expert-buffer.h"
 #include "../ggml/routers.h"
+#include "../io/fingerprint.h"
 #include "../io/read-probe.h"
 #include "../policy/mode.h"
 
@@ -109,6 +110,15 @@ hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobb
                                         hobbit::policy::mode_names()));
         }
         copy_out(params, defaults(*row));
+    });
+}
+
+hobbit_status hobbit_fingerprint(const char * path, char * text, size_t size, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(path != nullptr && text != nullptr, "path and text are needed");
+        const std::string print = hobbit::fingerprint(hobbit::expert_index(path, "", true));
+        require(size > print.size(), "there is too little room for the fingerprint");
+        memcpy(text, print.c_str(), print.size() + 1);
     });
 }
 

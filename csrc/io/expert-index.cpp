@@ -1,6 +1,7 @@
 #include "expert-index.h"
 
 #include "../base/error.h"
+#include "fingerprint.h"
 
 #include "ggml.h"
 #include "gguf.h"
@@ -15,7 +16,9 @@
 
 namespace hobbit {
 
-const char * const LOW_PREFIX = "hobbit.low.";
+const char * const LOW_PREFIX           = "hobbit.low.";
+const char * const SIDECAR_ARCHITECTURE = "hobbit-sidecar";
+const char * const FINGERPRINT_KEY      = "hobbit.sidecar.fingerprint";
 
 namespace {
 
@@ -38,6 +41,8 @@ bool parse_name(const std::string & name, uint32_t & block, std::string & what) 
     what  = match[2];
     return true;
 }
+
+bool is_low_copy(const std::string & name) { return name.compare(0, strlen(LOW_PREFIX), LOW_PREFIX) == 0; }
 
 uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t otherwise) {
     const int64_t id = gguf_find_key(g, key.c_str());
@@ -100,120 +105,217 @@ uint64_t moe_layer::slot_bytes(precision p) const {
     return n;
 }
 
+// An open header: the GGUF and its tensors without data.
+struct expert_index::header {
+    std::string                                 path;
+    uint16_t                                    file_id;
+    std::unique_ptr<gguf_context, gguf_deleter> gguf;
+    std::unique_ptr<ggml_context, ggml_deleter> tensors;
+};
+
 expert_index::expert_index(const std::string & path, const std::string & low_path, bool direct) : path_(path) {
-    read_file(path, direct, false);
-    if (!low_path.empty()) {
-        read_file(low_path, direct, true);
-    }
+    read_model(path, direct);
     check_layers();
+    if (!low_path.empty()) {
+        try {
+            read_sidecar(low_path, direct);
+        } catch (const error & e) {
+            // Whatever is wrong with it, it is not the model that is to be blamed.
+            if (e.status() == HOBBIT_ERR_FORMAT) {
+                fail(HOBBIT_ERR_SIDECAR, e.what());
+            }
+            throw;
+        }
+    }
     lay_out_slots();
     // The header came in through the page cache, with read-ahead; nothing of the file shall stay there.
     drop_page_cache();
 }
 
-void expert_index::read_file(const std::string & path, bool direct, bool low_only) {
-    uint32_t n_parts = 1;
-    for (uint32_t part = 0; part < n_parts; ++part) {
-        const std::string part_path = part == 0 ? path : split_name(path, part, n_parts);
-        files_.push_back(std::make_unique<file>(part_path, direct));
-        const file & f       = *files_.back();
-        const auto   file_id = (uint16_t) (files_.size() - 1);
-
-        ggml_context *                              meta_raw = nullptr;
-        gguf_init_params                            params   = { /*.no_alloc =*/true, /*.ctx =*/&meta_raw };
-        std::unique_ptr<gguf_context, gguf_deleter> g(gguf_init_from_file(part_path.c_str(), params));
-        std::unique_ptr<ggml_context, ggml_deleter> meta(meta_raw);
-        if (!g) {
-            fail(HOBBIT_ERR_FORMAT,
-                 part_path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
+void expert_index::read_model(const std::string & path, bool direct) {
+    uint32_t n_tensors = 0;
+    uint32_t n_low     = 0;
+    uint32_t expected  = 0;
+    for_each_part(path, direct, [&](const header & part, uint32_t no) {
+        const gguf_context * g = part.gguf.get();
+        if (no == 0) {
+            const std::string arch = read_string(g, "general.architecture");
+            if (arch == SIDECAR_ARCHITECTURE) {
+                fail(HOBBIT_ERR_FORMAT,
+                     path + " is a sidecar, which has only low-precision copies: open the model it was made for" +
+                         (read_string(g, "hobbit.source").empty() ? "" : ", ") + read_string(g, "hobbit.source"));
+            }
+            n_block       = read_u32(g, arch + ".block_count", 0);
+            n_expert_used = read_u32(g, arch + ".expert_used_count", 0);
+            n_group       = read_u32(g, arch + ".expert_group_count", 0);
+            n_group_used  = read_u32(g, arch + ".expert_group_used_count", 0);
+            expected      = read_u32(g, "split.tensors.count", 0);
         }
-        if (part == 0) {
-            n_parts = std::max(1u, read_u32(g.get(), "split.count", 1));
+        for (int64_t i = 0; i < gguf_get_n_tensors(g); ++i) {
+            const std::string name   = gguf_get_tensor_name(g, i);
+            const bool        is_low = is_low_copy(name);
+            n_tensors++;
+            n_low += is_low;
+            if (!add_tensor(part, i, is_low ? name.substr(strlen(LOW_PREFIX)) : name, is_low)) {
+                bytes_dense += ggml_nbytes(ggml_get_tensor(part.tensors.get(), name.c_str()));
+            }
+        }
+    });
+    // llama.cpp counts the tensors that it knows, its gguf-split all.
+    if (expected != 0 && expected != n_tensors && expected != n_tensors - n_low) {
+        fail(HOBBIT_ERR_FORMAT,
+             format("the parts of %s do not belong together: %u tensors expected, %u found; download all parts again",
+                    path.c_str(), expected, n_tensors));
+    }
+}
+
+void expert_index::read_sidecar(const std::string & path, bool direct) {
+    for (const auto & layer : layers_) {
+        for (const auto & p : layer.projections) {
+            if (p.source[1].type >= 0) {
+                fail(HOBBIT_ERR_SIDECAR, path_ + " has low-precision copies already: it takes no sidecar (" + path + ")");
+            }
+        }
+    }
+    for_each_part(path, direct, [&](const header & part, uint32_t no) {
+        const gguf_context * g = part.gguf.get();
+        if (no == 0) {
+            const std::string made_for = read_string(g, FINGERPRINT_KEY);
+            if (made_for.empty()) {
+                fail(HOBBIT_ERR_SIDECAR, path + " is not a sidecar: make one with `hobbit convert MODEL --sidecar`");
+            }
+            const std::string source = read_string(g, "hobbit.source");
+            if (made_for != fingerprint(*this)) {
+                fail(HOBBIT_ERR_SIDECAR, path + " does not belong to " + path_ + ": it was made for another model" +
+                                             (source.empty() ? "" : " (" + source + ")") +
+                                             " or for another version of this one");
+            }
+        }
+        for (int64_t i = 0; i < gguf_get_n_tensors(g); ++i) {
+            const std::string name = gguf_get_tensor_name(g, i);
+            if (!is_low_copy(name) || find(name.substr(strlen(LOW_PREFIX))).first < 0 ||
+                !add_tensor(part, i, name.substr(strlen(LOW_PREFIX)), true)) {
+                fail(HOBBIT_ERR_SIDECAR,
+                     part.path + ": tensor " + name + " is no low-precision copy of an expert tensor of " + path_);
+            }
+        }
+    });
+    has_low = true;
+    for (const auto & layer : layers_) {
+        for (const auto & p : layer.projections) {
+            if (p.source[1].type < 0) {
+                fail(HOBBIT_ERR_SIDECAR,
+                     path + " has no low-precision copy of " + p.name + ": it is not whole, make it again");
+            }
+        }
+    }
+}
+
+void expert_index::for_each_part(const std::string & path, bool direct,
+                                 const std::function<void(const header &, uint32_t no)> & body) {
+    // What the parts of one model agree in, where they have it: the second is written by `hobbit convert`.
+    static const char * const COMMON_KEYS[] = { "general.architecture", "hobbit.split.model" };
+    constexpr size_t          N_COMMON      = sizeof(COMMON_KEYS) / sizeof(*COMMON_KEYS);
+    std::string               common[N_COMMON];
+
+    uint32_t n_parts = 1;
+    for (uint32_t no = 0; no < n_parts; ++no) {
+        header part;
+        part.path = no == 0 ? path : split_name(path, no, n_parts);
+        files_.push_back(std::make_unique<file>(part.path, direct));
+        part.file_id = (uint16_t) (files_.size() - 1);
+
+        ggml_context *   tensors = nullptr;
+        gguf_init_params params  = { /*.no_alloc =*/true, /*.ctx =*/&tensors };
+        part.gguf.reset(gguf_init_from_file(part.path.c_str(), params));
+        part.tensors.reset(tensors);
+        const gguf_context * g = part.gguf.get();
+        if (g == nullptr) {
+            fail(HOBBIT_ERR_FORMAT,
+                 part.path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
+        }
+        const uint32_t count = std::max(1u, read_u32(g, "split.count", 1));
+        if (no == 0) {
+            n_parts = count;
             if (n_parts > 1) {
                 split_name(path, 0, n_parts);  // or says which part to open
             }
-            if (!low_only) {
-                const std::string arch = read_string(g.get(), "general.architecture");
-                n_block                = read_u32(g.get(), arch + ".block_count", 0);
-                n_expert_used          = read_u32(g.get(), arch + ".expert_used_count", 0);
-                n_group                = read_u32(g.get(), arch + ".expert_group_count", 0);
-                n_group_used           = read_u32(g.get(), arch + ".expert_group_used_count", 0);
-            }
         }
-
-        if (n_parts > 1 && read_u32(g.get(), "split.no", UINT32_MAX) != part) {
+        if (n_parts > 1 && (read_u32(g, "split.no", UINT32_MAX) != no || count != n_parts)) {
             fail(HOBBIT_ERR_FORMAT,
-                 format("%s says that it is not part %u of %u: was it renamed?", part_path.c_str(), part + 1, n_parts));
+                 format("%s says that it is not part %u of %u: was it renamed?", part.path.c_str(), no + 1, n_parts));
         }
+        for (size_t i = 0; i < N_COMMON; ++i) {
+            const std::string own = read_string(g, COMMON_KEYS[i]);
+            common[i]             = no == 0 ? own : common[i];
+            if (!own.empty() && own != common[i]) {
+                fail(HOBBIT_ERR_FORMAT, part.path + " is part of another model than " + path + ": download it again");
+            }
+        }
+        body(part, no);
+    }
+}
 
-        const uint64_t data = gguf_get_data_offset(g.get());
-        for (int64_t i = 0; i < gguf_get_n_tensors(g.get()); ++i) {
-            const std::string   full   = gguf_get_tensor_name(g.get(), i);
-            const ggml_tensor * t      = ggml_get_tensor(meta.get(), full.c_str());
-            const uint64_t      bytes  = ggml_nbytes(t);
-            const uint64_t      offset = data + gguf_get_tensor_offset(g.get(), i);
-            if (offset > f.size() || bytes > f.size() - offset) {
-                fail(HOBBIT_ERR_FORMAT, format("%s is cut short: tensor %s ends at byte %" PRIu64 ", the file has %" PRIu64
-                                               "; download or convert it again",
-                                               part_path.c_str(), full.c_str(), offset + bytes, f.size()));
-            }
-            const bool        is_low = full.compare(0, strlen(LOW_PREFIX), LOW_PREFIX) == 0;
-            const std::string name   = is_low ? full.substr(strlen(LOW_PREFIX)) : full;
-            uint32_t          block  = 0;
-            std::string       what;
-            if (!parse_name(name, block, what) || t->ne[2] < 2 || t->ne[3] != 1) {
-                if (!low_only) {
-                    bytes_dense += bytes;
-                }
-                continue;
-            }
-            if (low_only && !is_low) {
-                continue;
-            }
-            if (t->ne[0] < 1 || t->ne[1] < 1) {
-                fail(HOBBIT_ERR_FORMAT, part_path + ": tensor " + full + " has no elements");
-            }
-            if (t->ne[2] > UINT16_MAX) {
-                fail(HOBBIT_ERR_UNSUPPORTED, part_path + ": tensor " + full + " has more than 65535 experts");
-            }
+// Adds tensor `i` of a file when it is one of routed experts. `name`: of the tensor in high precision.
+bool expert_index::add_tensor(const header & part, int64_t i, const std::string & name, bool is_low) {
+    const file &        f      = *files_[part.file_id];
+    const std::string   full   = gguf_get_tensor_name(part.gguf.get(), i);
+    const ggml_tensor * t      = ggml_get_tensor(part.tensors.get(), full.c_str());
+    const uint64_t      bytes  = ggml_nbytes(t);
+    const uint64_t      offset = gguf_get_data_offset(part.gguf.get()) + gguf_get_tensor_offset(part.gguf.get(), i);
+    if (offset > f.size() || bytes > f.size() - offset) {
+        fail(HOBBIT_ERR_FORMAT, format("%s is cut short: tensor %s ends at byte %" PRIu64 ", the file has %" PRIu64
+                                       "; download or convert it again",
+                                       part.path.c_str(), full.c_str(), offset + bytes, f.size()));
+    }
+    uint32_t    block = 0;
+    std::string what;
+    if (!parse_name(name, block, what) || t->ne[2] < 2 || t->ne[3] != 1) {
+        return false;
+    }
+    if (t->ne[0] < 1 || t->ne[1] < 1) {
+        fail(HOBBIT_ERR_FORMAT, part.path + ": tensor " + full + " has no elements");
+    }
+    if (t->ne[2] > UINT16_MAX) {
+        fail(HOBBIT_ERR_UNSUPPORTED, part.path + ": tensor " + full + " has more than 65535 experts");
+    }
 
-            // Two expert sets in one block (chexps) are two layers to the engine: each has a router call of its own.
-            const bool  ch    = what.find("_chexps") != std::string::npos;
-            moe_layer * layer = nullptr;
-            for (auto & l : layers_) {
-                if (l.block == block && (l.projections[0].name.find("_chexps") != std::string::npos) == ch) {
-                    layer = &l;
-                }
-            }
-            if (layer == nullptr) {
-                layers_.emplace_back();
-                layer           = &layers_.back();
-                layer->block    = block;
-                layer->n_expert = (uint32_t) t->ne[2];
-            }
-            projection * proj = nullptr;
-            for (auto & p : layer->projections) {
-                proj = p.name == name ? &p : proj;
-            }
-            if (proj == nullptr) {
-                layer->projections.emplace_back();
-                proj          = &layer->projections.back();
-                proj->name    = name;
-                proj->n_in    = t->ne[0];
-                proj->n_out   = t->ne[1];
-                proj->is_down = what.compare(0, 8, "ffn_down") == 0;
-            }
-            if (proj->n_in != t->ne[0] || proj->n_out != t->ne[1] || layer->n_expert != (uint32_t) t->ne[2]) {
-                fail(HOBBIT_ERR_FORMAT,
-                     part_path + ": the shape of " + full + " does not agree with the other experts of its block");
-            }
-            tensor_source & src = proj->source[is_low ? 1 : 0];
-            if (src.type >= 0) {
-                fail(HOBBIT_ERR_FORMAT, part_path + ": tensor " + full + " occurs twice");
-            }
-            src = { (int32_t) t->type, file_id, offset, ggml_row_size(t->type, t->ne[0]), bytes / (uint64_t) t->ne[2] };
+    // Two expert sets in one block (chexps) are two layers to the engine: each has a router call of its own.
+    const bool  ch    = what.find("_chexps") != std::string::npos;
+    moe_layer * layer = nullptr;
+    for (auto & l : layers_) {
+        if (l.block == block && (l.projections[0].name.find("_chexps") != std::string::npos) == ch) {
+            layer = &l;
         }
     }
+    if (layer == nullptr) {
+        layers_.emplace_back();
+        layer           = &layers_.back();
+        layer->block    = block;
+        layer->n_expert = (uint32_t) t->ne[2];
+    }
+    projection * proj = nullptr;
+    for (auto & p : layer->projections) {
+        proj = p.name == name ? &p : proj;
+    }
+    if (proj == nullptr) {
+        layer->projections.emplace_back();
+        proj          = &layer->projections.back();
+        proj->name    = name;
+        proj->n_in    = t->ne[0];
+        proj->n_out   = t->ne[1];
+        proj->is_down = what.compare(0, 8, "ffn_down") == 0;
+    }
+    if (proj->n_in != t->ne[0] || proj->n_out != t->ne[1] || layer->n_expert != (uint32_t) t->ne[2]) {
+        fail(HOBBIT_ERR_FORMAT,
+             part.path + ": the shape of " + full + " does not agree with the other experts of its block");
+    }
+    tensor_source & src = proj->source[is_low ? 1 : 0];
+    if (src.type >= 0) {
+        fail(HOBBIT_ERR_FORMAT, part.path + ": tensor " + full + " occurs twice");
+    }
+    src = { (int32_t) t->type, part.file_id, offset, ggml_row_size(t->type, t->ne[0]), bytes / (uint64_t) t->ne[2] };
+    return true;
 }
 
 void expert_index::check_layers() {

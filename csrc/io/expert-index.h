@@ -1,11 +1,14 @@
 // Where every expert's bytes are: GGUF header(s) -> extent per layer, expert, projection and precision.
 //
 // Tensors are known by name and shape, not by architecture: a routed expert tensor is three-dimensional, [n_in, n_out, n_expert], and
-// called `blk.<N>.<projection>_exps.weight` (or `_chexps`). Its low-precision copy is called `hobbit.low.<that name>`.
+// called `blk.<N>.<projection>_exps.weight` (or `_chexps`). Its low-precision copy is called `hobbit.low.<that name>`, in the
+// same file or in a sidecar: a GGUF of architecture `hobbit-sidecar` with nothing but these copies, all of them, and the
+// fingerprint of the model it was made for.
 #pragma once
 
 #include "file.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,7 +20,9 @@ constexpr int N_PRECISION = 2;
 
 constexpr int MAX_PROJECTIONS = 4;
 
-extern const char * const LOW_PREFIX;  // "hobbit.low."
+extern const char * const LOW_PREFIX;            // "hobbit.low."
+extern const char * const SIDECAR_ARCHITECTURE;  // of a sidecar, so that no program takes it for a model
+extern const char * const FINGERPRINT_KEY;       // of the metadata of a sidecar
 
 // One expert tensor at one precision.
 struct tensor_source {
@@ -52,7 +57,8 @@ struct moe_layer {
 
 class expert_index {
   public:
-    // Opens the GGUF and, when it is the first of a split, its other parts. Throws HOBBIT_ERR_FILE, _FORMAT, _NOT_MOE, _UNSUPPORTED.
+    // Opens the GGUF and, when it is the first of a split, its other parts. `low_path`: a sidecar, "" for none; one that is not whole or
+    // belongs to another model is refused. Throws HOBBIT_ERR_FILE, _FORMAT, _NOT_MOE, _UNSUPPORTED, _SIDECAR.
     expert_index(const std::string & path, const std::string & low_path, bool direct);
 
     const std::string & path() const { return path_; }
@@ -84,7 +90,12 @@ class expert_index {
     void     drop_page_cache() const;
 
   private:
-    void read_file(const std::string & path, bool direct, bool low_only);
+    struct header;
+
+    void read_model(const std::string & path, bool direct);
+    void read_sidecar(const std::string & path, bool direct);
+    void for_each_part(const std::string & path, bool direct, const std::function<void(const header &, uint32_t no)> & body);
+    bool add_tensor(const header & part, int64_t i, const std::string & name, bool is_low);
     void check_layers();
     void lay_out_slots();
 

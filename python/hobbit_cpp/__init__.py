@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         ParameterError,
         ReadError,
+        SidecarError,
         StateError,
         UnsupportedModelError,
     )
@@ -50,6 +51,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterError",
     "ReadError",
+    "SidecarError",
     "StateError",
     "UnsupportedModelError",
 ]

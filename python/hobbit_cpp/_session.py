@@ -9,9 +9,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Optional, Tuple
 
-from . import _lib, _memory, _recording
+from . import _lib, _memory, _recording, _sidecar
 from ._memory import Size, human
-from .errors import HobbitError, HobbitWarning, MemoryBudgetError, StateError, from_c
+from .errors import HobbitError, HobbitWarning, MemoryBudgetError, SidecarError, StateError, from_c
 from .params import OffloadParams
 from .stats import LayerCounts, OffloadStats
 
@@ -58,7 +58,7 @@ def _struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:
 class Session:
     """Opened on a file, bound to a thread while llama.cpp loads it, started when the memory left for experts is known."""
 
-    def __init__(self, path: str, params: OffloadParams, low_path: Optional[str] = None) -> None:
+    def __init__(self, path: str, params: OffloadParams) -> None:
         self._ffi, self._lib = _lib.core()
         self.params = params
         self.path = path
@@ -71,15 +71,25 @@ class Session:
         c = self._new_struct("hobbit_params")
         self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
         params.apply_to(c)
-        low = self._ffi.NULL if low_path is None else os.fsencode(low_path)
+        self.low_path = _sidecar.low_path(path, params.low_model)
+        low = self._ffi.NULL if self.low_path is None else os.fsencode(self.low_path)
         self._handle = self._lib.hobbit_session_init(os.fsencode(path), low, c, error)
         if self._handle == self._ffi.NULL:
-            raise from_c(self._ffi, self._lib, error)
+            raise self._refused(from_c(self._ffi, self._lib, error))
         info = self._new_struct("hobbit_model_info")
         self._check(self._lib.hobbit_session_info(self._handle, info, error), error)
         fields = _struct_fields(self._ffi, info)
         fields.update(has_low=bool(info.has_low), direct_io=bool(info.direct_io))
         self.info = ModelInfo(**fields)
+
+    def _refused(self, error: HobbitError) -> HobbitError:
+        """An error of opening. Nobody asked for a sidecar that was found: then it says what to do about it."""
+        if self.params.low_model is None and isinstance(error, SidecarError):
+            return SidecarError(
+                f"{error} (found beside the model by its name: remove it, name another with low_model=..., or ignore it with "
+                "low_model=False)"
+            )
+        return error
 
     def _new_struct(self, name: str) -> Any:
         struct = self._ffi.new(f"{name} *")
@@ -339,3 +349,17 @@ class Session:
         if self._ours():
             self._lib.hobbit_session_free(self._handle)
         self._handle = self._ffi.NULL
+
+
+def fingerprint(path: str) -> str:
+    """What tells the routed experts of a model from those of another: see csrc/io/fingerprint.h.
+
+    Raises:
+        ModelFileError, ModelFormatError, NotMoeError, UnsupportedModelError: nothing that could be offloaded.
+    """
+    ffi, lib = _lib.core()
+    error, text = ffi.new("hobbit_error *"), ffi.new("char[128]")
+    if lib.hobbit_fingerprint(os.fsencode(path), text, len(text), error) != lib.HOBBIT_OK:
+        raise from_c(ffi, lib, error)
+    out: str = ffi.string(text).decode()
+    return out

@@ -34,6 +34,10 @@ class ModelFormatError(HobbitError, ValueError):
     """Not a GGUF, or a damaged or truncated one."""
 
 
+class SidecarError(ModelFormatError):
+    """The file with the low-precision copies is damaged, or belongs to another model."""
+
+
 class NotMoeError(HobbitError, ValueError):
     """The model has no routed experts: there is nothing to offload."""
 
@@ -83,6 +87,7 @@ STATUS_TO_EXCEPTION: Dict[str, Type[HobbitError]] = {
     "HOBBIT_ERR_STATE": StateError,
     "HOBBIT_ERR_INTERNAL": InternalError,
     "HOBBIT_ERR_CANCELLED": EvaluationCancelled,
+    "HOBBIT_ERR_SIDECAR": SidecarError,
 }
 
 

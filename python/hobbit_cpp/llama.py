@@ -13,6 +13,7 @@ from . import _lib
 from ._calls import Calls
 from ._memory import Size
 from ._session import ModelInfo, Session
+from ._sidecar import LowModel
 from .errors import ModelFileError, ParameterError, StateError
 from .params import OffloadParams
 from .stats import OffloadStats
@@ -40,6 +41,8 @@ class Llama(_Llama):
         expert_cache: size of the expert pool alone.
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
+        low_model: a file with low-precision copies of the experts (`hobbit convert --sidecar`); None: `model.low.gguf` beside
+            `model.gguf` if it is there; False or "none": none.
         progress: called while the weights that stay in memory are read, with the share of them that is there, 0 to 1. What
             it returns says whether to go on; False ends the loading with an exception. Must not raise.
 
@@ -64,13 +67,15 @@ class Llama(_Llama):
         expert_cache: Optional[Size] = None,
         exact: Optional[bool] = None,
         precision_rule: Optional[str] = None,
+        low_model: LowModel = None,
         progress: Optional[Callable[[float], bool]] = None,
         **kwargs: Any,
     ) -> None:
         self._begin(progress)
         path = os.fspath(model_path)
         if offload is None:
-            given = {"memory": memory, "expert_cache": expert_cache, "exact": exact, "precision_rule": precision_rule}
+            given: Dict[str, Any] = {"memory": memory, "expert_cache": expert_cache, "exact": exact}
+            given.update(precision_rule=precision_rule, low_model=None if low_model in (False, "none") else low_model)
             set_ = [name for name, value in given.items() if value is not None]
             if set_:
                 raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
@@ -78,7 +83,9 @@ class Llama(_Llama):
             self._lengthen_arrays()
             return
 
-        params = OffloadParams.of(offload, exact=exact, precision_rule=precision_rule, expert_cache=expert_cache)
+        params = OffloadParams.of(
+            offload, exact=exact, precision_rule=precision_rule, expert_cache=expert_cache, low_model=low_model
+        )
         for name, why in (
             ("use_mlock", "the expert pool and the dense weights are in anonymous memory already"),
             ("vocab_only", "there are no experts to offload in a vocabulary"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Optional, Tuple, Union
 
 from ._memory import Size
+from ._sidecar import LowModel
 from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
@@ -38,6 +39,8 @@ class OffloadParams:
         io_threads: reader threads, that is, the queue depth.
         io_block: bytes of a prefetch read between two looks at the abort flag.
         direct_io: read past the page cache where the file system can.
+        low_model: the low-precision copies in a file of their own (`hobbit convert --sidecar`): its path; None: `model.low.gguf`
+            beside `model.gguf` if it is there; False or "none": none.
     """
 
     mode: str = "hobbit"
@@ -58,6 +61,7 @@ class OffloadParams:
     io_threads: Optional[int] = None
     io_block: Optional[int] = None
     direct_io: bool = True
+    low_model: LowModel = None
 
     def __post_init__(self) -> None:
         if self.precision_rule not in ("miss", "weight", "drop"):
@@ -85,6 +89,7 @@ class OffloadParams:
         exact: Optional[bool] = None,
         precision_rule: Optional[str] = None,
         expert_cache: Optional[Size] = None,
+        low_model: LowModel = None,
     ) -> OffloadParams:
         """From what `Llama(offload=...)` takes; the other arguments override."""
         if isinstance(offload, cls):
@@ -99,6 +104,8 @@ class OffloadParams:
             params = replace(params, precision_rule=precision_rule)
         if expert_cache is not None:
             params = replace(params, expert_cache=expert_cache)
+        if low_model is not None:
+            params = replace(params, low_model=low_model)
         return params
 
     def apply_to(self, c: Any) -> None:

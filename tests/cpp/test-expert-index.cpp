@@ -74,6 +74,7 @@ void write_split(const model_story & s, const tiny_model & m, uint16_t n) {
             }
             gguf_set_val_u16(g, "split.no", no);
             gguf_set_val_u16(g, "split.count", n);
+            gguf_set_val_i32(g, "split.tensors.count", (int32_t) all.size());
         });
     }
 }
@@ -188,19 +189,6 @@ TEST("a model without low copies has none, one with some of them neither") {
     CHECK(!model_story(with(m.all(), m.low_copies()[0]), m.meta()).open().has_low);
 }
 
-TEST("low copies may lie in a file of their own") {
-    tiny_model m;
-    m.low = false;
-    const model_story s(m);
-    test::write_gguf(s.path("low.gguf"), m.low_copies(), [](gguf_context *) {});
-    const expert_index    index = s.open(s.path("low.gguf"));
-    const tensor_source & low   = index.layers()[1].projections[0].source[1];
-    CHECK(index.has_low);
-    CHECK_EQ(low.offset, offset_by_ggml(s.path("low.gguf"), "hobbit.low.blk.2.ffn_gate_exps.weight"));
-    CHECK_EQ(index.source(low.file).path(), s.path("low.gguf"));
-    CHECK_EQ(index.bytes_dense, s.open().bytes_dense);
-}
-
 TEST("a fused gate_up comes before down, two expert sets in a block are two layers") {
     const tiny_tensors fused = { { "blk.0.ffn_down_exps.weight", GGML_TYPE_F32, { 4, 8, 2 } },
                                  { "blk.0.ffn_gate_up_exps.weight", GGML_TYPE_F32, { 8, 8, 2 } },
@@ -244,13 +232,40 @@ TEST("a split model without one of its parts, or opened by a later part, is refu
     CHECK_EQ(model_story::refusal_of(s.path("model-00001-of-00003.gguf")), HOBBIT_ERR_FILE);
 }
 
+TEST("parts in the wrong order, of another division or of another model are refused") {
+    const auto part  = [](const model_story & s, int no, int n) { return s.path(format("model-%05d-of-%05d.gguf", no, n)); };
+    const auto story = [&](const tiny_model & m, uint16_t n) {
+        auto s = std::make_unique<model_story>();
+        write_split(*s, m, n);
+        return s;
+    };
+    const auto s = story(tiny_model {}, 3);
+    CHECK_EQ(model_story::refusal_of(part(*s, 1, 3)), HOBBIT_OK);
+    std::filesystem::rename(part(*s, 2, 3), s->path("x"));
+    std::filesystem::rename(part(*s, 3, 3), part(*s, 2, 3));
+    std::filesystem::rename(s->path("x"), part(*s, 3, 3));
+    CHECK_EQ(model_story::refusal_of(part(*s, 1, 3)), HOBBIT_ERR_FORMAT);
+
+    const auto two = story(tiny_model {}, 2), three = story(tiny_model {}, 3);
+    std::filesystem::copy(part(*two, 2, 2), part(*three, 2, 3), std::filesystem::copy_options::overwrite_existing);
+    CHECK_EQ(model_story::refusal_of(part(*three, 1, 3)), HOBBIT_ERR_FORMAT);
+
+    tiny_model larger;
+    larger.n_layer   = 4;
+    const auto other = story(larger, 3), mixed = story(tiny_model {}, 3);
+    std::filesystem::copy(part(*other, 3, 3), part(*mixed, 3, 3), std::filesystem::copy_options::overwrite_existing);
+    CHECK_EQ(model_story::refusal_of(part(*mixed, 1, 3)), HOBBIT_ERR_FORMAT);
+}
+
 TEST("a dense model is refused as such") {
     CHECK_EQ(model_story(tiny_model {}.dense(), tiny_model {}.meta()).refusal(), HOBBIT_ERR_NOT_MOE);
     CHECK_EQ(model_story(tiny_tensors {}, tiny_model {}.meta()).refusal(), HOBBIT_ERR_NOT_MOE);
 }
 
 TEST("a file that is not there, and a folder, are refused with the system's reason") {
-    const model_story s(tiny_model {});
+    tiny_model m;
+    m.low = false;
+    const model_story s(m);
     CHECK_EQ(model_story::refusal_of(s.path("nowhere.gguf")), HOBBIT_ERR_FILE);
     CHECK_EQ(model_story::refusal_of(s.path("")), HOBBIT_ERR_FILE);
     CHECK_EQ(s.refusal(s.path("nowhere.gguf")), HOBBIT_ERR_FILE);
@@ -274,11 +289,6 @@ TEST("a model whose tensors contradict each other is refused") {
     CHECK_EQ(refused({ low, GGML_TYPE_Q4_0, { 64, 48, 7 } }), HOBBIT_ERR_FORMAT);
     CHECK_EQ(refused({ "hobbit.low.blk.9.ffn_up_exps.weight", GGML_TYPE_Q4_0, { 64, 48, 8 } }), HOBBIT_ERR_FORMAT);
     CHECK_EQ(refused({ "blk.1.ffn_x_exps.weight", GGML_TYPE_F16, { 64, 48, 7 } }), HOBBIT_ERR_FORMAT);
-    // The same low copy in both files.
-    m.low = true;
-    const model_story s(m);
-    test::write_gguf(s.path("low.gguf"), m.low_copies(), [](gguf_context *) {});
-    CHECK_EQ(s.refusal(s.path("low.gguf")), HOBBIT_ERR_FORMAT);
 }
 
 TEST("more projections than are supported are refused") {
@@ -336,7 +346,9 @@ TEST("a file cut anywhere is refused, never read as something else") {
 }
 
 TEST("garbage is refused") {
-    const model_story s(tiny_model {});
+    tiny_model m;
+    m.low = false;
+    const model_story s(m);
     test::write_all(s.path("empty.gguf"), {});
     CHECK_EQ(model_story::refusal_of(s.path("empty.gguf")), HOBBIT_ERR_FORMAT);
     for (uint32_t seed = 0; seed < 50; ++seed) {
@@ -347,7 +359,7 @@ TEST("garbage is refused") {
         }
         test::write_all(s.path("garbage.gguf"), content);
         CHECK_EQ(model_story::refusal_of(s.path("garbage.gguf")), HOBBIT_ERR_FORMAT);
-        CHECK_EQ(s.refusal(s.path("garbage.gguf")), HOBBIT_ERR_FORMAT);
+        CHECK_EQ(s.refusal(s.path("garbage.gguf")), HOBBIT_ERR_SIDECAR);
     }
 }
 

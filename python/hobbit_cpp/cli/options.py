@@ -44,6 +44,11 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument(
         "--max-experts", metavar="N", type=positive, help="most experts a token (default: what the router selects)"
     )
+    group.add_argument(
+        "--low-model",
+        metavar="FILE",
+        help="sidecar with the low-precision copies; none: no sidecar (default: MODEL.low.gguf if it is there)",
+    )
     context = f"default: {ctx_size}; 0: the model's"
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
     group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
@@ -96,6 +101,7 @@ def offload_of(args: argparse.Namespace) -> Any:
         "drop_fraction": args.drop_fraction,
         "max_experts": args.max_experts,
         "expert_cache": args.expert_cache,
+        "low_model": args.low_model,
     }
     return OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
 
