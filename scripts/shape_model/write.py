@@ -8,7 +8,6 @@ of its expert.
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 import zlib
@@ -22,10 +21,12 @@ import numpy.typing as npt
 import hobbit_cpp
 from hobbit_cpp.convert.errors import ConvertError
 from hobbit_cpp.convert.ggtypes import TypeInfo, TypeTable, load_types
-from hobbit_cpp.convert.header import ALIGNMENT_KEY, TensorInfo, Value, pad, string_value, u32_value, write_header
+from hobbit_cpp.convert.header import ALIGNMENT_KEY, Value, string_value, u32_value
+from hobbit_cpp.convert.layout import make_layout
 from hobbit_cpp.convert.plan import ALIGNMENT, Output, Plan, Tensor, make_plan
-from hobbit_cpp.convert.progress import human_bytes, make_progress
+from hobbit_cpp.convert.progress import make_progress
 from hobbit_cpp.convert.quantise import Quantiser
+from hobbit_cpp.convert.target import NewFile, check_targets, writing
 from hobbit_cpp.convert.writer import flush, write_fully
 
 from .shapes import SHAPES, Number, Shape, Weight, metadata, weights
@@ -112,30 +113,17 @@ def make(
     n_layer = shape.n_layer if layers is None else layers
     if not shape.dense_layers < n_layer <= shape.n_layer:
         raise ConvertError(f"{like} has {shape.n_layer} layers: give {shape.dense_layers + 1} to {shape.n_layer}")
-    if os.path.lexists(out) and not force:
-        raise ConvertError(f"{out} exists: use --force to replace it")
+    check_targets([out], [], force)
     types = load_types()
     plan, roles = _plan(shape, n_layer, types, high or shape.experts, low, dense)
-    values = _metadata(like, shape, n_layer, plan)
-    head = write_header(values, [TensorInfo(o.name, o.source.shape, o.type.id, o.offset) for o in plan.outputs])
-    data_offset = pad(len(head), ALIGNMENT)
-    size = data_offset + plan.data_bytes
-    _check_space(out, size)
-
-    bar = make_progress(progress, plan.data_bytes)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.ftruncate(fd, size)
-        write_fully(fd, memoryview(head), 0)
-        _write_tensors(fd, data_offset, plan, roles, seed, bar)
-        flush(fd)
-        os.replace(partial, out)
-    finally:
-        bar.close()
-        os.close(fd)
-        partial.unlink(missing_ok=True)
-    return ShapeReport(out, size, plan.high_type, plan.low_type, plan.notes, time.monotonic() - start)
+    layout = make_layout(plan.outputs, _metadata(like, shape, n_layer, plan), None)
+    with writing([out], layout, force) as (made,):
+        bar = make_progress(progress, made.layout.size)
+        try:
+            _write_tensors(made, roles, seed, bar)
+        finally:
+            bar.close()
+    return ShapeReport(out, layout[0].size, plan.high_type, plan.low_type, plan.notes, time.monotonic() - start)
 
 
 def _plan(shape: Shape, n_layer: int, types: TypeTable, high: str, low: Optional[str], dense: str) -> Tuple[Plan, Dict[str, str]]:
@@ -194,18 +182,19 @@ def _metadata(like: str, shape: Shape, n_layer: int, plan: Plan) -> Dict[str, Va
     return {**{key: _value(value) for key, value in keys.items()}, **vocabulary(shape.n_vocab)}
 
 
-def _write_tensors(fd: int, data_offset: int, plan: Plan, roles: Dict[str, str], seed: int, bar: Any) -> None:
+def _write_tensors(made: NewFile, roles: Dict[str, str], seed: int, bar: Any) -> None:
     bank = _Bank(seed)
     written = synced = 0
-    for output in plan.outputs:
+    for output in made.layout.outputs:
         for place, data in _pieces(output, roles[output.source.name], bank, seed):
-            write_fully(fd, data, data_offset + output.offset + place)
+            write_fully(made.fd, data, made.layout.data_offset + output.offset + place)
             written += len(data)
             if written - synced >= _SYNC_BYTES:
                 synced = written
-                flush(fd)  # bounds the dirty pages
+                flush(made.fd)  # bounds the dirty pages
                 bar.update(written)
-    bar.update(plan.data_bytes)
+    flush(made.fd)
+    bar.update(written)
 
 
 def _pieces(output: Output, role: str, bank: _Bank, seed: int) -> Any:
@@ -226,12 +215,3 @@ def _pieces(output: Output, role: str, bank: _Bank, seed: int) -> Any:
         n = min(step, tensor.n_rows - first)
         np.take(rows, rng.integers(0, len(rows), n), axis=0, out=room[:n])
         yield first * rows.shape[1], room[:n].reshape(-1).data
-
-
-def _check_space(out: Path, size: int) -> None:
-    if not out.parent.is_dir():
-        raise ConvertError(f"{out.parent} is not a folder: make it first")
-    stat = os.statvfs(out.parent)
-    free = stat.f_bavail * stat.f_frsize
-    if free < size:
-        raise ConvertError(f"not enough space in {out.parent}: {human_bytes(size)} needed, {human_bytes(free)} free")

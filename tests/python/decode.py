@@ -5,11 +5,15 @@ python decode.py MODEL TOKENS.npy OUT.npy CHUNK THREADS     with whatever llama_
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from unpatched import unpatched_env
 
 TEXT = b"The quick brown fox jumps over the lazy dog, and runs away from all the hunters in the wood; then it sleeps. "
 
@@ -33,6 +37,15 @@ def logits(llm: Any, tokens: Sequence[int], chunk: int) -> npt.NDArray[np.float3
 def words(llm: Any, n: int) -> list[int]:
     tokens = llm.tokenize(TEXT)
     return list((tokens * (n // len(tokens) + 1))[:n])
+
+
+def stock_logits(path: Path, tokens: Sequence[int], chunk: int, folder: Path, threads: int = 2) -> npt.NDArray[np.float32]:
+    """The same of llama.cpp without our patches, in a process of its own; `folder` is for its files."""
+    np.save(folder / "tokens.npy", np.array(tokens))
+    command = [sys.executable, __file__, str(path), str(folder / "tokens.npy"), str(folder / "logits.npy")]
+    subprocess.run([*command, str(chunk), str(threads)], env=unpatched_env(), check=True)
+    out: npt.NDArray[np.float32] = np.load(folder / "logits.npy")
+    return out
 
 
 if __name__ == "__main__":

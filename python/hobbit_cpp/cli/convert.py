@@ -25,13 +25,25 @@ def add_parser(commands: Any) -> None:
         epilog="Types are those of llama.cpp: Q8_0, Q6_K, Q5_0, Q4_K, Q4_0, IQ4_NL, Q3_K, Q2_K, ...",
     )
     parser.add_argument("input", metavar="IN", type=Path, help="the model; of a split one any part")
-    parser.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="the new file")
+    parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="the new file (--sidecar: default IN.low.gguf)")
     parser.add_argument("--high", metavar="TYPE", default="keep", help="type of the experts; keep: as in IN (default)")
+    low = parser.add_mutually_exclusive_group()
+    low.add_argument("--low", metavar="TYPE", help="type of the low-precision copies; none: no copies (default: Q4_0)")
+    low.add_argument(
+        "--low-from",
+        metavar="FILE",
+        type=Path,
+        help="another checkpoint of the same model: its experts are the low-precision copies, as they are",
+    )
+    parser.add_argument("--sidecar", action="store_true", help="write only the low-precision copies, to use beside IN as it is")
     parser.add_argument(
-        "--low",
-        metavar="TYPE",
-        default="Q4_0",
-        help="type of the low-precision copies; none: no copies (default: Q4_0)",
+        "--imatrix", metavar="FILE", type=Path, help="importance matrix of llama.cpp, for all experts that are quantised"
+    )
+    parser.add_argument(
+        "--split-max-size",
+        metavar="SIZE",
+        type=_part_bytes,
+        help="write parts of at most this size, OUT-00001-of-0000N.gguf: 2G, 500M (powers of 1000, as in llama.cpp), 4GiB",
     )
     parser.add_argument("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
     parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it exists")
@@ -44,12 +56,20 @@ def run(args: argparse.Namespace) -> int:
     """Converts."""
     from hobbit_cpp.convert import convert
 
+    if args.output is None and not args.sidecar:
+        print("hobbit convert: the name of the new file is missing: -o OUT", file=sys.stderr)
+        return 2
+
     with sigterm_exits():  # leaves no partial file
         report = convert(
             args.input,
             args.output,
             high=args.high,
-            low=args.low,
+            low="Q4_0" if args.low is None else args.low,
+            low_from=args.low_from,
+            sidecar=args.sidecar,
+            imatrix=args.imatrix,
+            split_max_bytes=args.split_max_size,
             threads=args.threads,
             force=args.force,
             progress=not args.quiet,
@@ -59,6 +79,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _part_bytes(text: str) -> int:
+    """Of --split-max-size: llama.cpp's 500M and 2G, or any size that --memory takes."""
+    from hobbit_cpp._memory import parse_size
+    from hobbit_cpp.errors import HobbitError
+
+    try:
+        return parse_size(f"{text}B" if text[-1:] in ("M", "G") else text)
+    except HobbitError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def print_report(report: ConvertReport) -> None:
     """What was made, on stderr."""
     from hobbit_cpp.convert.progress import human_bytes
@@ -66,12 +97,13 @@ def print_report(report: ConvertReport) -> None:
     for line in report.fallbacks:
         print(f"note: {line}", file=sys.stderr)
     rate = report.bytes_source / max(report.seconds, 1e-9)
+    rows = [("dense", report.bytes_dense, ""), ("high", report.bytes_high, report.high_type)]
+    rows = [row for row in rows if row[1] > 0] + [("low", report.bytes_low, report.low_type)]
+    parts = f" in {len(report.paths)} parts" if len(report.paths) > 1 else ""
     print(
-        f"{report.path}: {human_bytes(report.bytes_file)}\n"
-        f"  dense   {human_bytes(report.bytes_dense):>12}\n"
-        f"  high    {human_bytes(report.bytes_high):>12}  {report.high_type}\n"
-        f"  low     {human_bytes(report.bytes_low):>12}  {report.low_type}\n"
-        f"  experts {report.n_experts} in each of {report.n_layers} layers\n"
+        f"{report.path}: {human_bytes(report.bytes_file)}{parts}\n"
+        + "".join(f"  {name:<7} {human_bytes(size):>12}  {kind}".rstrip() + "\n" for name, size, kind in rows)
+        + f"  experts {report.n_experts} in each of {report.n_layers} layers\n"
         f"  {report.seconds:.1f} s, {human_bytes(rate)}/s read",
         file=sys.stderr,
     )

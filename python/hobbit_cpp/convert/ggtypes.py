@@ -56,23 +56,24 @@ class TypeTable:
         """The type of this number; None for one that this ggml does not know."""
         return self.by_id.get(type_id)
 
-    def target(self, name: str) -> TypeInfo:
-        """The type called `name`, to quantise to; ConvertError when that cannot be done."""
+    def target(self, name: str, imatrix: bool = False) -> TypeInfo:
+        """The type called `name`, to quantise to (with an importance matrix); ConvertError when that cannot be done."""
         info = self.by_name.get(name.upper())
-        usable = ", ".join(t.name for t in self.targets())
+        usable = ", ".join(t.name for t in self.targets(imatrix))
         if info is None:
             raise ConvertError(f"unknown type {name!r}: use one of {usable}")
-        if info.needs_imatrix:
+        if info.needs_imatrix and not imatrix:
             raise ConvertError(
-                f"{info.name} needs an importance matrix, which hobbit convert does not have: use one of {usable}"
+                f"{info.name} needs an importance matrix: give one with --imatrix (llama.cpp's llama-imatrix makes it), "
+                f"or use one of {usable}"
             )
-        if not info.computable or info not in self.targets():
+        if info not in self.targets(imatrix):
             raise ConvertError(f"experts cannot be stored as {info.name}: use one of {usable}")
         return info
 
-    def targets(self) -> list[TypeInfo]:
-        """Types to quantise to, most bits first."""
-        good = [t for t in self.by_id.values() if t.computable and not t.needs_imatrix]
+    def targets(self, imatrix: bool = False) -> list[TypeInfo]:
+        """Types to quantise to (with an importance matrix), most bits first."""
+        good = [t for t in self.by_id.values() if t.computable and (imatrix or not t.needs_imatrix)]
         return sorted(good, key=lambda t: (-t.bits, t.id))
 
     def fit(self, wanted: TypeInfo, row: int) -> TypeInfo | None:

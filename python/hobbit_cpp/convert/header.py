@@ -7,6 +7,7 @@ newer than itself, reports a truncated file as a numpy error; and its writer dro
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -17,9 +18,11 @@ __all__ = [
     "Header",
     "TensorInfo",
     "Value",
+    "i32_value",
     "pad",
     "read_header",
     "string_value",
+    "u16_value",
     "u32_value",
     "write_header",
 ]
@@ -43,7 +46,7 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-_T_U32, _T_STRING, _T_ARRAY = 4, 8, 9
+_T_U16, _T_U32, _T_I32, _T_STRING, _T_ARRAY = 2, 4, 5, 8, 9
 _READ_BYTES = 4 << 20
 
 
@@ -73,6 +76,16 @@ class Value:
 def u32_value(n: int) -> Value:
     """An unsigned 32-bit integer."""
     return Value(_T_U32, _U32.pack(n))
+
+
+def u16_value(n: int) -> Value:
+    """An unsigned 16-bit integer; struct.error when it is none."""
+    return Value(_T_U16, _SCALARS[_T_U16].pack(n))
+
+
+def i32_value(n: int) -> Value:
+    """A signed 32-bit integer; struct.error when it is none."""
+    return Value(_T_I32, _SCALARS[_T_I32].pack(n))
 
 
 def string_value(text: str) -> Value:
@@ -109,6 +122,16 @@ class Header:
         """An integer value, `default` where there is none."""
         value = self.values[key].scalar() if key in self.values else None
         return value if isinstance(value, int) else default
+
+    def integers(self, key: str) -> list[int]:
+        """An integer value or an array of them, [] where there is none."""
+        value = self.values.get(key)
+        if value is None or value.type != _T_ARRAY:
+            return [self.integer(key)] if value is not None else []
+        item = _SCALARS.get(_U32.unpack_from(value.raw)[0])
+        if item is None:
+            return []
+        return [n for (n,) in item.iter_unpack(value.raw[12:]) if isinstance(n, int)]
 
     def string(self, key: str, default: str = "") -> str:
         """A string value, `default` where there is none."""
@@ -221,7 +244,7 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
     return TensorInfo(name, shape, cursor.u32(), cursor.u64())
 
 
-def write_header(values: dict[str, Value], tensors: list[TensorInfo]) -> bytes:
+def write_header(values: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> bytes:
     """A GGUF version 3 header, without the padding that follows it."""
     out = [b"GGUF", _U32.pack(3), _U64.pack(len(tensors)), _U64.pack(len(values))]
     for key, value in values.items():

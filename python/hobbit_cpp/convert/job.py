@@ -1,28 +1,36 @@
-"""convert(): from a checked start to a verified, renamed file, or nothing."""
+"""convert(): from a checked start to verified, renamed files, or nothing."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hobbit_cpp._sidecar import ARCHITECTURE as SIDECAR_ARCHITECTURE
+from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
+
 from .errors import ConvertError
-from .ggtypes import load_types
-from .header import ALIGNMENT_KEY, TensorInfo, Value, pad, string_value, u32_value, write_header
-from .plan import ALIGNMENT, Plan, make_plan
-from .progress import human_bytes, make_progress
+from .ggtypes import TypeTable, load_types
+from .header import ALIGNMENT_KEY, Value, string_value, u32_value
+from .imatrix import Imatrix
+from .layout import make_layout
+from .pairing import check_same_model, check_same_weights
+from .plan import ALIGNMENT, LOW_PREFIX, Plan, counterparts, is_expert, make_plan
+from .progress import make_progress
 from .quantise import Quantiser
-from .source import Source
+from .source import Source, Sources
+from .target import check_targets, target_paths, writing
 from .verify import verify
-from .writer import flush, write_data, write_fully
+from .writer import write_data
 
 __all__ = ["FORMAT_VERSION", "ConvertReport", "convert"]
 
 FORMAT_VERSION = 1
 # GGML_QNT_VERSION: readers expect it beside quantised tensors.
 _QUANTISATION_VERSION = 2
+_DEFAULT_LOW = "Q4_0"
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,9 @@ class ConvertReport:
     """What a conversion made."""
 
     path: Path
+    """The new file; the first part of a split one."""
+    paths: tuple[Path, ...]
+    """All parts."""
     high_type: str
     low_type: str
     """The types, "mixed" where layers differ, "none" without low-precision copies."""
@@ -39,6 +50,7 @@ class ConvertReport:
     bytes_source: int
     """Read from the source."""
     bytes_file: int
+    """Of all parts."""
     n_layers: int
     """With routed experts."""
     n_experts: int
@@ -50,10 +62,14 @@ class ConvertReport:
 
 def convert(
     src: Path,
-    dst: Path,
+    dst: Path | None = None,
     *,
     high: str = "keep",
-    low: str | None = "Q4_0",
+    low: str | None = _DEFAULT_LOW,
+    low_from: Path | None = None,
+    sidecar: bool = False,
+    imatrix: Path | None = None,
+    split_max_bytes: int | None = None,
     threads: int | None = None,
     force: bool = False,
     progress: bool | None = None,
@@ -62,9 +78,14 @@ def convert(
 
     Args:
         src: The model; of a split one any part.
-        dst: The new file. It appears whole or not at all.
+        dst: The new file. It appears whole or not at all. With `sidecar` it may be left out: `model.low.gguf` beside
+            `model.gguf`, where it is found when the model is loaded.
         high: Type of the experts, "keep" for that of the source.
         low: Type of the low-precision copies, None for no copies.
+        low_from: Another checkpoint of the same model, in a smaller precision: its experts are the copies, as they are.
+        sidecar: Write only the low-precision copies, bound to `src` by a hash of its experts; `src` stays as it is.
+        imatrix: An importance matrix of llama.cpp, used for all experts that are quantised.
+        split_max_bytes: Write parts of at most this size, `dst-00001-of-0000N.gguf`. A tensor is never divided.
         threads: How many; all cores by default.
         force: Replace `dst` if it exists.
         progress: True: on stderr; False: none; None: on a terminal.
@@ -74,125 +95,146 @@ def convert(
     """
     start = time.monotonic()
     src = Path(src)
-    if threads is not None and threads < 1:
-        raise ConvertError("threads must be at least 1")
-    # a symbolic link is followed: the file it names is replaced, not the link
-    target = Path(os.path.realpath(dst))
+    _check_options(high, low, low_from, sidecar, dst, split_max_bytes, threads)
+    dst = sidecar_path(src) if dst is None else Path(dst)
     types = load_types()
-    with Source(src, types) as source:
-        _check_target(source, target, dst, force)
-        plan = make_plan(source.tensors, types, high, low)
-        values = _metadata(source, plan)
-        head = write_header(values, [TensorInfo(o.name, o.source.shape, o.type.id, o.offset) for o in plan.outputs])
-        data_offset = pad(len(head), ALIGNMENT)
-        size = data_offset + plan.data_bytes
-        _check_space(target, size)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(Source(src, types))
+        if source.header.string("general.architecture") == SIDECAR_ARCHITECTURE:
+            raise ConvertError(f"{src} is a sidecar, which has only low-precision copies: convert the model it was made for")
+        others = []
+        if low_from is not None:
+            others.append(stack.enter_context(_open_low(Path(low_from), source, types)))
+        sources = Sources(source, *others)
+        weights = None if imatrix is None else stack.enter_context(Imatrix(Path(imatrix)))
 
-        read_once = {o.source.name: o.source.n_bytes for o in plan.outputs}
-        bytes_source = sum(read_once.values())
-        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-        bar = None
-        fd = -1
-        try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        notes = _check_imatrix(weights, source)
+        plan = make_plan(
+            source.tensors,
+            types,
+            high,
+            low,
+            low_from=[t for other in others for t in other.tensors] if others else None,
+            imatrix=None if weights is None else weights.names,
+            sidecar=sidecar,
+        )
+        quantiser = Quantiser(weights)
+        if others:
+            experts = [t for t in source.tensors if is_expert(t.name, t.shape) and not t.name.startswith(LOW_PREFIX)]
+            check_same_weights(list(zip(experts, counterparts(experts, others[0].tensors))), sources, quantiser)
+
+        layout = make_layout(plan.outputs, _metadata(source, others, weights, plan, sidecar), split_max_bytes)
+        paths = target_paths(dst, layout)
+        inputs = [path for one in (source, *others) for path in one.paths]
+        check_targets(paths, inputs if imatrix is None else [*inputs, Path(imatrix)], force)
+        bytes_source = sum(t.n_bytes for t in {o.source for o in plan.outputs})
+        with writing(paths, layout, force) as files:
             bar = make_progress(progress, bytes_source)
-            os.ftruncate(fd, size)
-            write_fully(fd, memoryview(head), 0)
-            quantiser = Quantiser()
-            write_data(source, plan, quantiser, fd, data_offset, threads or _n_cpus(), bar)
-            flush(fd)
-            verify(partial, source, plan, values, types, quantiser)
-            if not force and os.path.lexists(target):
-                raise ConvertError(f"{dst} was made by someone else meanwhile")
-            os.replace(partial, target)
-            _sync_folder(target.parent)
-        except OSError as e:
-            raise _write_error(e, target, size) from e
-        finally:
-            if bar is not None:
+            try:
+                write_data(sources, files, quantiser, threads or _n_cpus(), bar)
+            finally:
                 bar.close()
-            if fd >= 0:
-                os.close(fd)
-                partial.unlink(missing_ok=True)
+            verify(files, sources, types, quantiser)
+            for one in (source, *others):
+                one.check_unchanged()
 
     return ConvertReport(
-        path=Path(dst),
+        path=paths[0] if len(paths) > 1 else dst,
+        paths=tuple(paths),
         high_type=plan.high_type,
         low_type=plan.low_type,
         bytes_dense=plan.role_bytes("dense"),
         bytes_high=plan.role_bytes("high"),
         bytes_low=plan.role_bytes("low"),
         bytes_source=bytes_source,
-        bytes_file=size,
+        bytes_file=sum(file.size for file in layout),
         n_layers=plan.n_layers,
         n_experts=plan.n_experts,
-        fallbacks=plan.notes,
+        fallbacks=(*plan.notes, *notes),
         seconds=time.monotonic() - start,
     )
 
 
-def _metadata(source: Source, plan: Plan) -> dict[str, Value]:
-    """The metadata of the source, byte for byte, with ours in place of an earlier conversion's."""
+def _check_options(
+    high: str,
+    low: str | None,
+    low_from: Path | None,
+    sidecar: bool,
+    dst: Path | None,
+    split_max_bytes: int | None,
+    threads: int | None,
+) -> None:
+    if threads is not None and threads < 1:
+        raise ConvertError("threads must be at least 1")
+    if split_max_bytes is not None and split_max_bytes < 1:
+        raise ConvertError("the size of a part must be positive")
+    if low_from is not None and low != _DEFAULT_LOW:
+        raise ConvertError("the low precision is either made (low) or taken from a file (low_from): give one of them")
+    if sidecar and high.lower() != "keep":
+        raise ConvertError("a sidecar leaves the model as it is: there is no high precision to choose")
+    if sidecar and low_from is None and (low is None or low.lower() == "none"):
+        raise ConvertError("a sidecar without low-precision copies would be empty: choose a type for them")
+    if dst is None and not sidecar:
+        raise ConvertError("the name of the new file is missing")
+
+
+def _open_low(path: Path, source: Source, types: TypeTable) -> Source:
+    low = Source(path, types, first_part=len(source.paths))
+    try:
+        check_same_model(source, low)
+    except BaseException:
+        low.close()
+        raise
+    return low
+
+
+def _check_imatrix(weights: Imatrix | None, source: Source) -> list[str]:
+    if weights is None:
+        return []
+    return weights.check(t for t in source.tensors if is_expert(t.name, t.shape))
+
+
+def _metadata(source: Source, others: list[Source], weights: Imatrix | None, plan: Plan, sidecar: bool) -> dict[str, Value]:
+    """The metadata of the source, byte for byte, with ours in place of an earlier conversion's; a sidecar has only ours."""
     values = {k: v for k, v in source.values.items() if not k.startswith(("split.", "hobbit."))}
+    if sidecar:
+        values = {"general.architecture": string_value(SIDECAR_ARCHITECTURE)}
+        values[FINGERPRINT_KEY] = string_value(_fingerprint(source))
     values[ALIGNMENT_KEY] = u32_value(ALIGNMENT)
     values.setdefault("general.quantization_version", u32_value(_QUANTISATION_VERSION))
     values["hobbit.version"] = u32_value(FORMAT_VERSION)
-    values["hobbit.high_type"] = string_value(plan.high_type)
+    if not sidecar:
+        values["hobbit.high_type"] = string_value(plan.high_type)
     values["hobbit.low_type"] = string_value(plan.low_type)
-    values["hobbit.source"] = string_value(source.path.name.encode("utf-8", "replace").decode())
+    values["hobbit.source"] = _name_value(source.path)
+    for other in others:
+        values["hobbit.low_source"] = _name_value(other.path)
+    if weights is not None:
+        values["hobbit.imatrix"] = _name_value(weights.path)
     values["hobbit.converter"] = string_value(_package_version())
     return values
+
+
+def _fingerprint(source: Source) -> str:
+    from hobbit_cpp._session import fingerprint
+    from hobbit_cpp.errors import HobbitError
+
+    try:
+        return fingerprint(str(source.paths[0]))
+    except ConvertError:
+        raise
+    except HobbitError as e:
+        raise ConvertError(f"no sidecar can be made for this model: {e}") from e
+
+
+def _name_value(path: Path) -> Value:
+    return string_value(path.name.encode("utf-8", "replace").decode())
 
 
 def _package_version() -> str:
     import hobbit_cpp
 
     return f"hobbit-cpp {hobbit_cpp.__version__}"
-
-
-def _check_target(source: Source, target: Path, dst: Path, force: bool) -> None:
-    if not target.parent.is_dir():
-        raise ConvertError(f"{target.parent} is not a folder: make it first")
-    if target.is_dir():
-        raise ConvertError(f"{dst} is a folder: name the file to write in it")
-    if not target.exists():
-        return
-    if any(os.path.samefile(target, path) for path in source.paths):
-        raise ConvertError(f"{dst} is the input itself: choose another name for the output")
-    if not target.is_file():
-        raise ConvertError(f"{dst} is not a regular file")
-    if not force:
-        raise ConvertError(f"{dst} exists: use --force to replace it")
-
-
-def _check_space(target: Path, size: int) -> None:
-    stat = os.statvfs(target.parent)
-    free = stat.f_bavail * stat.f_frsize
-    if free < size:
-        raise ConvertError(
-            f"not enough space in {target.parent}: {human_bytes(size)} needed, {human_bytes(free)} free "
-            f"({size} and {free} bytes)"
-        )
-
-
-def _write_error(e: OSError, target: Path, size: int) -> ConvertError:
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConvertError(
-            f"the disk became full ({e.strerror}) while {target} was written: make {human_bytes(size)} free in "
-            f"{target.parent}; nothing was left there"
-        )
-    if e.errno == errno.EFBIG:
-        return ConvertError(f"{target} may not become {human_bytes(size)} large: raise the limit (ulimit -f)")
-    return ConvertError(f"cannot write {target}: {e.strerror}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _n_cpus() -> int:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from hobbit_cpp._split import is_part, part_paths
 
 from .errors import ConvertError
 from .ggtypes import TypeTable
 from .header import Header, Value, read_header
-from .plan import Tensor
+from .layout import SPLIT_MODEL_KEY
+from .plan import LOW_PREFIX, Tensor
 
-__all__ = ["Source"]
-
-_SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
+__all__ = ["Source", "Sources"]
 
 
 class _Part:
@@ -29,7 +29,8 @@ class _Part:
         except OSError as e:
             raise ConvertError(f"cannot read {path}: {e.strerror}") from e
         try:
-            self.size = os.fstat(self.fd).st_size
+            self.stat = os.fstat(self.fd)
+            self.size = self.stat.st_size
             with open(self.fd, "rb", closefd=False) as file:
                 self.header = read_header(file, str(path), self.size)
         except OSError as e:
@@ -43,33 +44,57 @@ class _Part:
 class Source:
     """The tensors and metadata of a model, all parts taken together. Reads are safe from several threads."""
 
-    def __init__(self, path: Path, types: TypeTable) -> None:
+    def __init__(self, path: Path, types: TypeTable, *, parts: Sequence[Path] | None = None, first_part: int = 0) -> None:
+        """Opens a model.
+
+        Args:
+            path: The model; of a split one any part.
+            types: What ggml knows.
+            parts: All its files, whatever their names; by default they are found by theirs.
+            first_part: What `Tensor.part` counts from, so that several sources can be told apart.
+        """
         self.path = path
+        self.first_part = first_part
         self._parts: list[_Part] = []
         try:
-            self._parts.append(_Part(path))
-            count = self._parts[0].header.integer("split.count", 1)
-            if count > 1:
-                self._open_parts(path, count)
+            if parts is not None:
+                self._parts += [_Part(p) for p in parts]
+            else:
+                self._open(path)
             self.tensors = [t for i in range(len(self._parts)) for t in self._part_tensors(i, types)]
             self._check_tensors()
         except BaseException:
             self.close()
             raise
 
-    def _open_parts(self, path: Path, count: int) -> None:
-        name = _SPLIT_NAME.match(path.name)
-        if name is None or int(name["count"]) != count:
+    def _open(self, path: Path) -> None:
+        self._parts.append(_Part(path))
+        count = self._parts[0].header.integer("split.count", 1)
+        if count <= 1:
+            return
+        if not is_part(path, count):
             raise ConvertError(
                 f"{path}: one of {count} parts of a split model, but not named like one "
                 f"(...-00001-of-{count:05d}.gguf): restore the names of all parts"
             )
-        for number in range(1, count + 1):
-            part_path = path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf")
+        for number, part_path in enumerate(part_paths(path, count)):
             if not part_path.exists():
                 raise ConvertError(f"{part_path} is missing: all {count} parts must be in one folder")
-            self._parts.append(_Part(part_path))
+            part = _Part(part_path)
+            self._parts.append(part)
+            is_number, is_count = part.header.integer("split.no", -1), part.header.integer("split.count", -1)
+            if (is_number, is_count) != (number, count):
+                raise ConvertError(
+                    f"{part_path} says that it is part {is_number + 1} of {is_count}, not {number + 1} of {count}: "
+                    "restore the names of all parts"
+                )
         os.close(self._parts.pop(0).fd)
+        first = self._parts[0].header
+        for part in self._parts:
+            for key in ("general.architecture", SPLIT_MODEL_KEY):
+                own = part.header.string(key)
+                if own and own != first.string(key):
+                    raise ConvertError(f"{part.path} is part of another model than {self._parts[0].path}: download it again")
 
     def _part_tensors(self, index: int, types: TypeTable) -> list[Tensor]:
         part = self._parts[index]
@@ -81,21 +106,22 @@ class Source:
                 raise ConvertError(
                     f"{part.path}: {info.name} has type {info.type}, which the llama.cpp of this package does not know"
                 )
-            tensor = Tensor(info.name, info.shape, kind, index, part.header.data_offset + info.offset)
+            offset = part.header.data_offset + info.offset
+            tensor = Tensor(info.name, info.shape, kind, self.first_part + index, offset)
             if tensor.row % kind.block:
                 raise ConvertError(f"{part.path}: corrupt: {info.name} has rows of {tensor.row} in type {kind.name}")
             tensors.append(tensor)
             end = max(end, tensor.offset + tensor.n_bytes)
         if end > part.size:
-            raise ConvertError(
-                f"{part.path}: truncated: {end} bytes expected, {part.size} found: download the file again"
-            )
+            raise ConvertError(f"{part.path}: truncated: {end} bytes expected, {part.size} found: download the file again")
         return tensors
 
     def _check_tensors(self) -> None:
-        expected = self.header.integer("split.tensors.count", len(self.tensors))
         names = {t.name for t in self.tensors}
-        if len(names) != len(self.tensors) or expected != len(self.tensors):
+        n_low = sum(name.startswith(LOW_PREFIX) for name in names)
+        expected = self.header.integer("split.tensors.count", len(self.tensors))
+        # llama.cpp counts the tensors that it knows, its gguf-split all
+        if len(names) != len(self.tensors) or expected not in (len(names), len(names) - n_low):
             raise ConvertError(
                 f"{self.path}: the parts do not belong together ({expected} tensors expected, "
                 f"{len(self.tensors)} found): download all parts again"
@@ -107,6 +133,11 @@ class Source:
         return self._parts[0].header
 
     @property
+    def headers(self) -> list[Header]:
+        """The headers of all parts."""
+        return [part.header for part in self._parts]
+
+    @property
     def values(self) -> Mapping[str, Value]:
         """The metadata."""
         return self.header.values
@@ -116,10 +147,15 @@ class Source:
         """All files."""
         return [part.path for part in self._parts]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(part.size for part in self._parts)
+
     def read(self, part: int, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from this place of a part. What was read does not stay in the page cache."""
-        fd = self._parts[part].fd
-        path = self._parts[part].path
+        fd = self._parts[part - self.first_part].fd
+        path = self._parts[part - self.first_part].path
         done = 0
         while done < len(buffer):
             try:
@@ -132,6 +168,17 @@ class Source:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
+    def check_unchanged(self) -> None:
+        """ConvertError when a file was written to, replaced or removed since it was opened."""
+        for part in self._parts:
+            try:
+                now = [os.fstat(part.fd), os.stat(part.path)]
+            except OSError as e:
+                raise ConvertError(f"{part.path} went away while it was read: {e.strerror}") from e
+            for stat in now:
+                if _identity(stat) != _identity(part.stat):
+                    raise ConvertError(f"{part.path} changed while it was read: run this again when it is complete")
+
     def close(self) -> None:
         """Closes all files."""
         for part in self._parts:
@@ -143,3 +190,18 @@ class Source:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class Sources:
+    """Reads from several sources, whose parts are numbered on."""
+
+    def __init__(self, *sources: Source) -> None:
+        self._of = {source.first_part + i: source for source in sources for i in range(len(source.paths))}
+
+    def read(self, part: int, offset: int, buffer: memoryview) -> None:
+        """See `Source.read`."""
+        self._of[part].read(part, offset, buffer)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Sequence
 
 import numpy as np
 
 from .errors import ConvertError
 from .ggtypes import TypeInfo, TypeTable
-from .header import TensorInfo, Value
-from .plan import Output, Plan
+from .plan import Output
 from .quantise import Bytes, Quantiser
-from .source import Source
+from .source import Source, Sources
+from .target import NewFile
 
 __all__ = ["verify"]
 
@@ -20,40 +21,38 @@ _SAMPLE_ELEMENTS = 1 << 14
 _NEGLIGIBLE = 1e-6
 
 
-def verify(
-    path: Path, source: Source, plan: Plan, values: dict[str, Value], types: TypeTable, quantiser: Quantiser
-) -> None:
-    """ConvertError unless `path` has the header that was planned and, in samples, the data."""
-    with Source(path, types) as made:
-        header = made.header
-        expected = [TensorInfo(o.name, o.source.shape, o.type.id, o.offset) for o in plan.outputs]
-        if header.tensors != expected or header.values != values:
-            raise ConvertError(f"{path}: the header that was written does not read back: please report this")
-        size = path.stat().st_size
-        if size != header.data_offset + plan.data_bytes:
-            raise ConvertError(f"{path}: {size} bytes long, {header.data_offset + plan.data_bytes} expected")
-        for output in plan.outputs:
-            step = max(1, _SAMPLE_ELEMENTS // output.source.row)
-            last = max(0, output.source.n_rows - step)
-            # the ends show a misplaced tensor, the middle a misplaced chunk
-            for first in sorted({0, last // 2, last}):
-                n = min(step, output.source.n_rows - first)
-                _check_rows(made, source, quantiser, output, header.data_offset, first, n)
+def verify(files: Sequence[NewFile], source: Sources, types: TypeTable, quantiser: Quantiser) -> None:
+    """ConvertError unless the files have the headers that were planned and, in samples, the data."""
+    with Source(files[0].path, types, parts=[file.partial for file in files]) as made:
+        for part, (file, header) in enumerate(zip(files, made.headers)):
+            layout = file.layout
+            if header.tensors != layout.tensors or header.values != layout.values:
+                raise ConvertError(f"{file.path}: the header that was written does not read back: please report this")
+            size = os.fstat(file.fd).st_size
+            if size != layout.size:
+                raise ConvertError(f"{file.path}: {size} bytes long, {layout.size} expected")
+            for output in layout.outputs:
+                step = max(1, _SAMPLE_ELEMENTS // output.source.row)
+                last = max(0, output.source.n_rows - step)
+                # the ends show a misplaced tensor, the middle a misplaced chunk
+                for first in sorted({0, last // 2, last}):
+                    n = min(step, output.source.n_rows - first)
+                    _check_rows(made, part, source, quantiser, output, layout.data_offset, first, n)
 
 
-def _read(source: Source, part: int, offset: int, kind: TypeInfo, row: int, n_rows: int) -> Bytes:
+def _read(source: Source | Sources, part: int, offset: int, kind: TypeInfo, row: int, n_rows: int) -> Bytes:
     data = np.empty(n_rows * kind.row_bytes(row), np.uint8)
     source.read(part, offset, data.data)
     return data
 
 
 def _check_rows(
-    made: Source, source: Source, quantiser: Quantiser, output: Output, data_offset: int, first: int, n_rows: int
+    made: Source, part: int, source: Sources, quantiser: Quantiser, output: Output, data_offset: int, first: int, n_rows: int
 ) -> None:
     tensor, kind = output.source, output.type
     row = tensor.row
     theirs = _read(source, tensor.part, tensor.offset + first * tensor.type.row_bytes(row), tensor.type, row, n_rows)
-    ours = _read(made, 0, data_offset + output.offset + first * kind.row_bytes(row), kind, row, n_rows)
+    ours = _read(made, part, data_offset + output.offset + first * kind.row_bytes(row), kind, row, n_rows)
     if kind is tensor.type:
         if not np.array_equal(ours, theirs):
             raise ConvertError(f"{output.name}: what was written is not what was read: check the disk, convert again")
@@ -61,7 +60,7 @@ def _check_rows(
     before = np.empty(n_rows * row, np.float32)
     quantiser.to_float(tensor.type, theirs, before, tensor.name)
     again = np.empty_like(ours)
-    quantiser.quantise(kind, before, again, row, tensor.name)
+    quantiser.quantise_rows(kind, before, again, tensor, first)
     if not np.array_equal(ours, again):
         raise ConvertError(f"{output.name}: what was written is not what was made: check the disk, convert again")
     after = np.empty_like(before)

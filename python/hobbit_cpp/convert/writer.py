@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from .plan import Output, Plan, Tensor
+from .layout import FileLayout
+from .plan import Output, Tensor
 from .progress import Progress
 from .quantise import Bytes, Floats, Quantiser
-from .source import Source
+from .source import Sources
 
 __all__ = ["CHUNK_ELEMENTS", "Chunk", "chunks", "write_data", "write_fully"]
 
@@ -26,6 +28,16 @@ CHUNK_ELEMENTS = 1 << 20
 # Bytes written between two calls of fdatasync, which bound the dirty pages.
 _SYNC_BYTES = 256 << 20
 _POLL_SECONDS = 0.2
+
+
+class WritableFile(Protocol):
+    """An open file and what goes into it."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def layout(self) -> FileLayout: ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +60,11 @@ class Chunk:
         return self.n_rows * self.source.type.row_bytes(self.source.row)
 
 
-def chunks(plan: Plan) -> Iterator[Chunk]:
+def chunks(all_outputs: Iterable[Output]) -> Iterator[Chunk]:
     """The work, in the order of the new file; high and low copies of the same rows together."""
-    by_source: dict[str, list[Output]] = {}
-    for output in plan.outputs:
-        by_source.setdefault(output.source.name, []).append(output)
+    by_source: dict[Tensor, list[Output]] = {}
+    for output in all_outputs:
+        by_source.setdefault(output.source, []).append(output)
     for outputs in by_source.values():
         source = outputs[0].source
         step = max(1, CHUNK_ELEMENTS // source.row)
@@ -70,8 +82,8 @@ def write_fully(fd: int, data: memoryview, offset: int) -> None:
 class _Worker:
     """The buffers of one thread, and what it does with a chunk."""
 
-    def __init__(self, source: Source, quantiser: Quantiser, fd: int, data_offset: int) -> None:
-        self._source, self._quantiser, self._fd, self._data_offset = source, quantiser, fd, data_offset
+    def __init__(self, source: Sources, quantiser: Quantiser, files: Sequence[WritableFile]) -> None:
+        self._source, self._quantiser, self._files = source, quantiser, files
         self._read: Bytes = np.empty(0, np.uint8)
         self._made: Bytes = np.empty(0, np.uint8)
         self._floats: Floats = np.empty(0, np.float32)
@@ -91,9 +103,10 @@ class _Worker:
             if output.type is not source.type:
                 if floats is None:
                     floats = self._to_float(chunk, data)
-                made = self._quantise(output, floats, chunk.name)
-            offset = self._data_offset + output.offset + chunk.first_row * output.type.row_bytes(source.row)
-            write_fully(self._fd, made.data, offset)
+                made = self._quantise(output, floats, chunk)
+            file = self._files[output.file]
+            offset = file.layout.data_offset + output.offset + chunk.first_row * output.type.row_bytes(source.row)
+            write_fully(file.fd, made.data, offset)
             written += made.size
         return written
 
@@ -105,30 +118,29 @@ class _Worker:
         self._quantiser.to_float(chunk.source.type, data, floats, chunk.name)
         return floats
 
-    def _quantise(self, output: Output, floats: Floats, what: str) -> Bytes:
+    def _quantise(self, output: Output, floats: Floats, chunk: Chunk) -> Bytes:
         row = output.source.row
         n = floats.size // row * output.type.row_bytes(row)
         if self._made.size < n:
             self._made = np.empty(n, np.uint8)
         made = self._made[:n]
-        self._quantiser.quantise(output.type, floats, made, row, what)
+        self._quantiser.quantise_rows(output.type, floats, made, chunk.source, chunk.first_row)
         return made
 
 
-def write_data(
-    source: Source, plan: Plan, quantiser: Quantiser, fd: int, data_offset: int, threads: int, progress: Progress
-) -> None:
+def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quantiser, threads: int, progress: Progress) -> None:
     """Writes the data of all tensors. On an exception (Ctrl-C too) all threads have stopped when it comes out."""
-    for kind in {o.type.id: o.type for o in plan.outputs if o.type is not o.source.type}.values():
+    outputs = [o for file in files for o in file.layout.outputs]
+    for kind in {o.type.id: o.type for o in outputs if o.type is not o.source.type}.values():
         quantiser.prepare(kind)
-    work = chunks(plan)
+    work = chunks(outputs)
     lock = threading.Lock()
     stop = threading.Event()
     read = written = synced = 0
 
     def worker() -> None:
         nonlocal read, written
-        hands = _Worker(source, quantiser, fd, data_offset)
+        hands = _Worker(source, quantiser, files)
         while not stop.is_set():
             with lock:
                 chunk = next(work, None)
@@ -151,10 +163,13 @@ def write_data(
                 progress.update(read)
                 if written - synced >= _SYNC_BYTES:
                     synced = written
-                    flush(fd)
+                    for file in files:
+                        flush(file.fd)
         finally:
             stop.set()
     progress.update(read)
+    for file in files:
+        flush(file.fd)
 
 
 def flush(fd: int) -> None:
