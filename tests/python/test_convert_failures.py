@@ -16,11 +16,10 @@ import gguf
 import numpy as np
 import pytest
 
-from gguf_files import assert_refused, make_model, run_cli, wait_for
-from hobbit_cpp.convert import convert
+from gguf_files import assert_refused, make_model, run_cli, tensors_of, wait_for
+from hobbit_cpp.convert import ConvertError, convert, job, writer
 from hobbit_cpp.convert.header import TensorInfo, write_header
-
-# ---- failures --------------------------------------------------------------------------------------------
+from hobbit_cpp.convert.plan import LOW_PREFIX
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(f16: Path, tmp_path: Path) -> None:
@@ -175,28 +174,143 @@ def test_an_interruption_leaves_nothing(f16: Path, tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
+# What main() runs in a process of its own, with writes that take their time.
+_SLOW = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
+real = os.pwrite
+def pwrite(*a):
+    time.sleep(0.2)
+    return real(*a)
+os.pwrite = pwrite
+from hobbit_cpp.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def convert_slowly(src: Path, dst: Path, *more: str) -> subprocess.Popen[str]:
+    """A conversion in another process that has begun to write."""
+    known = set(dst.parent.iterdir())
+    command = [sys.executable, "-c", _SLOW, "convert", str(src), "-o", str(dst), "--high", "Q8_0", *more]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: bool(set(dst.parent.iterdir()) - known) or process.poll() is not None)
+    return process
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing(f16: Path, tmp_path: Path, number: int, code: int) -> None:
-    slow = (
-        "import os, signal, sys, time\n"
-        # Whoever started the tests in the background may have had it ignored.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "real = os.pwrite\n"
-        "def pwrite(*a):\n"
-        "    time.sleep(0.2)\n"
-        "    return real(*a)\n"
-        "os.pwrite = pwrite\n"
-        "from hobbit_cpp.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, "convert", str(f16), "-o", str(tmp_path / "out.gguf"), "--high", "Q8_0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: any(tmp_path.iterdir()) or process.poll() is not None)
+    process = convert_slowly(f16, tmp_path / "out.gguf")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", [[], ["--split-max-size", "200000"]])
+def test_what_a_killed_conversion_left_is_removed_by_the_next(f16: Path, tmp_path: Path, split: list[str]) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("precious")
+    keep = [tmp_path / n for n in ("out.gguf.partial-x", "out2.gguf.partial-7", "out.gguf.bak")]
+    for path in keep:
+        path.write_text("of others")
+    process = convert_slowly(f16, out, "--force", *split)
+    process.kill()
+    process.communicate(timeout=60)
+    left = set(tmp_path.iterdir()) - {out, *keep}
+    assert left and all(".partial-" in path.name for path in left)
+    assert out.read_text() == "precious"
+    convert(f16, out, force=True)
+    assert set(tmp_path.iterdir()) == {out, *keep}
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_two_conversions_to_one_name_do_not_disturb_each_other(f16: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    process = convert_slowly(f16, out, "--force")
+    convert(f16, out, low=None)
+    assert process.poll() is None, "it should still be at work"
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert list(tmp_path.iterdir()) == [out]
+    assert LOW_PREFIX + "blk.0.ffn_up_exps.weight" in tensors_of(out)  # of the last to finish
+
+
+def test_without_force_the_last_to_finish_gives_way(f16: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    process = convert_slowly(f16, out)
+    convert(f16, out, low=None)
+    made = out.read_bytes()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "was made by someone else meanwhile" in err
+    assert out.read_bytes() == made and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one. That there is too little room would be noticed before: so there seems to be enough."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("only root may mount a small disk")
+    try:
+        (disk / "out.gguf").write_text("precious")
+        assert_refused(f16, disk / "out.gguf", "not enough space", force=True)
+        with monkeypatch.context() as m:
+            m.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 10**6, 10**6, 10**6, 0, 0, 0, 0, 255)))
+            assert_refused(f16, disk / "out.gguf", "disk became full", force=True)
+        assert (disk / "out.gguf").read_text() == "precious"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_may_not_be_written_to(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert_refused(f16, tmp_path / "out.gguf", "cannot write .*out.gguf: Read-only file system")
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "cut", "removed"])
+def test_an_input_that_changes_meanwhile_is_noticed(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    src = Path(shutil.copy(f16, tmp_path / "in.gguf"))
+    real = writer.write_data
+
+    def write_and_change(*args: Any) -> None:
+        if how == "cut":
+            os.truncate(src, src.stat().st_size // 2)
+        real(*args)
+        if how == "replaced":
+            shutil.copy(f16, tmp_path / "new")
+            os.replace(tmp_path / "new", src)
+        elif how == "written to":
+            with open(src, "r+b") as file:
+                file.seek(-100, os.SEEK_END)
+                file.write(b"x")
+        elif how == "removed":
+            src.unlink()
+
+    monkeypatch.setattr(job, "write_data", write_and_change)
+    out = tmp_path / "out.gguf"
+    message = {"cut": "became shorter while it was read", "removed": "went away while"}.get(how, "changed while it was read")
+    with pytest.raises(ConvertError, match=message):
+        convert(src, out)
+    assert not out.exists() and not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_failure_leaves_the_old_output_as_it_was(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.gguf"
+    convert(f16, out)
+    before = out.read_bytes()
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    assert_refused(f16, out, "cannot write .*Input/output error", force=True, high="Q8_0")
+    assert out.read_bytes() == before

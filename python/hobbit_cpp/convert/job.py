@@ -134,6 +134,9 @@ def convert(
                 write_data(sources, files, quantiser, threads or _n_cpus(), bar)
             finally:
                 bar.close()
+            # before: what changed is not to be blamed on the disk; after: the samples were taken from what was converted
+            for one in (source, *others):
+                one.check_unchanged()
             verify(files, sources, types, quantiser)
             for one in (source, *others):
                 one.check_unchanged()

@@ -44,7 +44,15 @@ class _Part:
 class Source:
     """The tensors and metadata of a model, all parts taken together. Reads are safe from several threads."""
 
-    def __init__(self, path: Path, types: TypeTable, *, parts: Sequence[Path] | None = None, first_part: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        types: TypeTable,
+        *,
+        parts: Sequence[Path] | None = None,
+        first_part: int = 0,
+        header_only: bool = False,
+    ) -> None:
         """Opens a model.
 
         Args:
@@ -52,9 +60,11 @@ class Source:
             types: What ggml knows.
             parts: All its files, whatever their names; by default they are found by theirs.
             first_part: What `Tensor.part` counts from, so that several sources can be told apart.
+            header_only: Nothing will be read, so the data need not be there.
         """
         self.path = path
         self.first_part = first_part
+        self._header_only = header_only
         self._parts: list[_Part] = []
         try:
             if parts is not None:
@@ -112,7 +122,7 @@ class Source:
                 raise ConvertError(f"{part.path}: corrupt: {info.name} has rows of {tensor.row} in type {kind.name}")
             tensors.append(tensor)
             end = max(end, tensor.offset + tensor.n_bytes)
-        if end > part.size:
+        if end > part.size and not self._header_only:
             raise ConvertError(f"{part.path}: truncated: {end} bytes expected, {part.size} found: download the file again")
         return tensors
 
