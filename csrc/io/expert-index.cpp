@@ -134,7 +134,6 @@ expert_index::expert_index(const std::string & path, const std::string & low_pat
 
 void expert_index::read_model(const std::string & path, bool direct) {
     uint32_t n_tensors = 0;
-    uint32_t n_low     = 0;
     uint32_t expected  = 0;
     for_each_part(path, direct, [&](const header & part, uint32_t no) {
         const gguf_context * g = part.gguf.get();
@@ -155,14 +154,12 @@ void expert_index::read_model(const std::string & path, bool direct) {
             const std::string name   = gguf_get_tensor_name(g, i);
             const bool        is_low = is_low_copy(name);
             n_tensors++;
-            n_low += is_low;
             if (!add_tensor(part, i, is_low ? name.substr(strlen(LOW_PREFIX)) : name, is_low)) {
                 bytes_dense += ggml_nbytes(ggml_get_tensor(part.tensors.get(), name.c_str()));
             }
         }
     });
-    // llama.cpp counts the tensors that it knows, its gguf-split all.
-    if (expected != 0 && expected != n_tensors && expected != n_tensors - n_low) {
+    if (expected != 0 && expected != n_tensors) {
         fail(HOBBIT_ERR_FORMAT,
              format("the parts of %s do not belong together: %u tensors expected, %u found; download all parts again",
                     path.c_str(), expected, n_tensors));

@@ -11,7 +11,7 @@ from hobbit_cpp._split import MAX_PARTS
 
 from .errors import ConvertError
 from .header import ALIGNMENT_KEY, TensorInfo, Value, i32_value, pad, string_value, u16_value, u32_value, write_header
-from .plan import ALIGNMENT, LOW_PREFIX, Output
+from .plan import ALIGNMENT, Output
 
 __all__ = ["SPLIT_MODEL_KEY", "FileLayout", "make_layout"]
 
@@ -55,14 +55,12 @@ def make_layout(outputs: Iterable[Output], values: Mapping[str, Value], max_byte
     groups = [all_outputs] if max_bytes is None else _groups(all_outputs, values, max_bytes)
     if len(groups) > MAX_PARTS:
         raise ConvertError(f"{len(groups)} parts are too many: at most {MAX_PARTS}; choose a larger size")
-    # the number of tensors that llama.cpp will count
-    n_tensors = sum(not o.name.startswith(LOW_PREFIX) for o in all_outputs) or len(all_outputs)
     model = hashlib.sha256(write_header(values, [_info(o) for o in all_outputs])).hexdigest()
     files = []
     for number, group in enumerate(groups):
         own: dict[str, Value] = dict(values) if number == 0 else {ALIGNMENT_KEY: u32_value(ALIGNMENT)}
         if len(groups) > 1:
-            own.update(_split_values(number, len(groups), n_tensors, model))
+            own.update(_split_values(number, len(groups), len(all_outputs), model))
         placed = tuple(_placed(group, number))
         files.append(FileLayout(own, placed, write_header(own, [_info(o) for o in placed])))
     return files

@@ -12,7 +12,7 @@ from .errors import ConvertError
 from .ggtypes import TypeTable
 from .header import Header, Value, read_header
 from .layout import SPLIT_MODEL_KEY
-from .plan import LOW_PREFIX, Tensor
+from .plan import Tensor
 
 __all__ = ["Source", "Sources"]
 
@@ -128,10 +128,8 @@ class Source:
 
     def _check_tensors(self) -> None:
         names = {t.name for t in self.tensors}
-        n_low = sum(name.startswith(LOW_PREFIX) for name in names)
         expected = self.header.integer("split.tensors.count", len(self.tensors))
-        # llama.cpp counts the tensors that it knows, its gguf-split all
-        if len(names) != len(self.tensors) or expected not in (len(names), len(names) - n_low):
+        if len(names) != len(self.tensors) or expected != len(self.tensors):
             raise ConvertError(
                 f"{self.path}: the parts do not belong together ({expected} tensors expected, "
                 f"{len(self.tensors)} found): download all parts again"

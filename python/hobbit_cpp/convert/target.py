@@ -71,8 +71,8 @@ def writing(paths: Sequence[Path], layout: Sequence[FileLayout], force: bool) ->
             partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             files.append(NewFile(path, partial, fd, file))
-            # says to others that somebody still writes it
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is ever removed there
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says to others that somebody still writes it
             os.ftruncate(fd, file.size)
             write_fully(fd, memoryview(file.head), 0)
         yield files
