@@ -113,10 +113,11 @@ typedef enum hobbit_precision_rule {
 } hobbit_precision_rule;
 
 typedef enum hobbit_eviction_rule {
-    HOBBIT_EVICT_LRU    = 0,
-    HOBBIT_EVICT_LFU    = 1,
-    HOBBIT_EVICT_HOBBIT = 2, /* HOBBIT eq. 3, with the weights below */
-    HOBBIT_EVICT_LCU    = 3  /* MoE-APEX: least cost-weighted use */
+    HOBBIT_EVICT_LRU       = 0,
+    HOBBIT_EVICT_LFU       = 1,
+    HOBBIT_EVICT_HOBBIT    = 2, /* HOBBIT eq. 3, with the weights below */
+    HOBBIT_EVICT_LCU       = 3, /* MoE-APEX: least cost-weighted use */
+    HOBBIT_EVICT_FORESIGHT = 4  /* ours: expected uses, from what followed similar tokens */
 } hobbit_eviction_rule;
 
 typedef struct hobbit_params {

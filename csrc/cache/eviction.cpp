@@ -32,6 +32,18 @@ float priority_lcu(const use_record & use, uint32_t layer, const eviction_contex
     return recent ? c + 1.0f / (layers_ahead(layer, now) + 0.1f) : c;
 }
 
+float priority_foresight(const use_record & use, uint32_t layer, const eviction_context & now) {
+    // Found on three real routing traces, where the hit rate is flat around them: half or twice of each costs at most half a point.
+    constexpr float RECENT = 0.1f, DELTA = 0.7f, SEEN = 0.85f;
+    constexpr float RECENT_TOTAL = RECENT / (1.0f - FORESIGHT_GAMMA * DELTA);
+    constexpr float RATE_TOTAL   = (1.0f - SEEN) * FORESIGHT_TOTAL - RECENT_TOTAL;
+
+    const auto     ahead    = (uint32_t) layers_ahead(layer, now);
+    const uint32_t distance = ahead == 0 ? now.n_layer : ahead;
+    const float    seen     = use.seen[layer > now.layer ? 0 : 1];
+    return now.discount[distance] * (RECENT_TOTAL * use.recent + SEEN * seen + RATE_TOTAL * use.rate);
+}
+
 eviction_rule find_eviction_rule(int number) {
     switch (number) {
         case HOBBIT_EVICT_LRU:
@@ -42,6 +54,8 @@ eviction_rule find_eviction_rule(int number) {
             return priority_hobbit;
         case HOBBIT_EVICT_LCU:
             return priority_lcu;
+        case HOBBIT_EVICT_FORESIGHT:
+            return priority_foresight;
         default:
             return nullptr;
     }

@@ -89,7 +89,11 @@ void expert_cache::drop(cache_entry * e) {
     free_[e->precision].push_back(e);
 }
 
-void expert_cache::reset_uses() { uses_.assign(uses_.size(), use_record {}); }
+void expert_cache::reset_uses() {
+    for (use_record & use : uses_) {
+        use.last_token = use.uses = use.high_uses = use.low_uses = 0;
+    }
+}
 
 uint32_t expert_cache::available(int precision) const {
     uint32_t n = 0;

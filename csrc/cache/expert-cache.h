@@ -77,6 +77,11 @@ class expert_cache {
     // A new sequence: use records are cleared, contents stay.
     void reset_uses();
 
+    // The next insert() evicts: no slot is free, and there are fewer than experts.
+    bool full(int precision) const {
+        return shape_.n_slots[precision] > 0 && free_[precision].empty() && shape_.n_slots[precision] < uses_.size();
+    }
+
     // Copies that could be inserted now: free slots and evictable entries.
     uint32_t available(int precision) const;
     uint32_t resident(int precision) const;

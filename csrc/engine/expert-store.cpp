@@ -1,6 +1,7 @@
 #include "expert-store.h"
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 
 namespace hobbit {
@@ -25,9 +26,17 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     loads_.resize(uses_.size());
     asked_[0].resize(counts_.size());
     asked_[1].resize(counts_.size());
-    cache_        = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
-                                                   find_eviction_rule(params.eviction_rule));
-    now_.n_layer  = plan.cache.n_layer;
+    cache_       = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
+                                                  find_eviction_rule(params.eviction_rule));
+    now_.n_layer = plan.cache.n_layer;
+    if (params.eviction_rule == HOBBIT_EVICT_FORESIGHT) {
+        foresight_ = std::make_unique<foresight>(*cache_, plan.cache.n_layer, plan.cache.n_expert,
+                                                 (float) index.n_expert_used / (float) plan.cache.n_expert);
+        for (uint32_t d = 0; d <= plan.cache.n_layer; ++d) {
+            discount_.push_back(std::pow(FORESIGHT_GAMMA, (float) d / (float) plan.cache.n_layer));
+        }
+        now_.discount = discount_.data();
+    }
     now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
     now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
     io_           = std::make_unique<io_pool>(
@@ -129,6 +138,13 @@ void expert_store::resume(cache_entry & entry) {
 // Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
 bool expert_store::only_high(policy::precision_rule rule) const {
     return holds_all_high_ && rule == policy::precision_rule::miss;
+}
+
+void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
+    if (foresight_) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        foresight_->observe(layer, ids, stride, k, n_tokens);
+    }
 }
 
 // One time for all reads that a layer asks for at once: they are waited for together.
@@ -234,6 +250,10 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         }
     }
     io_->demand(requests);
+    // After the token's last requests have left, and only where anything is evicted.
+    if (foresight_ && layer + 1 == index_.layers().size() && (cache_->full(0) || cache_->full(1))) {
+        foresight_->refresh();
+    }
 }
 
 void expert_store::release(const std::vector<expert_want> & wants) {
@@ -411,6 +431,9 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
 void expert_store::begin_sequence() {
     std::lock_guard<std::mutex> lock(mutex_);
     cache_->reset_uses();
+    if (foresight_) {
+        foresight_->begin_sequence();
+    }
     now_.token = 0;
 }
 

@@ -7,6 +7,7 @@
 #include "../base/counters.h"
 #include "../base/memory.h"
 #include "../cache/expert-cache.h"
+#include "../cache/foresight.h"
 #include "../io/expert-index.h"
 #include "../io/io-pool.h"
 #include "../policy/precision.h"
@@ -52,6 +53,9 @@ class expert_store {
     expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
                  arrival_hook on_arrival = {});
     ~expert_store();
+
+    // What the tokens of a batch chose at a layer, before acquire(): for rules that learn from it.
+    void observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens);
 
     // Resolves the wants of a layer pass: pins what is there, requests all that is missing at once, up and gate before down. Never
     // waits. `n_tokens` > 0 on the first layer of a batch moves the sequence's clock.
@@ -128,8 +132,10 @@ class expert_store {
 
     std::mutex                    mutex_;
     std::unique_ptr<expert_cache> cache_;
-    std::vector<hobbit_counts>    counts_;  // per layer
-    std::vector<uint64_t>         uses_;    // [layer][expert]
+    std::unique_ptr<foresight>    foresight_;  // NULL unless the eviction rule wants it
+    std::vector<float>            discount_;   // eviction_context::discount
+    std::vector<hobbit_counts>    counts_;     // per layer
+    std::vector<uint64_t>         uses_;       // [layer][expert]
     std::vector<uint64_t>         loads_;
     std::vector<cache_entry *>    prefetching_;
     eviction_context              now_;

@@ -58,6 +58,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         w.need          = std::max(w.need, needs_[s]);
         w.count++;
     }
+    store_.observe(layer, sel.ids, sel.ids_stride, sel.k, sel.n_tokens);
     store_.acquire(layer, how.rule, first_layer ? sel.n_tokens : 0, wants_);
 
     n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {

@@ -6,7 +6,7 @@ namespace hobbit::policy {
 
 static const mode MODES[] = {
     // The paper's system: mixed precision on a miss, layer-ahead prefetch, cost-aware eviction.
-    { "hobbit", HOBBIT_PRECISION_MISS, HOBBIT_EVICT_LCU, 1, 0.05f },
+    { "hobbit", HOBBIT_PRECISION_MISS, HOBBIT_EVICT_FORESIGHT, 1, 0.05f },
     // Load on demand with the plainest cache: the baseline.
     { "lru", HOBBIT_PRECISION_EXACT, HOBBIT_EVICT_LRU, 0, 0.0f },
 };

@@ -10,7 +10,7 @@ from ._sidecar import LowModel
 from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
-_EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3}
+_EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class OffloadParams:
         t1, t2: thresholds on the unimportance score s in [0, 1] (HOBBIT eq. 2): s <= t1 high, s <= t2 low, else skip.
             None: at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores.
         renormalize: scale up the surviving router weights of a token after a skip.
-        eviction: "lru", "lfu", "hobbit" (eq. 3) or "lcu" (MoE-APEX).
+        eviction: "lru", "lfu", "hobbit" (eq. 3), "lcu" (MoE-APEX) or "foresight" (expected uses, from what
+            followed similar tokens: the default of "hobbit").
         eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.

@@ -100,13 +100,35 @@ TEST("lru and lfu rank by what their names say and by nothing else") {
     CHECK_EQ(priority_lfu(used(4, 1, 2), 0, now), priority_lfu(used(7, 3, 0), 3, now));
 }
 
+TEST("foresight by hand") {
+    eviction_context now = now_at(10, 1);
+    float            discount[5];
+    for (int d = 0; d <= 4; ++d) {
+        discount[d] = std::pow(0.65f, (float) d / 4.0f);
+    }
+    now.discount = discount;
+    use_record use;
+    use.recent  = 0.5f;
+    use.rate    = 0.2f;
+    use.seen[0] = 1.0f;
+    use.seen[1] = 0.6f;
+    // 0.1 / (1 - 0.65 * 0.7) = 0.183486 for recent, 0.15 / (1 - 0.65) - 0.183486 = 0.245085 for rate.
+    // Still to come in the running token, two layers ahead: 0.65^(2/4) * (0.091743 + 0.85 * 1.0 + 0.049017)
+    CHECK(near(priority_foresight(use, 3, now), 0.798777f));
+    // Passed, three layers ahead, so the next token does not count any more: 0.65^(3/4) * (0.091743 + 0.85 * 0.6 + 0.049017)
+    CHECK(near(priority_foresight(use, 0, now), 0.471086f));
+    // The running layer comes again after all the others: 0.65 * 0.650760
+    CHECK(near(priority_foresight(use, 1, now), 0.422994f));
+}
+
 TEST("every number of hobbit_eviction_rule has its rule, other numbers have none") {
     CHECK(find_eviction_rule(HOBBIT_EVICT_LRU) == priority_lru);
     CHECK(find_eviction_rule(HOBBIT_EVICT_LFU) == priority_lfu);
     CHECK(find_eviction_rule(HOBBIT_EVICT_HOBBIT) == priority_hobbit);
     CHECK(find_eviction_rule(HOBBIT_EVICT_LCU) == priority_lcu);
     CHECK(find_eviction_rule(-1) == nullptr);
-    CHECK(find_eviction_rule(4) == nullptr);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_FORESIGHT) == priority_foresight);
+    CHECK(find_eviction_rule(5) == nullptr);
 }
 
 TEST_MAIN()

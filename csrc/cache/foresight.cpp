@@ -1,0 +1,154 @@
+#include "foresight.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hobbit {
+
+namespace {
+
+// Rates follow with these steps, a token each.
+constexpr float RECENT_STEP = 0.4f;
+constexpr float RATE_STEP   = 0.01f;
+// How much less a neighbour counts that shares fewer experts: e^-LIKENESS for one that shares none.
+constexpr float LIKENESS = 20.0f;
+
+}  // namespace
+
+foresight::foresight(expert_cache & cache, uint32_t n_layer, uint32_t n_expert, float prior) :
+    cache_(cache),
+    n_layer_(n_layer),
+    n_expert_(n_expert),
+    n_words_((n_layer * n_expert + 63) / 64),
+    bits_((size_t) HISTORY * n_words_) {
+    for (uint32_t layer = 0; layer < n_layer; ++layer) {
+        for (uint32_t e = 0; e < n_expert; ++e) {
+            use_record & use = cache_.use(layer, e);
+            use.recent = use.rate = prior;
+            use.seen[0] = use.seen[1] = prior * FORESIGHT_TOTAL;
+        }
+    }
+}
+
+void foresight::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
+    if (layer == 0) {
+        batch_ = n_tokens_;
+        n_tokens_ += n_tokens;
+        for (uint32_t i = n_tokens > HISTORY ? n_tokens - HISTORY : 0; i < n_tokens; ++i) {
+            std::fill_n(row(batch_ + i), n_words_, 0);
+        }
+    }
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        for (uint32_t e = 0; e < n_expert_; ++e) {
+            use_record & use = cache_.use(layer, e);
+            use.recent *= 1.0f - RECENT_STEP;
+            use.rate *= 1.0f - RATE_STEP;
+        }
+        const bool kept = n_tokens - i <= HISTORY && batch_ + i < n_tokens_;
+        for (uint32_t j = 0; j < k; ++j) {
+            const auto   e   = (uint32_t) ids[i * stride + j];
+            use_record & use = cache_.use(layer, e);
+            use.recent += RECENT_STEP;
+            use.rate += RATE_STEP;
+            if (kept) {
+                const uint32_t bit = layer * n_expert_ + e;
+                row(batch_ + i)[bit / 64] |= (uint64_t) 1 << (bit % 64);
+            }
+        }
+    }
+    if (layer + 1 == n_layer_) {
+        n_whole_ = n_tokens_;
+    }
+}
+
+uint32_t foresight::overlap(const uint64_t * a, const uint64_t * b) const {
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < n_words_; ++i) {
+        n += (uint32_t) __builtin_popcountll(a[i] & b[i]);
+    }
+    return n;
+}
+
+// seen[0] begins with the token after the neighbour, seen[1] with the one after that: for layers that the running token has
+// passed already.
+void foresight::add_followers(uint64_t neighbour, float weight) {
+    float discount = weight;
+    for (uint32_t h = 0; h <= HORIZON; ++h, discount *= FORESIGHT_GAMMA) {
+        const uint64_t token = neighbour + 1 + h;
+        const float    now[] = { h < HORIZON ? discount : 0.0f, h > 0 ? discount / FORESIGHT_GAMMA : 0.0f };
+        if (token >= n_whole_) {
+            unknown_[0] += now[0];
+            unknown_[1] += now[1];
+            continue;
+        }
+        const uint64_t * bits = row(token);
+        for (uint32_t i = 0; i < n_words_; ++i) {
+            for (uint64_t left = bits[i]; left != 0; left &= left - 1) {
+                const uint32_t at  = i * 64 + (uint32_t) __builtin_ctzll(left);
+                use_record &   use = cache_.use(at / n_expert_, at % n_expert_);
+                use.seen[0] += now[0];
+                use.seen[1] += now[1];
+            }
+        }
+    }
+}
+
+void foresight::refresh() {
+    if (fresh_for_ == n_whole_ || n_whole_ == 0) {
+        return;
+    }
+    fresh_for_ = n_whole_;
+
+    struct likeness {
+        uint32_t common;
+        uint64_t token;
+    };
+
+    std::vector<likeness> found;
+    const uint64_t        last   = n_whole_ - 1;
+    const uint64_t        oldest = n_tokens_ > HISTORY ? n_tokens_ - HISTORY : 0;
+    found.reserve(HISTORY);
+    for (uint64_t t = oldest; t < last; ++t) {
+        found.push_back({ overlap(row(t), row(last)), t });
+    }
+    const size_t n = std::min<size_t>(NEIGHBOURS, found.size());
+    std::partial_sort(found.begin(), found.begin() + (ptrdiff_t) n, found.end(), [](const likeness & a, const likeness & b) {
+        return a.common != b.common ? a.common > b.common : a.token > b.token;
+    });
+
+    const auto total = (float) std::max(overlap(row(last), row(last)), 1u);
+    float      sum   = 0.0f;
+    for (size_t i = 0; i < n; ++i) {
+        sum += std::exp(LIKENESS * ((float) found[i].common - (float) found[0].common) / total);
+    }
+    for (uint32_t layer = 0; layer < n_layer_; ++layer) {
+        for (uint32_t e = 0; e < n_expert_; ++e) {
+            use_record & use = cache_.use(layer, e);
+            use.seen[0] = use.seen[1] = 0.0f;
+        }
+    }
+    unknown_[0] = unknown_[1] = n == 0 ? FORESIGHT_TOTAL : 0.0f;
+    for (size_t i = 0; i < n; ++i) {
+        add_followers(found[i].token,
+                      std::exp(LIKENESS * ((float) found[i].common - (float) found[0].common) / total) / sum);
+    }
+    // What has not happened yet, at the long-run rate.
+    for (uint32_t layer = 0; layer < n_layer_; ++layer) {
+        for (uint32_t e = 0; e < n_expert_; ++e) {
+            use_record & use = cache_.use(layer, e);
+            use.seen[0] += unknown_[0] * use.rate;
+            use.seen[1] += unknown_[1] * use.rate;
+        }
+    }
+}
+
+void foresight::begin_sequence() {
+    for (uint32_t layer = 0; layer < n_layer_; ++layer) {
+        for (uint32_t e = 0; e < n_expert_; ++e) {
+            use_record & use = cache_.use(layer, e);
+            use.recent       = use.rate;
+        }
+    }
+}
+
+}  // namespace hobbit

@@ -1,0 +1,105 @@
+// cache/foresight.h: what the tokens so far tell.
+#include "cache/foresight.h"
+
+#include "test.h"
+
+#include <cmath>
+#include <vector>
+
+using namespace hobbit;
+
+namespace {
+
+constexpr uint32_t N_LAYER = 3, N_EXPERT = 8, K = 2;
+
+// A text of tokens 0..3: token t chooses the experts 2t and 2t+1 in every layer.
+struct reader {
+    std::vector<std::byte> pool = std::vector<std::byte>(N_LAYER * N_EXPERT);
+    cache_shape            shape { N_LAYER, N_EXPERT, { N_LAYER * N_EXPERT, 0 }, { 1, 1 } };
+    expert_cache           cache { shape, pool.data(), priority_foresight };
+    foresight              memory { cache, N_LAYER, N_EXPERT, (float) K / N_EXPERT };
+
+    void read(const std::vector<int32_t> & text) {
+        std::vector<int32_t> ids;
+        for (int32_t token : text) {
+            ids.insert(ids.end(), { 2 * token, 2 * token + 1 });
+        }
+        for (uint32_t layer = 0; layer < N_LAYER; ++layer) {
+            memory.observe(layer, ids.data(), K, K, (uint32_t) text.size());
+        }
+    }
+
+    float seen(int32_t token, int from) { return cache.use(1, (uint32_t) (2 * token)).seen[from]; }
+};
+
+bool near(float a, float b) { return std::fabs(a - b) < 1e-3f; }
+
+}  // namespace
+
+TEST("before the first token every expert is as likely as the others") {
+    reader r;
+    r.memory.refresh();
+    CHECK(near(r.seen(0, 0), 0.25f * FORESIGHT_TOTAL));
+    CHECK(near(r.cache.use(2, 7).rate, 0.25f));
+}
+
+TEST("rates follow what is used") {
+    reader r;
+    r.read({ 0 });
+    CHECK(near(r.cache.use(0, 0).recent, 0.25f * 0.6f + 0.4f));
+    CHECK(near(r.cache.use(0, 0).rate, 0.25f * 0.99f + 0.01f));
+    CHECK(near(r.cache.use(0, 2).recent, 0.25f * 0.6f));
+    r.memory.begin_sequence();
+    CHECK_EQ(r.cache.use(0, 0).recent, r.cache.use(0, 0).rate);
+}
+
+TEST("what followed a token before is expected after it again") {
+    reader r;
+    for (int i = 0; i < 30; ++i) {
+        r.read({ 0, 1, 2, 3 });
+    }
+    r.read({ 0 });
+    r.memory.refresh();
+    // 1, 2, 3, 0, 1 ... are next: token 1 now and every four tokens, 2 one later, and so on.
+    const float every_fourth = 1.0f / (1.0f - std::pow(FORESIGHT_GAMMA, 4.0f));
+    CHECK(std::fabs(r.seen(1, 0) - every_fourth) < 0.05f);
+    CHECK(std::fabs(r.seen(2, 0) - FORESIGHT_GAMMA * every_fourth) < 0.05f);
+    // From the token after: 2 comes first.
+    CHECK(std::fabs(r.seen(2, 1) - every_fourth) < 0.05f);
+    CHECK(r.seen(1, 0) > r.seen(2, 0) && r.seen(2, 0) > r.seen(3, 0) && r.seen(3, 0) > r.seen(0, 0));
+    CHECK(r.seen(2, 1) > r.seen(3, 1) && r.seen(3, 1) > r.seen(0, 1) && r.seen(0, 1) > r.seen(1, 1));
+}
+
+TEST("tokens of a batch count as if they had come one by one") {
+    reader one, batch;
+    for (int i = 0; i < 40; ++i) {
+        one.read({ i % 4 });
+    }
+    std::vector<int32_t> text;
+    for (int i = 0; i < 40; ++i) {
+        text.push_back(i % 4);
+    }
+    batch.read(text);
+    one.memory.refresh();
+    batch.memory.refresh();
+    for (uint32_t e = 0; e < N_EXPERT; ++e) {
+        CHECK_EQ(one.cache.use(1, e).rate, batch.cache.use(1, e).rate);
+        CHECK_EQ(one.cache.use(1, e).seen[0], batch.cache.use(1, e).seen[0]);
+        CHECK_EQ(one.cache.use(1, e).seen[1], batch.cache.use(1, e).seen[1]);
+    }
+}
+
+TEST("a text longer than the history, in batches larger than it too") {
+    reader               r;
+    std::vector<int32_t> text;
+    for (uint32_t i = 0; i < foresight::HISTORY + 100; ++i) {
+        text.push_back((int32_t) (i % 3));
+    }
+    r.read(text);
+    r.read(text);
+    r.read({ 0 });
+    r.memory.refresh();
+    CHECK(r.seen(1, 0) > r.seen(2, 0) && r.seen(2, 0) > r.seen(0, 0) && r.seen(0, 0) > r.seen(3, 0));
+}
+
+TEST_MAIN()
