@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import pytest
+
 from hobbit_cpp.cli.chat.conversation import Conversation
 from hobbit_cpp.cli.chat.session import Chat
 from hobbit_cpp.cli.chat.template import Template
@@ -113,9 +115,26 @@ class Ears:
 
 
 def chat_with(model: FakeChatModel, max_tokens: int | None = None, **more: Any) -> Chat:
-    """A chat with it. Close its worker."""
+    """A chat with it; `no_threads_left` closes its worker."""
     conversation = Conversation(more.pop("system", None))
     sampling = {"max_tokens": max_tokens}
     return Chat(
         model, Template(model), Worker(), lambda attempt: {**sampling, "seed": attempt}, False, conversation=conversation, **more
     )
+
+
+@pytest.fixture(autouse=True)
+def no_threads_left() -> Iterator[None]:
+    made: list[Worker] = []
+    init = Worker.__init__
+
+    def remembered(self: Worker) -> None:
+        init(self)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "__init__", remembered)
+        yield
+    for worker in made:
+        worker.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("hobbit-model")]

@@ -51,9 +51,9 @@ _CHAT = (
 
 @functools.cache
 def tiny_chat(shape: str = "qwen3moe", template: str | None = _CHAT) -> Path:
-    """`tiny` with a chat template, or without. It never ends by itself, nor says a byte that is not ASCII: what it says is
-    valid text of any length."""
-    made = hashlib.sha256((template or "").encode()).hexdigest()[:8]
+    """`tiny` with a chat template, or without. It never ends by itself, nor says a byte that is not ASCII or steers a
+    terminal: what it says is valid text of any length."""
+    made = hashlib.sha256(f"{template} 2".encode()).hexdigest()[:8]  # the number: of this function
     path = cache_dir() / f"{shape}-chat-{made}.gguf"
     if not path.is_file():
         partial = path.with_suffix(f".{os.getpid()}")
@@ -63,7 +63,7 @@ def tiny_chat(shape: str = "qwen3moe", template: str | None = _CHAT) -> Path:
         texts = reader.fields["tokenizer.ggml.tokens"].contents()
         for i, text in enumerate(texts):
             # a logit of 0 is far below the best of the others
-            if text in ("<unk>", "<s>", "</s>") or (text.startswith("<0x") and text[3:5] > "7E"):
+            if text in ("<unk>", "<s>", "</s>") or (text.startswith("<0x") and not "20" <= text[3:5] <= "7E"):
                 output.data[i] = 0
         reader.data.flush()
         partial.rename(path)

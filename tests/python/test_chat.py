@@ -1,15 +1,13 @@
-"""Turns of a chat: what the model is sent, what it evaluates, what is dropped, saved and loaded."""
+"""Turns of a chat: what the model is sent, what it evaluates, what is dropped."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,42 +17,19 @@ from hypothesis import strategies as st
 
 from decode import load as load_model
 from decode import logits
-from fake_chat import Ears, FakeChatModel, chat_with
-from hobbit_cpp.cli.chat import commands
-from hobbit_cpp.cli.chat.conversation import Conversation, load, save
+from fake_chat import Ears, FakeChatModel, chat_with, no_threads_left  # noqa: F401
 from hobbit_cpp.cli.chat.session import Chat, TooLongError
 from hobbit_cpp.cli.chat.template import Template, respell
-from hobbit_cpp.cli.chat.terminal import fit
 from hobbit_cpp.cli.worker import Worker
+from hobbit_cpp.llama import llama_cpp
 from models import tiny_chat
+
+llama_chat_format: Any = llama_cpp.llama_chat_format
 
 
 @pytest.fixture
 def ears() -> Ears:
     return Ears()
-
-
-@pytest.fixture(autouse=True)
-def no_threads_left() -> Iterator[None]:
-    before = threading.active_count()
-    made: list[Worker] = []
-    init = Worker.__init__
-
-    def remembered(self: Worker) -> None:
-        init(self)
-        made.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "__init__", remembered)
-        yield
-    for worker in made:
-        worker.close()
-    assert threading.active_count() == before
-
-
-def command(line: str, chat: Any, ears: Ears) -> bool:
-    found, argument = commands.find(line)
-    return found.run(chat, ears, argument)
 
 
 # ---- turns -----------------------------------------------------------------------------------------------
@@ -86,6 +61,13 @@ def test_an_answer_with_the_space_of_the_template_is_reused(ears: Ears) -> None:
         turn = chat.send(message, ears)
     assert model.prompts[-1] == "U:hi|A: one|U:ho|A: two|U:hu|A:"
     assert turn.reused == len("U:hi|A: one|U:ho|A: two")
+
+
+def test_the_space_before_an_answer_is_not_shown(ears: Ears) -> None:
+    chat = chat_with(FakeChatModel(["\n\n  one two"]))
+    chat.send("hi", ears)
+    assert ears.said == "one two"
+    assert chat.conversation.messages[-1]["content"] == "\n\n  one two"
 
 
 def test_retry_answers_again_with_another_seed(ears: Ears) -> None:
@@ -236,137 +218,6 @@ def test_respelling_changes_tokens_and_no_text(data: st.DataObject) -> None:
     assert kept >= longest
 
 
-# ---- saved conversations ---------------------------------------------------------------------------------
-
-
-def test_a_saved_conversation_goes_on(tmp_path: Path, ears: Ears) -> None:
-    file = tmp_path / "a b.json"
-    model = FakeChatModel(["grüß dich 😀", "two"])
-    chat = chat_with(model, system="sys")
-    chat.send("hi", ears)
-    assert command(f"/save {file}", chat, ears)
-    assert json.loads(file.read_text(encoding="utf-8")) == {
-        "format": "hobbit-chat",
-        "model": "fake.gguf",
-        "system": "sys",
-        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "grüß dich 😀"}],
-    }
-    assert [p.name for p in tmp_path.iterdir()] == ["a b.json"]
-    other = chat_with(model)
-    assert command(f'/load "{file}"', other, ears)
-    other.send("ho", ears)
-    assert model.prompts[-1] == "S:sys|U:hi|A:grüß dich 😀|U:ho|A:"
-    # the new one replaces the old one
-    command(f"/save {file}", other, ears)
-    assert len(json.loads(file.read_text(encoding="utf-8"))["messages"]) == 4
-
-
-def test_a_message_without_answer_is_saved_too(tmp_path: Path, ears: Ears) -> None:
-    model = FakeChatModel([RuntimeError("disk"), "one"])
-    chat = chat_with(model)
-    with pytest.raises(RuntimeError):
-        chat.send("hi", ears)
-    command(f"/save {tmp_path / 'c.json'}", chat, ears)
-    other = chat_with(model)
-    command(f"/load {tmp_path / 'c.json'}", other, ears)
-    assert "/retry asks for it" in ears.notes[-1]
-    command("/retry", other, ears)
-    assert model.prompts[-1] == "U:hi|A:"
-
-
-def test_a_plain_list_of_messages_loads_too(tmp_path: Path) -> None:
-    file = tmp_path / "m.json"
-    messages = [{"role": r, "content": r} for r in ("system", "user", "assistant")]
-    file.write_text(json.dumps(messages))
-    assert load(file) == Conversation("system", messages[1:])
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("", "is not a saved conversation"),
-        ("{", "is not a saved conversation"),
-        ("[" * 100_000, "is not a saved conversation"),
-        ("7", "no list of messages"),
-        ('{"messages": 7}', "no list of messages"),
-        ('{"system": 7, "messages": []}', "system message is not a text"),
-        ('["x"]', "message 1 is not an object"),
-        ('[{"role": "user"}]', "message 1 has no role and content"),
-        ('[{"role": "user", "content": ["x"]}]', "message 1 has no role and content"),
-        ('[{"role": "assistant", "content": "x"}]', "message 1 is of 'assistant'"),
-        ('[{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]', "message 2 is of 'user'"),
-    ],
-)
-def test_what_is_no_conversation_is_refused(tmp_path: Path, content: str, says: str, ears: Ears) -> None:
-    file = tmp_path / "bad.json"
-    file.write_text(content)
-    chat = chat_with(FakeChatModel(["one"]))
-    chat.send("hi", ears)
-    with pytest.raises(ValueError, match=says) as e:
-        command(f"/load {file}", chat, ears)
-    assert str(file) in str(e.value)
-    assert len(chat.conversation.messages) == 2
-
-
-def test_saving_replaces_no_other_file(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF\x00\xff")
-    with pytest.raises(ValueError, match="not a saved conversation"):
-        save(file, Conversation(), "m")
-    assert file.read_bytes() == b"GGUF\x00\xff"
-    with pytest.raises(ValueError, match="is a folder"):
-        save(tmp_path, Conversation(), "m")
-    with pytest.raises(ValueError, match="is not a folder"):
-        save(tmp_path / "no" / "x.json", Conversation(), "m")
-
-
-# ---- commands --------------------------------------------------------------------------------------------
-
-
-def test_commands(ears: Ears) -> None:
-    chat = chat_with(FakeChatModel(["one", "two"]))
-    command("/help", chat, ears)
-    assert all(name in ears.notes[-1] for name in commands.COMMANDS)
-    command("/system  be brief ", chat, ears)
-    assert chat.conversation.system == "be brief"
-    command("/system", chat, ears)
-    assert "be brief" in ears.notes[-1]
-    chat.send("hi", ears)
-    command("/stats", chat, ears)
-    assert "2 messages" in ears.notes[-1] and "memory" in ears.notes[-1]
-    command("/reset", chat, ears)
-    assert chat.conversation == Conversation("be brief")
-    command('/system ""', chat, ears)
-    assert chat.conversation.system is None
-    assert not command("/exit", chat, ears)
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("/nonsense x", "unknown command /nonsense"),
-        ("/", "unknown command /"),
-        ("/exit now", "/exit takes nothing more"),
-        ("/save", "/save needs the name of a file"),
-        ("/load", "/load needs the name of a file"),
-        ('/load "x', "/load"),
-        ("/load /no/such/file", "no such file"),
-        ("/retry", "no message"),
-    ],
-)
-def test_wrong_commands_say_so(line: str, says: str, ears: Ears) -> None:
-    chat = chat_with(FakeChatModel([]))
-    with pytest.raises(ValueError, match=says):
-        command(line, chat, ears)
-
-
-def test_the_status_line_fits_the_terminal() -> None:
-    parts = ["37.6 tok/s", "hit 96%", "9.4 MB/tok"]
-    assert fit(parts, 80) == "37.6 tok/s · hit 96% · 9.4 MB/tok"
-    assert fit(parts, 21) == "37.6 tok/s · hit 96%"
-    assert fit(parts, 5) == "37.6 tok/s"
-
-
 # ---- the thread ------------------------------------------------------------------------------------------
 
 
@@ -425,3 +276,30 @@ def test_the_context_is_what_its_tokens_say(offload: str | None, ears: Ears) -> 
     np.testing.assert_allclose(llm.scores[: len(tokens)], logits(fresh, tokens, 64), atol=2e-3)
     for model in (llm, fresh):
         model.close()
+
+
+TEMPLATES = {
+    "chatml": llama_chat_format.CHATML_CHAT_TEMPLATE,
+    "mistral": llama_chat_format.MISTRAL_INSTRUCT_CHAT_TEMPLATE,
+    "mixtral": llama_chat_format.MIXTRAL_INSTRUCT_CHAT_TEMPLATE,
+    "llama3": llama_chat_format.LLAMA3_INSTRUCT_CHAT_TEMPLATE,
+    "plain": None,
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_the_field_evaluate_only_what_is_new(name: str, ears: Ears) -> None:
+    from hobbit_cpp import Llama
+
+    llm: Any = Llama(str(tiny_chat(template=TEMPLATES[name])), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
+    chat = Chat(llm, Template(llm), Worker(), lambda _: {"max_tokens": 5, "temperature": 0.0}, offload=False)
+    chat.conversation.system = "the token"
+    context = 0
+    for message in ("the expert", "of", "layer"):
+        turn = chat.send(message, ears)
+        assert turn.reused == context and turn.answer.prompt.tokens > 0
+        context = turn.context
+    text = llm.detokenize(llm.input_ids[:context].tolist(), special=True).decode()
+    assert text.count("the token") == 1 and text.count("the expert") == 1
+    assert not any("no longer" in note for note in ears.notes)
+    llm.close()

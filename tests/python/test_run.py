@@ -6,8 +6,12 @@ import argparse
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,50 @@ def test_ctrl_c_ends_the_answer_with_the_summary(use: Any, capsys: Captured) -> 
     assert out == "one two"
     assert "answer     1 tokens" in err and err.strip().endswith("interrupted")
     assert model.closed
+
+
+class SlowModel(FakeModel):
+    """Its prompt takes until somebody cancels."""
+
+    def __init__(self) -> None:
+        super().__init__(["never"])
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def create_chat_completion(self, *_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        assert self.cancelled.wait(30), "nobody cancelled"
+        raise RuntimeError("cancelled")
+        yield {}
+
+
+def test_ctrl_c_stops_the_reading_of_the_prompt(use: Any, capsys: Captured) -> None:
+    model = SlowModel()
+    use(model)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    assert main(["run", "m.gguf", "-p", "hi"]) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+    assert model.closed
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_stops_the_loading(monkeypatch: pytest.MonkeyPatch, capsys: Captured, late: bool) -> None:
+    model = FakeModel([])
+
+    def load(args: argparse.Namespace, progress: Callable[[float], bool]) -> FakeModel:
+        end = time.monotonic() + 30
+        while progress(0.5):
+            assert time.monotonic() < end, "nobody stopped it"
+        if late:
+            return model
+        raise ValueError("failed to load")
+
+    monkeypatch.setattr(run_command, "load_model", load)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    assert main(["run", "m.gguf", "-p", "hi"]) == 130
+    assert capsys.readouterr().err == "hobbit: interrupted\n"
+    assert model.closed == late
 
 
 def test_a_failure_in_the_middle_is_one_line(use: Any, capsys: Captured) -> None:

@@ -138,8 +138,11 @@ class Chat:
         parts: list[str] = []
 
         def write(piece: str) -> None:
+            # after some templates the first word has a space before it, or a newline
+            shown = piece if "".join(parts).strip() else piece.lstrip()
             parts.append(piece)
-            listener.text(piece)
+            if shown:
+                listener.text(shown)
 
         def tick() -> None:
             if not parts:

@@ -15,7 +15,7 @@ _PLAIN = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% elif m['role'] == 'user' %}User: {{ m['content'] }}\n"
-    "{% else %}Assistant: {{ m['content'] | trim }}\n{% endif %}"
+    "{% else %}Assistant:{{ m['content'] }}\n{% endif %}"
     "{% endfor %}Assistant:"
 )
 _PLAIN_STOP = ["\nUser:"]
