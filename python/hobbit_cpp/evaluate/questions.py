@@ -118,8 +118,9 @@ def _log_likelihood(scorer: Scorer, before: Any, tokens: Sequence[int], width: i
     total = float(before[tokens[0]])
     for i in range(0, len(tokens) - 1, width):
         given = tokens[i : min(i + width, len(tokens) - 1)]
-        rows = log_softmax(scorer.feed(given))
-        total += sum(float(row[t]) for row, t in zip(rows, tokens[i + 1 :]))
+        logits = scorer.feed(given)
+        for j in range(len(given)):  # a row at a time: a vocabulary is large
+            total += float(log_softmax(logits[j : j + 1])[0, tokens[i + j + 1]])
     return total
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from typing import Any, List, Optional, Protocol, Sequence
 
 import numpy as np
 
+from .. import _memory
 from ..llama import Llama
 from ..stats import OffloadStats
 from .statistics import Logits
@@ -45,6 +47,10 @@ class Scorer(Protocol):
 class LlamaScorer(Llama):
     """`Llama` as a `Scorer`. `n_batch` is the widest `feed`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scores = np.empty((0, 0), np.single)  # n_batch rows of logits that nobody asks for
+
     @property
     def vocabulary(self) -> int:
         return int(self.n_vocab())
@@ -61,8 +67,8 @@ class LlamaScorer(Llama):
         self.__dict__["_context_params"] = value
 
     def _memory_to_come(self) -> int:
-        # llama.cpp's output buffer, and a few copies of it in double precision while it is scored
-        return int(self.n_vocab()) * (64 + 40 * self.n_batch)
+        # llama.cpp's output buffer, and a few rows in double precision while one is scored
+        return int(self.n_vocab()) * (192 + 4 * self.n_batch)
 
     def words(self, text: str, begin: bool) -> List[int]:
         # llama-cpp-python adds the begin token when it is asked to; only some models want it
@@ -90,6 +96,13 @@ class LlamaScorer(Llama):
             return False
         self.n_tokens = n
         return True
+
+    def close(self) -> None:
+        super().close()
+        if not self.__dict__.get("_given_back"):  # __del__ comes here again
+            self._given_back = True
+            gc.collect()
+            _memory.give_back()  # for the model of the next setting
 
     def counts(self) -> Optional[OffloadStats]:
         return None if self._session is None else self.offload_stats()
