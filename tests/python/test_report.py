@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from decode import load, words
-from hobbit_cpp import Llama, OffloadParams, StateError
+from hobbit_cpp import Llama, OffloadParams, ParameterError, StateError
 from hobbit_cpp._recording import EVENT_KINDS, MemorySamples, reuse_distances
 from hobbit_cpp.cli import main
 from hobbit_cpp.report import page, read
@@ -205,6 +205,18 @@ def test_bench_and_eval_documents_are_drawn(tmp_path: Path) -> None:
     }  # fmt: skip
     document = {"model": "m.gguf", "conditions": {}, "settings": [setting, {"name": "stock", "offload": None, "text": None}]}
     assert "settings" in check_page(page(read([write(tmp_path / "e.json", document)]))).ids
+
+
+def test_samples_of_a_long_test(tmp_path: Path) -> None:
+    path = tmp_path / "soak.csv"
+    path.write_text("seconds,action,resident,budget\n0,a,100e6,200e6\n5,b,150e6,200e6\n9,c,160e6,120e6\n", encoding="utf-8")
+    text = page(read([path]))
+    assert "in 3 samples, 1 of them above the budget" in text and text.count("Not in the input") == 5
+    check_page(text)
+    for bad in ("", "seconds\n1\n", "seconds,resident\n1,x\n"):
+        path.write_text(bad, encoding="utf-8")
+        with pytest.raises(ParameterError, match=r"soak\.csv"):
+            read([path])
 
 
 @pytest.mark.parametrize(

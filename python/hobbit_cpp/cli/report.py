@@ -20,7 +20,9 @@ def add_parser(commands: Any) -> None:
         description="Makes one self-contained HTML page of what hobbit run --json-stats (with --record: more), hobbit trace, "
         "hobbit bench --json and hobbit eval --json wrote. Several files make one page.",
     )
-    parser.add_argument("inputs", metavar="FILE", nargs="+", type=Path, help="a JSON or a TRACE.npz")
+    parser.add_argument(
+        "inputs", metavar="FILE", nargs="+", type=Path, help="a JSON, a TRACE.npz, or a CSV of seconds, resident, budget"
+    )
     parser.add_argument("-o", "--output", metavar="HTML", type=Path, required=True, help="the page")
     parser.set_defaults(function=run)
 

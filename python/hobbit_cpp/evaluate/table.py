@@ -105,10 +105,12 @@ def notes(result: Dict[str, Any]) -> List[str]:
     if width == 1:
         how = "one token per decode, as text is generated"
     else:
-        how = f"{width} tokens per decode (no rule here depends on the cache); MB are those of batches"
+        how = f"{width} tokens per decode"
+        if c["model"] is not None:
+            how += " (no rule here depends on the cache); MB are those of batches"
     if c["tokens_scored"]:
         lines.append(
-            f"{c['tokens_scored']} tokens of {c['text']} scored, in {c['windows']} windows of {c['window']} tokens"
+            f"{c['tokens_scored']} tokens of {c['text']} scored, in windows of {c['window']} ({c['windows']} of them)"
             + (f", the first {c['skip']} of each not scored" if c["skip"] else "")
             + f"; {how}"
         )

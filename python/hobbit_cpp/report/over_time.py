@@ -123,9 +123,17 @@ def memory(data: Data) -> str:
     assert data.memory
     samples = [(t, b / (1 << 20)) for t, b in data.memory]
     begin, end = samples[0][0], max(samples[-1][0], samples[0][0] + 1e-3)
-    budget = data.memory_budget / (1 << 20)
+    budgets = [(t, b / (1 << 20)) for t, b in data.budgets]
+    budget = max((b for _, b in budgets), default=0.0)
     peak = max(b for _, b in samples)
     top = 1.08 * max(peak, budget)
+    steps: List[Tuple[float, float]] = []
+    for t, b in budgets:
+        t = min(max(t, begin), end)
+        steps += [(t, steps[-1][1])] if steps else [(begin, b)]
+        steps.append((t, b))
+    steps += [(end, steps[-1][1])] if steps else []
+    over = _above(samples, budgets)
 
     def draw(width: int, css: str) -> str:
         p = Plot(width, 240, (begin, end), (0, top), left=64)
@@ -133,13 +141,24 @@ def memory(data: Data) -> str:
         p.x_axis("time since the recording began (s)", ticks(begin, end, 8 if width > 500 else 5))
         p.area(samples, [(t, 0.0) for t, _ in samples], "c-band")
         p.line(samples, "l-hit")
-        if budget:
-            p.add(f'<path class="mean" d="M{p.x0} {number(p.py(budget))}H{p.x1}"/>')
-            p.text(p.x1, p.py(budget) - 5, f"budget {budget:,.0f} MiB", "end", "halo")
+        if steps:
+            p.line(steps, "mean")
+            p.text(p.x1, p.py(steps[-1][1]) - 5, f"budget {steps[-1][1]:,.0f} MiB", "end", "halo")
         return p.svg(f"Curve: memory held over {end - begin:.1f} s, at most {peak:,.0f} MiB", css)
 
-    note = f"At most {peak:,.0f} MiB in {len(samples)} samples" + (f", {peak / budget:.1%} of the budget." if budget else ".")
+    note = f"At most {peak:,.0f} MiB in {len(samples)} samples"
+    note += f", {over or 'none'} of them above the budget." if steps else "."
     return both(draw) + f'<p class="note">{note}</p>'
+
+
+def _above(samples: Sequence[Tuple[float, float]], budgets: Sequence[Tuple[float, float]]) -> int:
+    """Samples above the budget of their time."""
+    n, i = 0, 0
+    for t, held in samples:
+        while i + 1 < len(budgets) and budgets[i + 1][0] <= t:
+            i += 1
+        n += bool(budgets) and held > budgets[i][1]
+    return n
 
 
 def _describe(row: Dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import zipfile
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Data:
         blocks: N of blk.N of the rows of `uses`, `loads` (selections and reads of each expert).
         reuse: counts by distance, [layer][n_experts + 1]; see `reuse_distances`.
         timeline: events of the last and of the slowest token.
-        memory: seconds and bytes held; memory_budget: bytes.
+        memory: seconds and bytes held; budgets: seconds and the budget from then on, in bytes.
         contenders: rows of `hobbit bench`; settings: of `hobbit eval`.
     """
 
@@ -48,7 +49,7 @@ class Data:
     reuse_tokens: int = 0
     timeline: Dict[str, List[List[Any]]] = field(default_factory=dict)
     memory: Optional[List[Tuple[float, float]]] = None
-    memory_budget: int = 0
+    budgets: List[Tuple[float, float]] = field(default_factory=list)
     contenders: Optional[List[Dict[str, Any]]] = None
     settings: Optional[List[Dict[str, Any]]] = None
 
@@ -64,6 +65,9 @@ def read(paths: Sequence[Path]) -> Data:
         data.inputs.append(path.name)
         if zipfile.is_zipfile(path):
             _add_trace(data, path)
+            continue
+        if path.suffix.lower() == ".csv":
+            _add_samples(data, path)
             continue
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -124,10 +128,11 @@ def _add_run(data: Data, document: Dict[str, Any]) -> None:
         data.counts = data.counts or {key: float(stats[key]) for key in _COUNTS}
         data.layers = data.layers or [{k: float(layer[k]) for k in ("block", *_COUNTS)} for layer in stats.get("layers") or []]
         data.layers = data.layers or None
-        data.memory_budget = data.memory_budget or stats.get("memory_budget", 0)
+        budget = float(stats.get("memory_budget") or 0)
+        if budget:
+            data.budgets = data.budgets or [(0.0, budget)]
+            data.facts.append(("budget", f"{budget / (1 << 30):.2f} GiB"))
     data.facts.append(("peak memory", f"{document['peak_memory'] / (1 << 30):.2f} GiB"))
-    if data.memory_budget:
-        data.facts.append(("budget", f"{data.memory_budget / (1 << 30):.2f} GiB"))
     experts = document.get("experts")
     if experts and data.uses is None and any(map(any, experts["uses"])):
         data.blocks = [int(b) for b in experts["blocks"]]
@@ -141,6 +146,21 @@ def _add_run(data: Data, document: Dict[str, Any]) -> None:
             data.memory = [(float(t), float(b)) for t, b in recording["memory"]]
         if data.reuse is None and recording["reuse"]["counts"]:
             data.reuse, data.reuse_tokens = _matrix(recording["reuse"]["counts"]), int(recording["reuse"]["tokens"])
+
+
+def _add_samples(data: Data, path: Path) -> None:
+    """A table of `seconds`, `resident` and, if there is one, `budget`, as long tests write it."""
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            rows = [{k: float(row[k]) for k in ("seconds", "resident", "budget") if k in row} for row in csv.DictReader(f)]
+        samples = [(row["seconds"], row["resident"]) for row in rows]
+    except (KeyError, ValueError, TypeError, csv.Error) as e:
+        raise ParameterError(f"{path} is not a table of seconds and resident bytes: {type(e).__name__}: {e}") from e
+    if not samples:
+        raise ParameterError(f"{path} has no samples")
+    if data.memory is None:
+        data.memory = samples
+        data.budgets = [(row["seconds"], row["budget"]) for row in rows if row.get("budget")]
 
 
 def _add_trace(data: Data, path: Path) -> None:
