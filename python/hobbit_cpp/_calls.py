@@ -13,15 +13,28 @@ import contextlib
 import os
 import threading
 from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any, Callable, Iterator, Optional
 
 from .errors import EvaluationCancelled, StateError
+
+
+class Owner:
+    """On whose behalf calls are made, for `Calls.cancel`: a request that may be withdrawn. See OWNER."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+
+# Set by a server around the work on a request; threads that are given a copy of the context have it too.
+OWNER: ContextVar[Optional[Owner]] = ContextVar("hobbit_owner", default=None)
 
 
 class Call:
     """One call of the user: `cancelled` is set once, by any thread."""
 
     def __init__(self) -> None:
+        self.owner = OWNER.get()
         self.cancelled = False
 
 
@@ -53,17 +66,22 @@ class Calls:
             before, self._current = self._current, call
             if before is not None and before is not call and before.cancelled:
                 self._clear()
+            if call is not None and call.owner is not None and call.owner.cancelled:
+                self.cancel()
 
     def _end(self, call: Call) -> None:
         with self.gate:
             if self._current is call:
                 self._set_current(None)
 
-    def cancel(self) -> None:
-        """Cancels the current call; nothing when there is none."""
+    def cancel(self, owner: Optional[Owner] = None) -> None:
+        """Cancels the current call; nothing when there is none. With an owner: all calls of this owner, present and future."""
         with self.gate:
-            if self._current is not None and not self._current.cancelled:
-                self._current.cancelled = True
+            if owner is not None:
+                owner.cancelled = True
+            call = self._current
+            if call is not None and not call.cancelled and (owner is None or call.owner is owner):
+                call.cancelled = True
                 self._stop()
 
     def check(self) -> None:

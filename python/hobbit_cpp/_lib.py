@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
+from . import _log
+
 try:
     from . import _build_info
 except ImportError as e:
@@ -141,6 +143,7 @@ def load_bindings() -> ModuleType:
             module = importlib.import_module("llama_cpp")
             _check_library(importlib.import_module("llama_cpp.llama_cpp")._lib)
             _check_mapped()
+            _log.install(module.llama_cpp)
             _bindings = module
         return _bindings
 

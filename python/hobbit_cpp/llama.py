@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
@@ -11,10 +12,11 @@ import numpy as np
 
 from . import _lib
 from ._calls import Calls
+from ._log import errors_explained
 from ._memory import Size
 from ._session import ModelInfo, Session
 from ._sidecar import LowModel
-from .errors import ModelFileError, ParameterError, StateError
+from .errors import ModelFileError, ModelFormatError, ParameterError, StateError, UnsupportedModelError
 from .params import OffloadParams
 from .stats import OffloadStats
 
@@ -25,6 +27,28 @@ if TYPE_CHECKING:
     from llama_cpp import Llama as _Llama
 else:
     _Llama = llama_cpp.Llama
+
+
+def _check_lora(path: str) -> None:
+    """Refuses an adapter for experts: their weights are not where llama.cpp would look for them."""
+    from .convert.errors import ConvertError
+    from .convert.header import read_header
+    from .convert.plan import is_expert
+
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file, path, os.fstat(file.fileno()).st_size)
+    except FileNotFoundError:
+        raise ModelFileError(f"there is no file {path} (lora_path)") from None
+    except ConvertError as e:
+        raise ModelFormatError(str(e)) from e
+    for tensor in header.tensors:
+        name = tensor.name.rsplit(".lora_", 1)[0]
+        if is_expert(name, (2, 2, 2)):  # by its name
+            raise UnsupportedModelError(
+                f"{path} changes the experts ({name}), which a LoRA cannot when they are offloaded: merge it into the model "
+                "(llama-export-lora), use offload=None, or an adapter for the other weights only"
+            )
 
 
 class Llama(_Llama):
@@ -79,8 +103,9 @@ class Llama(_Llama):
             set_ = [name for name, value in given.items() if value is not None]
             if set_:
                 raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
-            super().__init__(path, **kwargs)
-            self._lengthen_arrays()
+            with errors_explained(path):
+                super().__init__(path, **kwargs)
+            self._fit_arrays()
             return
 
         params = OffloadParams.of(
@@ -94,17 +119,22 @@ class Llama(_Llama):
                 raise ParameterError(f"{name}=True does not go with offload: {why}")
         if not os.path.exists(path):
             raise ModelFileError(f"there is no file {path}")
+        if kwargs.get("lora_path"):
+            _check_lora(kwargs["lora_path"])
+        if kwargs.get("embedding"):
+            # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
+            kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
         session = Session(path, params)
         self._session = session
         try:
             if not session.plan(memory):
                 # Loaded without its weights, so that the error can say what is enough.
                 self._no_alloc = True
-                super().__init__(path, **kwargs)
+                super().__init__(path, **{**kwargs, "lora_path": None})
                 raise session.refuse_unloaded(self._context_address(), self._memory_to_come())
-            with session.bound():
+            with session.bound(), errors_explained(path):
                 super().__init__(path, **kwargs)
-            self._lengthen_arrays()
+            self._fit_arrays()
             session.start(self._context_address(), self._memory_to_come())
         except BaseException:
             self.close()
@@ -155,15 +185,19 @@ class Llama(_Llama):
     def context_params(self, value: Any) -> None:
         self.__dict__["_context_params"] = value
 
-    def _lengthen_arrays(self) -> None:
-        """llama.cpp rounds n_ctx up to a multiple of 256, and llama_cpp goes by that, but for the arrays that it keeps tokens
-        and scores in: with n_ctx=100 it would fail at the 101st token."""
+    def _fit_arrays(self) -> None:
+        """Room for the tokens and the logits of the whole context.
+
+        llama.cpp rounds n_ctx up to a multiple of 256, and llama_cpp goes by that, but for the arrays that it keeps tokens and
+        scores in: with n_ctx=100 it would fail at the 101st token. With a draft model, which needs all logits, it would fail at
+        token n_batch. Without logits_all nothing is in `scores`; with offload one row is enough, since states copy it.
+        """
         missing = self._n_ctx - len(self.input_ids)
         if missing > 0:
             self.input_ids = np.concatenate([self.input_ids, np.zeros(missing, self.input_ids.dtype)])
-            if self._logits_all:
-                more = np.zeros((missing, self.scores.shape[1]), self.scores.dtype)
-                self.scores = np.concatenate([self.scores, more])
+        rows = self._n_ctx if self._logits_all else 1 if self._session is not None else len(self.scores)
+        if rows != len(self.scores):
+            self.scores = np.ndarray((rows, self._n_vocab), dtype=np.single)
 
     def _context_address(self) -> int:
         return ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
@@ -201,7 +235,7 @@ class Llama(_Llama):
         """Around llama_decode: its failure becomes an exception of ours, and n_tokens and llama.cpp's memory agree afterwards."""
         session = self._session
         try:
-            with session.decoding() if session is not None else contextlib.nullcontext():
+            with errors_explained(self.model_path), session.decoding() if session is not None else contextlib.nullcontext():
                 yield
         except BaseException:
             self._roll_back()
@@ -279,7 +313,19 @@ class Llama(_Llama):
 
     def load_state(self, state: Any) -> None:
         with self._calls.running():
+            rows = min(state.n_tokens, len(self.scores))
+            if len(state.scores) != rows:  # of an object with other logits_all or n_batch
+                state = copy.copy(state)
+                state.scores = np.zeros((rows, self.n_vocab()), np.single)
             super().load_state(state)
+
+    def __getstate__(self) -> Any:
+        if self._session is not None:
+            raise TypeError(
+                "a model with offload cannot be pickled: its cache and its threads belong to this process. Pass the arguments of "
+                "Llama(...) on and load it there"
+            )
+        return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def _offloaded(self) -> Session:
         if self._session is None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Callable, List
 
 import numpy as np
 import pytest
 
 from decode import TEXT, load, logits, words
-from hobbit_cpp import EvaluationCancelled, Llama, OffloadParams, StateError
+from hobbit_cpp import EvaluationCancelled, Llama, OffloadParams, ReadError, StateError
 from hobbit_cpp._session import Session
 from models import tiny
 
@@ -177,6 +180,43 @@ def test_a_stream_is_over_when_another_call_has_begun(offload: Any) -> None:
     stream.close()
     llm.cancel()
     assert len(text(llm.create_completion(words(llm, 20), max_tokens=5))) > 0
+    llm.close()
+
+
+def test_after_a_failed_read_the_context_is_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny("mixtral", "Q8_0"), path)
+    whole = path.read_bytes()
+    llm = load(Llama, str(path), 1, offload="lru", expert_cache=Session(str(path), OffloadParams()).info.pool_min)
+    tokens = words(llm, 60)
+    llm.reset()
+    for i in range(0, 60, 20):
+        llm.eval(tokens[i : i + 20])
+    want = llm.scores[:60].copy()
+    llm.reset()
+    llm.eval(tokens[:20])
+    os.truncate(path, len(whole) - 4_000_000)
+    with pytest.raises(ReadError):
+        for _ in range(20):
+            llm.eval(tokens[20:40])
+            llm.n_tokens = 20
+    assert llm.n_tokens == 20
+    path.write_bytes(whole)
+    for i in (20, 40):
+        llm.eval(tokens[i : i + 20])
+    assert np.array_equal(want, llm.scores[:60])
+    # A state that cannot be cut back is given up.
+    llm._is_recurrent = True
+    os.truncate(path, len(whole) - 4_000_000)
+    with pytest.raises(ReadError):
+        for _ in range(20):
+            llm.eval(tokens[:5])
+    assert llm.n_tokens == 0
+    path.write_bytes(whole)
+    llm._is_recurrent = False
+    for i in range(0, 60, 20):
+        llm.eval(tokens[i : i + 20])
+    assert np.array_equal(want, llm.scores[:60])
     llm.close()
 
 

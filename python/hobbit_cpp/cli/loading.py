@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,16 +22,11 @@ def load_with_progress(load: Callable[..., Any], args: argparse.Namespace, worke
     state = _State()
     with _bar(args.model.name, sys.stderr.isatty() and not args.verbose) as show, worker.stoppable(state.cancel):
         try:
-            model = worker.do(lambda: state.keep(load(args, progress=state.progress)), lambda: show(state.fraction))
+            return worker.do(lambda: state.keep(load(args, progress=state.progress)), lambda: show(state.fraction))
         except KeyboardInterrupt:
             if state.model is not None:  # it came too late to stop
                 state.model.close()
             raise
-    if not args.verbose:
-        # What llama.cpp warns of while it computes is about its memory after a stop, and would stand amid the answers.
-        # (llama_cpp takes warnings for errors, and errors for debugging: those raise.)
-        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-    return model
 
 
 class _State:

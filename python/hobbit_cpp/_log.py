@@ -1,0 +1,65 @@
+"""llama.cpp's log: printed when verbose; else its errors become part of the exception, and nothing is printed.
+
+llama.cpp says why something failed in its log only, in several lines; the exceptions of llama-cpp-python say that it failed.
+(Its own log function takes llama.cpp's levels for others: warnings are printed when nothing should be, errors are not.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import re
+import sys
+import threading
+from typing import Any, Iterator, List
+
+from .errors import HobbitError, ModelFormatError
+
+# ggml_log_level; 5 continues the line before.
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+_MOST_KEPT = 20
+
+_thread = threading.local()  # .level: of the line before; .errors: lines since errors_explained() was entered
+_callback: Any = None  # kept alive for llama.cpp
+
+
+def install(c: Any) -> None:
+    """Puts ours in the place of llama-cpp-python's log function. `c`: the module llama_cpp.llama_cpp."""
+    global _callback
+    logger = importlib.import_module("llama_cpp._logger").logger  # its level is what verbose= sets
+
+    def log(level: int, text: bytes, data: Any) -> None:
+        _thread.level = _LEVELS.get(level, getattr(_thread, "level", logging.INFO))
+        if logger.level < logging.ERROR:
+            if _thread.level >= logger.level:
+                print(text.decode("utf-8", "replace"), end="", flush=True, file=sys.stderr)
+            return
+        errors: List[str] = getattr(_thread, "errors", [])
+        if _thread.level == logging.ERROR and len(errors) < _MOST_KEPT:
+            errors.append(text.decode("utf-8", "replace"))
+
+    _callback = c.llama_log_callback(log)
+    c.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+def _reason(errors: List[str]) -> str:
+    """The first error is the cause; the others say who gave up because of it."""
+    line = " ".join(errors[0].split())
+    return re.sub(r"^(\w+: )+(error loading model: )?(\w+: )*", "", line)
+
+
+@contextlib.contextmanager
+def errors_explained(path: str) -> Iterator[None]:
+    """Around calls of llama.cpp on the model `path`: exceptions of llama-cpp-python get the reason from the log."""
+    errors: List[str] = []
+    _thread.errors = errors
+    try:
+        yield
+    except (ValueError, RuntimeError) as e:
+        if not errors or isinstance(e, HobbitError):
+            raise
+        if "Failed to load model" in str(e):
+            raise ModelFormatError(f"{path}: llama.cpp cannot load it: {_reason(errors)}") from e
+        raise type(e)(f"{e}: {_reason(errors)}") from e

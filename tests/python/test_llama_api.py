@@ -1,0 +1,333 @@
+"""What llama-cpp-python's users call on `Llama`, with offload: the same as stock in exact mode, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import gguf
+import numpy as np
+import pytest
+
+import hobbit_cpp._lib as _lib
+from decode import TEXT, logits, words
+from hobbit_cpp import HobbitError, Llama, ModelFormatError, OffloadParams, ParameterError, UnsupportedModelError
+from hobbit_cpp._session import Session
+from hobbit_cpp.cli import main as cli
+from models import tiny, tiny_dual
+
+pytestmark = pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
+
+MODEL = "mixtral"
+llama_cpp: Any = _lib.load_bindings()
+
+
+def offloaded(path: Optional[Path] = None, **kwargs: Any) -> Any:
+    path = path or tiny(MODEL)
+    pool = Session(str(path), OffloadParams()).info.pool_max // 4
+    return make(path, offload="hobbit", exact=True, expert_cache=pool, **kwargs)
+
+
+def make(path: Optional[Path] = None, **kwargs: Any) -> Any:
+    options: Dict[str, Any] = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 32, "n_threads": 1, "n_threads_batch": 1}
+    options["verbose"] = False
+    return Llama(str(path or tiny(MODEL)), **{**options, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[List[Any]]:
+    """Stock and offloaded: every call must give the same."""
+    both = [make(logits_all=True, n_ctx=1024), offloaded(logits_all=True, n_ctx=1024)]
+    yield both
+    for llm in both:
+        llm.close()
+
+
+def plain(answer: Any) -> Any:
+    """Without what differs by design."""
+    if not isinstance(answer, dict):
+        return [plain(chunk) for chunk in answer]
+    return {k: v for k, v in answer.items() if k not in ("id", "created", "model")}
+
+
+MESSAGES: List[Any] = [{"role": "system", "content": "be short"}, {"role": "user", "content": "the fox and the expert"}]
+ARGUMENTS = {"type": "object", "properties": {"n": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": ARGUMENTS}}
+SCHEMA = {"type": "json_object", "schema": {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}}
+
+COMPLETIONS: List[Dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "stream": True},
+    {"seed": 7, "temperature": 1.5, "top_k": 0, "top_p": 1.0},
+    {"echo": True, "logprobs": 3, "temperature": 0},
+    {"suffix": " and it sleeps", "temperature": 0},
+    {"stop": ["e", "x"], "temperature": 0},
+    {"logit_bias": {"40": 50.0}, "temperature": 0},
+    {"repeat_penalty": 1.5, "presence_penalty": 0.3, "frequency_penalty": 0.3, "temperature": 0},
+    {"mirostat_mode": 2, "seed": 3},
+]
+CHATS: List[Dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "stream": True},
+    {"temperature": 0, "logprobs": True, "top_logprobs": 2},
+    {"temperature": 0, "response_format": SCHEMA},
+    {"temperature": 0, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "look"}}},
+    {"temperature": 0, "stop": ["a"]},
+]
+
+
+@pytest.mark.parametrize("options", COMPLETIONS, ids=lambda o: "-".join(o))
+def test_create_completion(pair: List[Any], options: Dict[str, Any]) -> None:
+    answers = [plain(llm.create_completion(TEXT.decode()[:40], max_tokens=10, **options)) for llm in pair]
+    assert answers[0] == answers[1]
+    assert pair[1].offload_stats().selections > 0
+
+
+@pytest.mark.parametrize("options", CHATS, ids=lambda o: "-".join(o))
+def test_create_chat_completion(pair: List[Any], options: Dict[str, Any]) -> None:
+    if "tools" in options:
+        for llm in pair:
+            llm.chat_format = "chatml-function-calling"
+    try:
+        answers = [plain(llm.create_chat_completion(MESSAGES, max_tokens=60, **options)) for llm in pair]
+    finally:
+        for llm in pair:
+            llm.chat_format = "llama-2"
+    # Names of answers are random, also inside of tool calls.
+    assert without_ids(answers[0]) == without_ids(answers[1])
+    if options.get("response_format") is SCHEMA:
+        assert json.loads(answers[1]["choices"][0]["message"]["content"])["a"] in "xy"
+
+
+def without_ids(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: without_ids(v) for k, v in x.items() if k != "id"}
+    return [without_ids(v) for v in x] if isinstance(x, list) else x
+
+
+def test_grammar_and_seed(pair: List[Any]) -> None:
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "the " ("fox" | "dog" | "cat")', verbose=False)
+    texts = []
+    for llm in pair:
+        llm.set_seed(5)
+        texts.append([llm(TEXT.decode()[:30], grammar=grammar, max_tokens=9)["choices"][0]["text"] for _ in range(3)])
+    assert texts[0] == texts[1] and all(t[:7] in ("the fox", "the dog", "the cat") for t in texts[0])
+
+
+def test_states_and_caches(tmp_path: Path) -> None:
+    stock, llm = make(), offloaded()
+    tokens = words(llm, 90)
+    for model in (stock, llm):
+        model.eval(tokens)
+    state = llm.save_state()
+    # A batch of logits that nobody asked for is no part of it.
+    assert state.scores.nbytes <= 4 * llm.n_vocab()
+    want = [t for t, _ in zip(stock.generate(tokens, temp=0), range(6))]
+    llm.reset()
+    llm.eval(tokens[::-1])
+    for from_ in (state, pickle.loads(pickle.dumps(state)), stock.save_state()):
+        llm.load_state(from_)
+        llm.n_tokens = min(llm.n_tokens, len(tokens))
+        assert [t for t, _ in zip(llm.generate(tokens, temp=0), range(6))] == want
+    stock.load_state(make_state(llm, tokens))
+    assert [t for t, _ in zip(stock.generate(tokens, temp=0), range(6))] == want
+    for cache in (llama_cpp.LlamaRAMCache(1 << 24), llama_cpp.LlamaDiskCache(str(tmp_path))):
+        llm.set_cache(cache)
+        for prompt in (tokens[:50], tokens[20:], tokens[:50]):
+            got = llm.create_completion(prompt, max_tokens=5, temperature=0)["choices"][0]["text"]
+            assert got == stock.create_completion(prompt, max_tokens=5, temperature=0)["choices"][0]["text"]
+    stock.close()
+    llm.close()
+
+
+def make_state(llm: Any, tokens: List[int]) -> Any:
+    llm.reset()
+    llm.eval(tokens)
+    return llm.save_state()
+
+
+@pytest.mark.parametrize("pooling", [0, 1, 3])
+def test_embeddings(pooling: int) -> None:
+    # llama.cpp pools within a ubatch, and aborts when it is smaller than the batch.
+    both = [make(embedding=True, pooling_type=pooling, n_ubatch=64), offloaded(embedding=True, pooling_type=pooling)]
+    texts = ["the fox", "a dog runs away", "hunters"]
+    out = [llm.create_embedding(texts) for llm in both]
+    assert np.array_equal(np.concatenate([np.ravel(d["embedding"]) for d in out[0]["data"]]),
+                          np.concatenate([np.ravel(d["embedding"]) for d in out[1]["data"]]))  # fmt: skip
+    assert out[0]["usage"] == out[1]["usage"]
+    assert both[0].embed(texts[0], normalize=True) == both[1].embed(texts[0], normalize=True)
+    # And a text after it.
+    assert both[0](texts[1], temperature=0)["choices"][0]["text"] == both[1](texts[1], temperature=0)["choices"][0]["text"]
+    for llm in both:
+        llm.close()
+    llm = offloaded()
+    with pytest.raises(RuntimeError, match="embedding=True"):
+        llm.embed("x")
+    llm.close()
+
+
+def test_draft_model() -> None:
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    texts = []
+    for new in (make, offloaded):
+        # 200 tokens: more than n_batch, beyond which stock's `scores` end.
+        llm = new(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=3, max_ngram_size=2), n_batch=256)
+        texts.append(llm.create_completion(words(llm, 100) * 2, max_tokens=20, temperature=0)["choices"][0]["text"])
+        llm.close()
+    assert texts[0] == texts[1]
+    llm = offloaded(draft_model=LlamaPromptLookupDecoding(num_pred_tokens=3, max_ngram_size=2))
+    assert llm.create_completion(words(llm, 100) * 2, max_tokens=20, temperature=0)["choices"][0]["text"]
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type_k": 8, "type_v": 8, "flash_attn": True},
+        {"flash_attn": True},
+        {"n_gpu_layers": -1, "split_mode": 0, "main_gpu": 0},
+        {"use_mmap": False, "offload_kqv": False, "op_offload": True, "swa_full": False, "no_perf": True},
+        {"kv_overrides": {"llama.expert_used_count": 4}},
+        {"rope_freq_base": 5000.0, "rope_freq_scale": 0.5},
+        {"numa": 1},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_options_of_the_constructor(options: Dict[str, Any]) -> None:
+    outs = []
+    for new in (make, offloaded):
+        llm = new(logits_all=True, **options)
+        outs.append(logits(llm, words(llm, 40), 8))
+        llm.close()
+    assert np.array_equal(outs[0], outs[1])
+
+
+def test_two_models_in_one_process() -> None:
+    first, second = offloaded(logits_all=True), offloaded(tiny_dual("qwen3moe"), logits_all=True)
+    stock = [make(logits_all=True), make(tiny_dual("qwen3moe"), logits_all=True)]
+    tokens = words(first, 40)
+    want = [logits(s, tokens, 8) for s in stock]
+    for llm in (first, second):
+        llm.reset()
+    for i in range(0, 40, 8):
+        first.eval(tokens[i : i + 8])
+        second.eval(tokens[i : i + 8])
+    assert np.array_equal(first.scores[:40], want[0]) and np.array_equal(second.scores[:40], want[1])
+    first.close()
+    assert np.array_equal(logits(second, tokens, 8), want[1])
+    for s in (second, *stock):
+        s.close()
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def adapter(path: Path, targets: Dict[str, Any], rank: int = 4) -> Path:
+    """A LoRA on `targets` (name -> shape, slowest axis first) with random weights."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    rng = np.random.default_rng(1)
+    for name, (*experts, n_out, n_in) in targets.items():
+        for part, shape in (("a", (rank, n_in)), ("b", (n_out, rank))):
+            writer.add_tensor(f"{name}.lora_{part}", (rng.standard_normal((*experts, *shape)) * 0.1).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def shapes(*names: str) -> Dict[str, Any]:
+    tensors = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(tiny(MODEL)).tensors}
+    return {name: tensors[name] for name in names}
+
+
+def test_lora_on_dense_weights_is_stock_bit_for_bit(tmp_path: Path) -> None:
+    names = ("blk.0.attn_q.weight", "blk.1.attn_output.weight", "blk.1.ffn_gate_inp.weight")
+    path = adapter(tmp_path / "dense.gguf", shapes(*names))
+    outs = {}
+    for new in (make, offloaded):
+        for scale in (0.0, 1.5):
+            llm = new(logits_all=True, lora_path=str(path), lora_scale=scale)
+            outs[new.__name__, scale] = logits(llm, words(llm, 40), 8)
+            llm.close()
+    assert np.array_equal(outs["make", 1.5], outs["offloaded", 1.5])
+    assert np.array_equal(outs["make", 0.0], outs["offloaded", 0.0])
+    assert not np.array_equal(outs["make", 1.5], outs["make", 0.0])
+
+
+def test_lora_on_experts_is_refused(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "experts.gguf", shapes("blk.0.attn_q.weight", "blk.1.ffn_up_exps.weight"))
+    with pytest.raises(UnsupportedModelError, match=r"experts.gguf.*blk\.1\.ffn_up_exps\.weight"):
+        offloaded(lora_path=str(path))
+    for bad, what in ((tmp_path / "none.gguf", "no file"), (Path(__file__), "not a GGUF")):
+        with pytest.raises(HobbitError, match=what):
+            offloaded(lora_path=str(bad))
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_pickling() -> None:
+    llm = offloaded()
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(llm)
+    llm.close()
+    stock = make()
+    again: Any = pickle.loads(pickle.dumps(stock))
+    assert again.n_ctx() == stock.n_ctx()
+    stock.close()
+    again.close()
+
+
+def test_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_dual(MODEL)
+    hub: Any = types.ModuleType("huggingface_hub")
+    utils: Any = types.ModuleType("huggingface_hub.utils")
+    hub.hf_hub_download = lambda **kwargs: str(path)
+    utils.validate_repo_id = lambda name: None
+
+    class FileSystem:
+        def ls(self, repo: str, recursive: bool) -> List[str]:
+            return [f"{repo}/{path.name}", f"{repo}/README.md"]
+
+    hub.HfFileSystem = FileSystem
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utils)
+    pretrained: Any = Llama.from_pretrained
+    llm: Any = pretrained("some/model", "*.gguf", offload="hobbit", memory="2GiB", n_ctx=64, verbose=False)
+    assert type(llm) is Llama and llm.offload_stats().memory_budget == 2 << 30
+    answer: Any = llm("the fox", max_tokens=3)
+    assert answer["choices"][0]["text"]
+    llm.close()
+
+
+def test_what_does_not_go_with_offload_is_refused_by_name() -> None:
+    for name in ("use_mlock", "vocab_only"):
+        options: Dict[str, Any] = {name: True}
+        with pytest.raises(ParameterError, match=name):
+            offloaded(**options)
+
+
+def test_the_reason_why_a_file_cannot_be_loaded_is_in_the_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"nonsense" * 100)
+    with pytest.raises(ModelFormatError, match=r"bad.gguf.*magic"):
+        make(path)
+    with pytest.raises(ValueError, match="flash_attn"):
+        make(type_v=8)
+    assert capfd.readouterr().err == ""
+    for offload in ("none", "hobbit"):
+        assert cli(["run", str(path), "-p", "x", "--offload", offload]) == 1
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and err.startswith("hobbit: ") and "bad.gguf" in err
+    assert isinstance(ModelFormatError("x"), ValueError)  # which is what stock raises
+
+
