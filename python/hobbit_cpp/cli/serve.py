@@ -1,0 +1,82 @@
+"""hobbit serve: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from typing import Any
+
+from .options import add_model_flags, check_model_flags, load_model
+
+__all__ = ["add_parser", "serve"]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP, as OpenAI does",
+        description="Serves /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /metrics and /health. "
+        "Requests take turns in the order they come.",
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    group.add_argument("--port", metavar="N", type=_port, default=8000, help="default: 8000; 0: any that is free")
+    group.add_argument("--api-key", metavar="KEY", help="ask for it as a bearer token (default: $HOBBIT_API_KEY, or none)")
+    group.add_argument("-a", "--alias", metavar="NAME", help="name of the model in /v1/models (default: that of the file)")
+    group.add_argument("--chat-format", metavar="NAME", help="of llama-cpp-python (default: the model's own template)")
+    group.add_argument("--embedding", action="store_true", help="answer /v1/embeddings")
+    group.add_argument(
+        "--logprobs", action="store_true", help="answer requests for logprobs; takes 4 bytes x context x vocabulary"
+    )
+    add_model_flags(parser)
+    parser.set_defaults(function=serve)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Loads, then serves until it is told to end."""
+    check_model_flags(args)
+    listener = _listen(args.host, args.port)
+    try:
+        # Before the model: what the server takes is part of the budget.
+        try:
+            from hobbit_cpp.server import app
+        except ModuleNotFoundError as e:
+            raise ValueError(f"hobbit serve needs {e.name}, which is not installed: pip install 'hobbit-cpp[server]'") from e
+        print(f"loading {args.model}", file=sys.stderr, flush=True)
+        llm = load_model(args, chat_format=args.chat_format, embedding=args.embedding, logits_all=args.logprobs)
+        try:
+            name = args.alias or args.model.stem
+            key = args.api_key or os.environ.get("HOBBIT_API_KEY") or None
+            host, port = listener.getsockname()[:2]
+            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            app.serve(app.App(llm, name, key), listener, f"serving {name} at {where}/v1", args.verbose)
+        finally:
+            llm.close()
+    finally:
+        listener.close()
+    return 0
+
+
+def _port(text: str) -> int:
+    n = int(text)
+    if not 0 <= n <= 65535:
+        raise argparse.ArgumentTypeError(f"{n} is not a port: 0 to 65535")
+    return n
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that a port in use is found out before the model is loaded."""
+    out: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        out = socket.socket(family, kind, protocol)
+        out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        out.bind(address)
+        return out
+    except OSError as e:
+        if out is not None:
+            out.close()
+        raise ValueError(f"cannot listen at {host}, port {port}: {getattr(e, 'strerror', None) or e}") from e

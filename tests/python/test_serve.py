@@ -1,0 +1,277 @@
+"""`hobbit serve` over real HTTP, with a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hobbit_cpp.cli import main
+from hobbit_cpp.server.metrics import Requests, render
+from hobbit_cpp.stats import OffloadStats
+from models import tiny_dual
+
+parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is in the test extra")
+
+KEY = "secret"
+CONTEXT = 6000
+LONG = "the hunters run away from the fox and " * 150  # most of the context
+
+
+class Server:
+    """A running `hobbit serve`."""
+
+    def __init__(self, *flags: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hobbit_cpp", "serve", str(tiny_dual("mixtral")), "--port", "0", "--expert-cache", "8MiB"]
+            + ["-t", "1", "-tb", "1", "-c", str(CONTEXT), "-b", "8192", "-ub", "32", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, PORT="1", API_KEY="other", CONFIG_FILE="/nonexistent"),  # of other programs
+        )
+        assert self.process.stderr is not None
+        self.said: list[str] = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            found = re.match(r"serving (\S+) at http://127.0.0.1:(\d+)/v1$", line)
+            if found:
+                self.name, self.port = found[1], int(found[2])
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.said += list(self.process.stderr)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
+    def begin(self, path: str, body: Any = None, key: str = KEY) -> http.client.HTTPConnection:
+        connection = self.connect()
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+        return connection
+
+    def ask(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
+        connection = self.begin(path, body, key)
+        response = connection.getresponse()
+        data = response.read().decode()
+        connection.close()
+        return response.status, json.loads(data) if response.headers.get_content_type() == "application/json" else data
+
+    def stream(self, path: str, body: Any) -> list[Any]:
+        status, data = self.ask(path, {**body, "stream": True})
+        assert status == 200
+        events = [line[6:] for line in data.splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        return [json.loads(e) for e in events[:-1]]
+
+    def metrics(self) -> dict[str, float]:
+        """name{label} -> value, as Prometheus reads it."""
+        status, text = self.ask("/metrics")
+        assert status == 200
+        return parse(text)
+
+    def wait_for(self, what: Any) -> None:
+        end = time.monotonic() + 60
+        while not what(self.metrics()):
+            assert time.monotonic() < end, self.metrics()
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self._reader.join(10)
+        return code
+
+
+def parse(text: str) -> dict[str, float]:
+    out = {}
+    for family in parser.text_string_to_metric_families(text):
+        assert family.documentation and family.type in ("counter", "gauge")
+        for sample in family.samples:
+            assert (family.type == "counter") == sample.name.endswith("_total")
+            out[sample.name + "".join(f"{{{v}}}" for v in sample.labels.values())] = sample.value
+    return out
+
+
+@contextlib.contextmanager
+def running(*flags: str) -> Iterator[Server]:
+    server = Server(*flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running("--api-key", KEY) as server:
+        yield server
+
+
+def chat(text: str, n: int = 12, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": n, "temperature": 0, **more}
+
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RUNNING = "hobbit_http_requests"
+GONE = "hobbit_http_requests_total{499}"
+
+
+def test_models_health_and_key(server: Server) -> None:
+    assert server.ask("/health", key="") == (200, {"status": "ok"})
+    status, models = server.ask("/v1/models")
+    assert status == 200 and [m["id"] for m in models["data"]] == [server.name] == [tiny_dual("mixtral").stem]
+    for path in ("/v1/models", "/metrics"):
+        assert server.ask(path, key="wrong")[0] == 401
+    assert server.ask(CHAT, chat("x"), key="other")[0] == 401
+
+
+def test_answers_whole_and_streamed_are_the_same(server: Server) -> None:
+    status, answer = server.ask(CHAT, chat("the fox"))
+    assert status == 200 and answer["usage"]["completion_tokens"] > 0
+    chunks = server.stream(CHAT, chat("the fox"))
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+    assert text == answer["choices"][0]["message"]["content"] and text
+    ask = {"prompt": "the fox", "max_tokens": 9, "temperature": 0}
+    status, answer = server.ask(COMPLETIONS, ask)
+    assert status == 200
+    assert "".join(c["choices"][0]["text"] for c in server.stream(COMPLETIONS, ask)) == answer["choices"][0]["text"]
+    status, answer = server.ask(CHAT, chat("say", 40, response_format={"type": "json_object"}, min_tokens=1))
+    assert status == 200 and answer["choices"][0]["message"]["content"].lstrip().startswith("{")
+
+
+def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
+    too_long = {"prompt": LONG * 3, "max_tokens": 3}
+    status, answer = server.ask(COMPLETIONS, too_long)
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    (chunk,) = server.stream(COMPLETIONS, too_long)
+    assert chunk["error"]["code"] == "context_length_exceeded"
+    status, answer = server.ask(COMPLETIONS, {"prompt": "x", "logprobs": 2})
+    assert status == 400 and "logits_all" in answer["error"]["message"]
+    status, answer = server.ask("/v1/embeddings", {"input": "x"})
+    assert status == 400 and "--embedding" in answer["error"]["message"]
+    assert server.ask(COMPLETIONS, {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+def test_many_clients_are_all_served(server: Server) -> None:
+    texts = ["the fox", "hunters", "runs away", "and then it sleeps"]
+    alone = [server.ask(CHAT, chat(t))[1]["choices"][0]["message"]["content"] for t in texts]
+
+    def one(i: int) -> str:
+        if i % 2:
+            chunks = server.stream(CHAT, chat(texts[i % 4]))
+            return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        return str(server.ask(CHAT, chat(texts[i % 4]))[1]["choices"][0]["message"]["content"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(16))) == alone * 4
+
+
+def test_the_prefix_of_a_chat_is_kept(server: Server) -> None:
+    first = "the quick brown fox jumps over the lazy dog " * 8
+    before = server.metrics()["hobbit_tokens_total"]
+    answer = server.ask(COMPLETIONS, {"prompt": first, "max_tokens": 4, "temperature": 0})[1]
+    n_first = answer["usage"]["prompt_tokens"]
+    middle = server.metrics()["hobbit_tokens_total"]
+    assert middle - before >= n_first - 8
+    server.ask(COMPLETIONS, {"prompt": first + answer["choices"][0]["text"] + " and", "max_tokens": 4, "temperature": 0})
+    assert server.metrics()["hobbit_tokens_total"] - middle < n_first / 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_its_prompt_is_processed(server: Server, stream: bool) -> None:
+    before = server.metrics()
+    connection = server.begin(COMPLETIONS, {"prompt": f"{stream} " + LONG, "max_tokens": 9, "stream": stream})
+    begun = before["hobbit_tokens_total"] + 64
+    server.wait_for(lambda m: m["hobbit_tokens_total"] > begun)
+    waiting = server.begin(CHAT, chat("hunters", n=999, stream=stream))  # and one that leaves before its turn
+    server.wait_for(lambda m: m[RUNNING] == 3)
+    for c in (waiting, connection):
+        c.close()
+    assert server.ask(COMPLETIONS, {"prompt": "the", "max_tokens": 2})[0] == 200
+    server.wait_for(lambda m: m[RUNNING] == 1)
+    after = server.metrics()
+    assert after["hobbit_tokens_total"] - before["hobbit_tokens_total"] < 4500
+    assert after[GONE] == before.get(GONE, 0) + 2
+
+
+def test_a_client_that_leaves_while_its_answer_is_streamed(server: Server) -> None:
+    gone = server.metrics().get(GONE, 0)
+    # Letters only: upstream holds back what is no UTF-8, which a random model produces.
+    endless = {"prompt": "the", "max_tokens": 5000, "min_tokens": 5000, "grammar": "root ::= [a-z ]*", "stream": True}
+    connection = server.begin(COMPLETIONS, endless)
+    response = connection.getresponse()
+    for _ in range(6):
+        assert response.readline()
+    response.close()
+    connection.close()
+    server.wait_for(lambda m: m.get(GONE, 0) == gone + 1 and m[RUNNING] == 1)
+
+
+def test_metrics_add_up(server: Server) -> None:
+    m = server.metrics()
+    parts = ("hits_total{high}", "hits_total{low}", "loads_total{high}", "loads_total{low}", "skips_total")
+    assert m["hobbit_selections_total"] == sum(m[f"hobbit_{p}"] for p in parts) > 0
+    assert m["hobbit_read_bytes_total{demand}"] > 0 and m["hobbit_memory_bytes"] > 0
+    assert m["hobbit_http_requests_total{200}"] > 0
+    connection = server.begin("/metrics")
+    assert connection.getresponse().headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert "hobbit_tokens_total" not in parse(render(Requests()))
+    assert parse(render(Requests(), OffloadStats(n_tokens=3)))["hobbit_tokens_total"] == 3
+
+
+def test_nothing_was_written_by_what_went_wrong(server: Server) -> None:
+    """After the tests above: disconnects and refused requests leave no tracebacks."""
+    assert len(server.said) == 2, server.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(number: int) -> None:
+    with running("--embedding", "-b", "512", "-ub", "512") as server:
+        status, answer = server.ask("/v1/embeddings", {"input": ["the fox", "a dog"]})
+        assert status == 200 and len(answer["data"]) == 2
+        whole = server.begin(COMPLETIONS, {"prompt": LONG, "max_tokens": 5})
+        server.wait_for(lambda m: m["hobbit_tokens_total"] > 64)
+        queued = server.begin(CHAT, chat("the fox"))
+        server.wait_for(lambda m: m[RUNNING] == 3)
+        assert server.stop(number) == 0
+        assert [c.getresponse().status for c in (whole, queued)] == [503, 503]
+        assert "Traceback" not in "".join(server.said)
+
+
+def test_what_stands_in_the_way_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(tiny_dual("mixtral"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", model, "--port", str(taken.getsockname()[1])]) == 1
+    assert "Address already in use" in capsys.readouterr().err
+    assert main(["serve", model, "--host", "no.such.host.invalid"]) == 1
+    assert "cannot listen at no.such.host.invalid" in capsys.readouterr().err
+    assert main(["serve", model, "--port", "70000"]) == 2
+    assert main(["serve", str(Path("no.gguf")), "--port", "0"]) == 1
+    assert "no.gguf: no such file" in capsys.readouterr().err
+    for name in [n for n in sys.modules if n.startswith("hobbit_cpp.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", model, "--port", "0"]) == 1
+    assert "pip install 'hobbit-cpp[server]'" in capsys.readouterr().err
