@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any, Dict, List, Sequence, Tuple
 
 from .._memory import human
 from .sources import Data
-from .svg import Plot, both, legend, number, table, ticks
+from .svg import Plot, both, legend, number, plain, table, ticks
 
 Span = Tuple[float, float]
 
@@ -172,14 +173,13 @@ def contenders(data: Data) -> str:
     best = max(float(r["tok_s"]) for r in rows) or 1.0
 
     def draw(width: int, css: str) -> str:
-        left = 170 if width > 500 else 120
-        p = Plot(width, 26 * len(rows) + 56, (0, 1.12 * best), (0, len(rows)), left=left, down=True)
+        p = Plot(width, 40 * len(rows) + 56, (0, 1.12 * best), (0, len(rows)), left=12, down=True)
         p.x_axis("tokens a second", ticks(0, best, 8 if width > 500 else 4))
         for i, r in enumerate(rows):
             rate = float(r["tok_s"])
-            p.rect(0, i + 0.18, rate, i + 0.82, "c-hit", f"{_describe(r)}: {rate:.2f} tokens a second")
-            p.text(p.x0 - 8, p.py(i + 0.5) + 4, _describe(r), "end")
-            p.text(p.px(rate) + 5, p.py(i + 0.5) + 4, f"{rate:.1f}", "start")
+            p.rect(0, i + 0.45, rate, i + 0.9, "c-hit", f"{_describe(r)}: {rate:.2f} tokens a second")
+            p.text(p.x0, p.py(i + 0.36), _describe(r), "start", "halo")
+            p.text(p.px(rate) + 5, p.py(i + 0.68) + 4, f"{rate:.1f}", "start")
         return p.svg("Bars: tokens a second of each contender", css)
 
     keys = (
@@ -200,23 +200,31 @@ def settings(data: Data) -> str:
     rows = [s for s in data.settings or [] if s.get("offload") and (s.get("text") or {}).get("kl")]
     if not rows:
         return ""
-    most_x = 1.1 * max(s["offload"]["mb_per_token"] for s in rows) or 1.0
-    most_y = 1.15 * max(1e3 * (s["text"]["kl"]["high"] or s["text"]["kl"]["value"]) for s in rows) or 1.0
+    kls = [1e3 * x for s in rows for x in s["text"]["kl"].values() if x and x > 0]
+    low = 10.0 ** math.floor(math.log10(max(min(kls, default=1.0), 1e-3)))
+    high = 10.0 ** math.ceil(math.log10(max([*kls, 2 * low])))
+    decades = [low * 10**i for i in range(round(math.log10(high / low)) + 1)]
+
+    def place(x: float) -> float:
+        return math.log10(min(max(x, low), high))
 
     def draw(width: int, css: str) -> str:
-        p = Plot(width, 280, (0, most_x), (0, most_y), left=60)
-        p.y_axis("KL from exact mode (mnat a token)", ticks(0, most_y, 5))
-        p.x_axis("MB read a token", ticks(0, most_x, 8 if width > 500 else 5))
-        for s in rows:
-            kl = s["text"]["kl"]
-            x, y = p.px(s["offload"]["mb_per_token"]), p.py(1e3 * kl["value"])
+        p = Plot(width, 40 * len(rows) + 56, (math.log10(low), math.log10(high)), (0, len(rows)), left=20, down=True)
+        p.x_axis(
+            "KL from exact mode (mnat a token, logarithmic)", [math.log10(d) for d in decades], lambda x: plain(round(10**x, 6))
+        )
+        for i, s in enumerate(rows):
+            kl, y = s["text"]["kl"], p.py(i + 0.68)
+            p.text(p.x0, p.py(i + 0.36), f"{s['name']}: {s['offload']['mb_per_token']:.1f} MB a token", "start", "halo")
+            if not kl["value"] > 0:
+                p.text(p.x0, y + 4, "no loss", "start")
+                continue
+            x = number(p.px(place(1e3 * kl["value"])))
             if kl["low"] is not None:
-                low, high = number(p.py(1e3 * kl["low"])), number(p.py(1e3 * kl["high"]))
-                p.add(f'<path class="whisker" d="M{number(x)} {low}V{high}"/>')
-            p.add(f'<circle class="c-hit" cx="{number(x)}" cy="{number(y)}" r="5"/>')
-            right = x > p.x1 - 80
-            p.text(x - 9 if right else x + 9, y - 6, str(s["name"]), "end" if right else "start", "halo")
-        return p.svg("Points: quality lost against MB read a token, one for each setting", css)
+                ends = [number(p.px(place(1e3 * kl[end]))) for end in ("low", "high")]
+                p.add(f'<path class="whisker" d="M{ends[0]} {number(y)}H{ends[1]}"/>')
+            p.add(f'<circle class="c-hit" cx="{x}" cy="{number(y)}" r="5"/>')
+        return p.svg("Points: quality lost by each setting, with the MB it reads a token", css)
 
     body = [
         [
@@ -227,5 +235,5 @@ def settings(data: Data) -> str:
         ]
         for s in rows
     ]
-    note = '<p class="note">Lower and farther left is better. Bars: 95 % intervals.</p>'
+    note = '<p class="note">Farther left is better, at as few MB. Lines: 95 % intervals.</p>'
     return both(draw) + note + table(["setting", "MB a token", "perplexity", "KL, mnat"], body, "Figures")

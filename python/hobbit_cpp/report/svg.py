@@ -44,7 +44,7 @@ class Plot:
         self, width: int, height: int, x: Point, y: Point, *, left: int = 52, bottom: int = 42, top: int = 10, down: bool = False
     ) -> None:
         self.width, self.height = width, height
-        self.x0, self.x1, self.y0, self.y1 = left, width - 12, top, height - bottom
+        self.x0, self.x1, self.y0, self.y1 = left, width - 20, top, height - bottom
         self.x_range, self.y_range, self.down = x, y, down
         self.parts: List[str] = []
 
