@@ -11,12 +11,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
+from rich.console import Console
 
 from decode import load, logits
 from hobbit_cpp import Llama, OffloadParams, ParameterError
 from hobbit_cpp.cli import main
 from hobbit_cpp.evaluate import questions as q
 from hobbit_cpp.evaluate import statistics as st
+from hobbit_cpp.evaluate import table
 from hobbit_cpp.evaluate import text as t
 from hobbit_cpp.evaluate.compare import Plan, run
 from hobbit_cpp.evaluate.scorer import LlamaScorer
@@ -348,6 +350,23 @@ def test_a_run_on_made_up_models(tmp_path: Path) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.parametrize(("at", "finished"), [("preparing", []), ("exact", []), ("low", ["exact"])])
+def test_what_was_finished_before_ctrl_c_is_kept(tmp_path: Path, capsys: Captured, at: str, finished: List[str]) -> None:
+    class Impatient(Silence):
+        def phase(self, name: str, total: int) -> None:
+            if name == at:
+                raise KeyboardInterrupt
+
+    def open_model(setting: Any, n_ctx: int, width: int, pool: Optional[int]) -> FakeScorer:
+        return FakeScorer(uniform, bytes_per_token=1000)
+
+    settings = [parse_setting(x, OffloadParams()) for x in ("low", "exact")]
+    result = run(Plan(settings=settings, text=text_file(tmp_path), n_tokens=50, window=20), open_model, Impatient())
+    assert result["interrupted"] and [row["name"] for row in result["settings"]] == finished
+    table.show(result, Console(width=100))
+    assert "interrupted" in capsys.readouterr().out
+
+
 def test_plans_that_make_no_sense() -> None:
     base = OffloadParams()
     for settings, more, message in (
@@ -422,6 +441,15 @@ def test_the_command_without_offload_and_batched(tmp_path: Path, capsys: Capture
     assert "64 tokens per decode" in capsys.readouterr().out
     stock, exact = (json.loads((tmp_path / x).read_text())["settings"][0]["text"]["perplexity"] for x in "ab")
     assert stock["value"] == pytest.approx(exact["value"], rel=1e-3)
+
+
+@quiet
+def test_an_ordinary_file_is_measured_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    args = ["eval", str(tiny("mixtral")), "--text", str(text_file(tmp_path)), "--tokens", "30", "--warmup", "0", "-t", "1"]
+    assert main([*args, "-tb", "1", "--expert-cache", "50%", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["settings"]] == ["exact"] and result["conditions"]["warmup_tokens"] == 0
 
 
 def test_usage_errors_are_one_line(tmp_path: Path, capsys: Captured) -> None:

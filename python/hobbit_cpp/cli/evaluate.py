@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         questions=q.read_questions(args.questions, args.question_limit) if args.questions is not None else (),
         tune_tokens=args.tune_tokens,
         target=args.target_mb * 1e6 if args.target_mb is not None else None,
+        as_is=args.against is None and args.precision_rule is None,
         one_by_one=args.one_by_one,
         scratch=args.scratch,
     )

@@ -31,6 +31,7 @@ class Plan:
         window: tokens of context; skip: predictions at the start of each window that are not scored.
         questions: multiple choice, or empty.
         tune_tokens: tokens on which tuned settings are matched; target: bytes a token they shall read (None: those of "low").
+        as_is: nobody named the settings: what the file cannot do is left out.
         one_by_one: one token a llama_decode even where no rule depends on the cache.
         scratch: folder for the predictions of exact mode; None: the system's.
     """
@@ -44,6 +45,7 @@ class Plan:
     questions: Sequence[q.Question] = ()
     tune_tokens: int = 128
     target: Optional[float] = None
+    as_is: bool = False
     one_by_one: bool = False
     scratch: Optional[Path] = None
 
@@ -238,7 +240,10 @@ def run(plan: Plan, open_model: Open, watcher: Watcher) -> Dict[str, Any]:
         work.prepare(base)
         if base is not None and work.info is not None and not work.info.has_low:
             lossy = [s.name for s in plan.settings if s.kind in ("low", "weight")]
-            if lossy:
+            if lossy and plan.as_is:  # such a file is run in high precision
+                plan = work.plan = replace(plan, settings=[s for s in plan.settings if s.name not in lossy])
+                work.prepare(base)  # batches may be wider now, and leave less for experts
+            elif lossy:
                 raise ParameterError(
                     f"{', '.join(lossy)} needs low-precision copies, which this file does not have: make one that does with "
                     "`hobbit convert MODEL -o OUT`"
