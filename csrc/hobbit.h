@@ -109,7 +109,8 @@ typedef enum hobbit_precision_rule {
     HOBBIT_PRECISION_EXACT  = 0, /* every selected expert in high precision */
     HOBBIT_PRECISION_MISS   = 1, /* HOBBIT: low or skip, decided on a cache miss only */
     HOBBIT_PRECISION_WEIGHT = 2, /* by router weight alone, whatever is cached: reproducible */
-    HOBBIT_PRECISION_DROP   = 3  /* skipped on a cache miss when the router weight is below drop_fraction / k */
+    HOBBIT_PRECISION_DROP   = 3, /* skipped on a cache miss when the router weight is below drop_fraction / k */
+    HOBBIT_PRECISION_DEMAND = 4  /* Fate: what is read on demand is low, what is read ahead is high */
 } hobbit_precision_rule;
 
 typedef enum hobbit_eviction_rule {
@@ -117,7 +118,10 @@ typedef enum hobbit_eviction_rule {
     HOBBIT_EVICT_LFU       = 1,
     HOBBIT_EVICT_HOBBIT    = 2, /* HOBBIT eq. 3, with the weights below */
     HOBBIT_EVICT_LCU       = 3, /* MoE-APEX: least cost-weighted use */
-    HOBBIT_EVICT_FORESIGHT = 4  /* ours: expected uses, from what followed similar tokens */
+    HOBBIT_EVICT_FORESIGHT = 4, /* ours: expected uses, from what followed similar tokens */
+    HOBBIT_EVICT_LAYER_LRU = 5, /* least recently used, each layer with slots of its own */
+    HOBBIT_EVICT_LAYER_ARC = 6, /* ARC in the same */
+    HOBBIT_EVICT_FATE      = 7  /* Fate: the first layers held whole, ARC in each */
 } hobbit_eviction_rule;
 
 typedef struct hobbit_params {
@@ -140,9 +144,10 @@ typedef struct hobbit_params {
     float    low_share;       /* share of the pool for low-precision copies, 0..0.9 */
     float    drop_fraction;   /* F of HOBBIT_PRECISION_DROP, which needs no low copies; 0 drops nothing */
     uint32_t max_experts;     /* most experts a token, those of the largest router weights; 0: all that the router selects */
+    uint32_t prefetch_extra;  /* experts of a layer that are read ahead beyond the predicted k */
 } hobbit_params;
 
-/* Fills `params` with the defaults of a mode: "hobbit", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
+/* Fills `params` with the defaults of a mode: "hobbit", "fate", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
 HOBBIT_API hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobbit_error * error);
 
 /* Opens a GGUF (all parts of a split one), reads its header and builds the expert index. No weights are read.
@@ -288,6 +293,86 @@ HOBBIT_API hobbit_status hobbit_probe_read(hobbit_session * session, bool low, u
 /* Bytes of weights a second in products of one token with [n_in, n_out] matrices of the type, by ggml's kernels. */
 HOBBIT_API hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, uint32_t n_threads, double seconds,
                                               double * bytes_per_second, hobbit_error * error);
+
+/* Switches tracing on with what the routers of the following layers predict from each layer's router input, up to `depth` layers
+ * ahead. HOBBIT_ERR_STATE with a prefetch_depth above 0. ids, weights: [n_rows][n_moe_layer][depth][n_predicted]: [l][d] is what was
+ * predicted for layer l from the router input of layer l - 1 - d (zeros where there is no such layer), by falling score,
+ * the weights normalised over the n_predicted. */
+HOBBIT_API hobbit_status hobbit_session_trace_predictions(hobbit_session * session, uint32_t depth, hobbit_error * error);
+HOBBIT_API uint32_t      hobbit_session_n_predicted(const hobbit_session * session);
+HOBBIT_API uint64_t      hobbit_session_trace_read_predictions(hobbit_session * session, uint64_t max_rows, uint16_t * ids,
+                                                               float * weights);
+
+/* Recorded routing. Arrays as hobbit_session_trace_read and hobbit_session_trace_read_predictions give them. */
+typedef struct hobbit_routing {
+    uint32_t         struct_size;
+    uint32_t         n_layer; /* MoE layers */
+    uint32_t         k;
+    uint64_t         n_rows; /* tokens */
+    const uint16_t * ids;
+    const float *    weights;
+    uint32_t         depth; /* layers ahead, 0: without predictions */
+    uint32_t         n_predicted;
+    const uint16_t * predicted; /* may be NULL */
+    const float *    predicted_weights;
+} hobbit_routing;
+
+/* From the next batch on the model follows `routing` (copied) instead of its routers, from the first row on: ids and weights of each
+ * selection, and the predictions that prefetch goes by (without them nothing is prefetched). Rows and layers are taken modulo;
+ * where a layer computes fewer tokens than the batch has, they are its last. NULL: the routers again. Not during llama_decode.
+ * HOBBIT_ERR_INVALID_ARGUMENT when k differs from the model's or an expert is not there. */
+HOBBIT_API hobbit_status hobbit_session_set_routing(hobbit_session * session, const hobbit_routing * routing,
+                                                    hobbit_error * error);
+
+/* ---- replay: the engine over recorded routing, without a model --------------------------------------- */
+
+typedef struct hobbit_replay hobbit_replay;
+
+typedef struct hobbit_replay_model {
+    uint32_t     struct_size;
+    uint32_t     n_expert;   /* of a layer; layers and k are those of the routing */
+    uint64_t     bytes_high; /* of an expert */
+    uint64_t     bytes_low;  /* 0: there are no low copies */
+    const char * path;       /* not NULL: a GGUF instead of the three above; its header is read, no weights */
+} hobbit_replay_model;
+
+/* Copies `routing`. `lens`: tokens of each of the n_lens sequences, all rows of the routing. */
+HOBBIT_API hobbit_replay * hobbit_replay_init(const hobbit_replay_model * model, const hobbit_routing * routing,
+                                              const uint32_t * lens, uint64_t n_lens, hobbit_error * error);
+HOBBIT_API void            hobbit_replay_free(hobbit_replay * replay);
+/* Bytes of the largest expert, high and low precision. */
+HOBBIT_API void hobbit_replay_sizes(const hobbit_replay * replay, uint64_t * bytes);
+
+typedef struct hobbit_replay_setup {
+    uint32_t struct_size;
+    uint32_t by_selection; /* 1: each selection is asked for by itself and let go of, as in a textbook; exact precision only.
+                               0: a layer's selections together, as the engine does it */
+    uint32_t keep_uses;    /* 1: what is counted of the uses goes on from sequence to sequence */
+    double   cache_share;  /* slots in bytes: this share of all experts in high precision, rounded down to whole ones */
+    uint64_t pool_bytes;   /* not 0: instead of it, an expert pool as hobbit_session_start takes it */
+    double   token_seconds; /* compute time of a token with all experts in memory, spread evenly over the layers */
+    double   expert_share;  /* of it, in the expert products */
+    double   bandwidth;     /* bytes per second; 0: every read is done at once */
+    double   latency;       /* seconds of each read before its transfer; reads wait side by side, as many as io_threads */
+} hobbit_replay_setup;
+
+typedef struct hobbit_replay_result {
+    uint32_t     struct_size;
+    hobbit_stats stats;         /* stall_seconds and expert_seconds are not counted in it */
+    double       seconds;       /* on the simulated clock */
+    double       stall_seconds; /* of these with nothing to compute */
+} hobbit_replay_result;
+
+/* A new cache, the whole routing once. */
+HOBBIT_API hobbit_status hobbit_replay_run(hobbit_replay * replay, const hobbit_params * params,
+                                           const hobbit_replay_setup * setup, hobbit_replay_result * result,
+                                           hobbit_error * error);
+/* Belady's bound under the precision rule of `params`: the fewest bytes that have to be read on demand with a cache of that size (only
+ * cache_share and pool_bytes count). Fills in selections, hits_high, loads_high, skips and bytes_demand. With two
+ * precisions a lower bound that no cache may reach: the low copy counts as a part of the high one (csrc/replay/bound.h). */
+HOBBIT_API hobbit_status hobbit_replay_bound(hobbit_replay * replay, const hobbit_params * params,
+                                             const hobbit_replay_setup * setup, hobbit_replay_result * result,
+                                             hobbit_error * error);
 
 /* ---- quantisation, by ggml's own code ---------------------------------------------------------------- */
 

@@ -2,7 +2,7 @@
 """A C++ file of the core includes its own layer and those to its left, nothing else of ours.
 
     base <- io <- cache <- engine <- ggml <- capi
-            policy (includes base only) <- engine
+            policy (includes base only) <- engine <- replay <- capi
 
 The public headers of ggml and llama.cpp may be included anywhere, their private ones only in csrc/ggml.
 Run without arguments from anywhere.
@@ -24,7 +24,8 @@ MAY_INCLUDE: Dict[str, FrozenSet[str]] = {
     "policy": frozenset({"base", "policy"}),
     "engine": frozenset({"base", "io", "cache", "policy", "engine"}),
     "ggml": frozenset({"base", "io", "cache", "policy", "engine", "ggml"}),
-    "capi": frozenset({"base", "io", "cache", "policy", "engine", "ggml", "capi"}),
+    "replay": frozenset({"base", "io", "cache", "policy", "engine", "replay"}),
+    "capi": frozenset({"base", "io", "cache", "policy", "engine", "ggml", "replay", "capi"}),
 }
 PUBLIC = frozenset(
     ["ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpp.h", "ggml-cpu.h", "gguf.h", "llama.h", "llama-cpp.h"],

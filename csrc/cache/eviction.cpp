@@ -3,6 +3,7 @@
 #include "../hobbit.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace hobbit {
 
@@ -10,7 +11,7 @@ namespace hobbit {
 static float tokens(const eviction_context & now) { return (float) std::max(now.token, 1u); }
 
 static float layers_ahead(uint32_t layer, const eviction_context & now) {
-    return (float) ((layer + now.n_layer - now.layer) % now.n_layer);
+    return (float) (layer >= now.layer ? layer - now.layer : layer + now.n_layer - now.layer);  // both below n_layer
 }
 
 float priority_lru(const use_record & use, uint32_t, const eviction_context &) { return (float) use.last_token; }
@@ -44,21 +45,48 @@ float priority_foresight(const use_record & use, uint32_t layer, const eviction_
     return now.discount[distance] * (RECENT_TOTAL * use.recent + SEEN * seen + RATE_TOTAL * use.rate);
 }
 
-eviction_rule find_eviction_rule(int number) {
-    switch (number) {
-        case HOBBIT_EVICT_LRU:
-            return priority_lru;
-        case HOBBIT_EVICT_LFU:
-            return priority_lfu;
-        case HOBBIT_EVICT_HOBBIT:
-            return priority_hobbit;
-        case HOBBIT_EVICT_LCU:
-            return priority_lcu;
-        case HOBBIT_EVICT_FORESIGHT:
-            return priority_foresight;
-        default:
-            return nullptr;
+std::vector<uint32_t> split_slots(slot_split split, uint32_t n_layer, uint32_t n_expert, uint32_t k, uint32_t n_slots) {
+    constexpr uint32_t N_SHALLOW = 4;
+    n_slots                      = std::min(n_slots, n_layer * n_expert);
+    if (split == slot_split::none) {
+        return std::vector<uint32_t>(n_layer, std::min(n_slots, n_expert));
     }
+    std::vector<uint32_t> slots(n_layer, std::min(k, n_slots / n_layer));
+    uint32_t              left = n_slots - slots[0] * n_layer;
+    if (split == slot_split::shallow) {
+        for (uint32_t l = 0; l < std::min(N_SHALLOW, n_layer); ++l) {
+            const uint32_t more = std::min(left, n_expert - slots[l]);
+            slots[l] += more;
+            left -= more;
+        }
+    }
+    // Evenly over the layers that are not whole; what does not divide goes to the first of them.
+    while (left > 0) {
+        const auto     open = (uint32_t) std::count_if(slots.begin(), slots.end(), [&](uint32_t s) { return s < n_expert; });
+        const uint32_t share = std::max(left / open, 1u);
+        for (uint32_t & s : slots) {
+            const uint32_t more = std::min({ share, left, n_expert - s });
+            s += more;
+            left -= more;
+        }
+    }
+    return slots;
+}
+
+// By hobbit_eviction_rule.
+static const eviction_rule RULES[] = {
+    { priority_lru, slot_split::none, nullptr },        // LRU
+    { priority_lfu, slot_split::none, nullptr },        // LFU
+    { priority_hobbit, slot_split::none, nullptr },     // HOBBIT
+    { priority_lcu, slot_split::none, nullptr },        // LCU
+    { priority_foresight, slot_split::none, nullptr },  // FORESIGHT
+    { priority_lru, slot_split::even, nullptr },        // LAYER_LRU
+    { priority_lru, slot_split::even, make_arc },       // LAYER_ARC
+    { priority_lru, slot_split::shallow, make_arc },    // FATE
+};
+
+const eviction_rule * find_eviction_rule(int number) {
+    return number >= 0 && number < (int) std::size(RULES) ? &RULES[number] : nullptr;
 }
 
 }  // namespace hobbit

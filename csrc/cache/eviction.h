@@ -1,7 +1,10 @@
-// Which resident expert goes first: pure functions from what is known about an expert to a priority. The lowest goes.
+// Which resident expert goes first. A rule is a row: a pure function from what is known about an expert to a priority (the lowest goes),
+// how the slots are shared among the layers, and, for the few rules that keep a state of their own, a ledger.
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 namespace hobbit {
 
@@ -30,8 +33,44 @@ struct eviction_context {
     const float *    discount = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
 };
 
-// `layer`: of the entry (l_t).
-using eviction_rule = float (*)(const use_record & use, uint32_t layer, const eviction_context & now);
+// How the high-precision slots are shared among the layers. Low-precision copies compete with one another everywhere.
+enum class slot_split : uint8_t {
+    none,    // all experts compete
+    even,    // each layer has the same number
+    shallow  // Fate (arXiv 2502.12224): the first four layers are held whole, the rest is split evenly over the deeper ones
+};
+
+// Slots of each layer, `n_slots` in all. No layer gets more than n_expert, none fewer than k as long as there are enough for
+// all: an expert without a slot is read anew for each product. With too few for four whole layers, `shallow` fills
+// layers from the first one on.
+std::vector<uint32_t> split_slots(slot_split split, uint32_t n_layer, uint32_t n_expert, uint32_t k, uint32_t n_slots);
+
+// What a rule remembers beyond use records, of the high-precision copies. Told everything in the order it happens.
+class eviction_ledger {
+  public:
+    virtual ~eviction_ledger() = default;
+    // The router selected the expert; `resident`: its copy is there or on its way. Before room is made for it.
+    virtual void used(uint32_t layer, uint32_t expert, bool resident) = 0;
+    // It got a slot, ahead of its use or for it.
+    virtual void inserted(uint32_t layer, uint32_t expert, bool prefetched) = 0;
+    virtual void evicted(uint32_t layer, uint32_t expert)                   = 0;
+    // The lowest goes, ties by the clock of the cache.
+    virtual float priority(uint32_t layer, uint32_t expert) const = 0;
+};
+
+struct eviction_rule {
+    // `layer`: of the entry (l_t).
+    using priority_function = float (*)(const use_record & use, uint32_t layer, const eviction_context & now);
+    // `slots`: of each layer.
+    using ledger_maker = std::unique_ptr<eviction_ledger> (*)(const std::vector<uint32_t> & slots, uint32_t n_expert);
+
+    eviction_rule(priority_function priority, slot_split split = slot_split::none, ledger_maker make_ledger = nullptr) :
+        priority(priority), split(split), make_ledger(make_ledger) {}
+
+    priority_function priority;
+    slot_split        split;
+    ledger_maker      make_ledger;  // NULL: the priority is all
+};
 
 // Least recently used within the sequence. Ties (one token's pass, or no use in this sequence) go by the cache's own clock, as
 // for every rule.
@@ -55,7 +94,11 @@ constexpr float FORESIGHT_TOTAL = 1.0f / (1.0f - FORESIGHT_GAMMA);  // worth of 
 //   p = gamma^(D/l_n) sum_h gamma^h (a delta^h recent + b seen_h + (1 - a delta^h - b) rate)
 float priority_foresight(const use_record & use, uint32_t layer, const eviction_context & now);
 
+// ARC (Megiddo and Modha, FAST'03) in each layer: T1 (used once), T2 (used again), the ghosts B1 and B2 of what was evicted from
+// them, and the target size of T1, which follows the hits on ghosts. What was read ahead waits in T1 for its first use.
+std::unique_ptr<eviction_ledger> make_arc(const std::vector<uint32_t> & slots, uint32_t n_expert);
+
 // By hobbit_eviction_rule; NULL for an unknown number.
-eviction_rule find_eviction_rule(int number);
+const eviction_rule * find_eviction_rule(int number);
 
 }  // namespace hobbit

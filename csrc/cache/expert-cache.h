@@ -8,7 +8,8 @@
 // A copy that was predicted is protected until the layer has passed: it is evicted only when nothing else can be.
 //
 // High and low precision copies have slots of their own, since their sizes differ; within a precision the entry of lowest
-// priority goes (eviction.h), ties by the clock of this cache: least recently used first.
+// priority goes (eviction.h), ties by the clock of this cache: least recently used first. A rule that splits the high-precision
+// slots among the layers evicts within the layer once that has all of its share.
 //
 // Not thread-safe: the expert store holds its lock around every call. `data` and `parts` of a pinned entry may be read
 // without it.
@@ -47,19 +48,21 @@ struct cache_shape {
     uint32_t n_expert      = 0;
     uint32_t n_slots[2]    = { 0, 0 };  // by precision
     uint64_t slot_bytes[2] = { 0, 0 };
+    uint32_t k             = 0;  // experts of a token, for rules that split the slots
 };
 
 class expert_cache {
   public:
-    expert_cache(const cache_shape & shape, std::byte * pool, eviction_rule rule);
+    expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule);
 
     // In flight or resident; NULL when absent. Does not count as a use.
     cache_entry * find(uint32_t layer, uint32_t expert, int precision) { return table_[index(layer, expert, precision)]; }
 
     // Absent -> in flight, in a free slot or in that of the evictable entry of lowest priority. NULL when there is
-    // none. `evicted` (may be NULL): called with the entry before its slot is reused.
+    // none. `evicted` (may be NULL): called with the entry before its slot is reused. `ahead`: before its use.
     cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
-                         void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr);
+                         void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr,
+                         bool ahead = false);
     void          fulfil(cache_entry * entry);
     void          abandon(cache_entry * entry);
 
@@ -71,6 +74,13 @@ class expert_cache {
 
     // Resident, not pinned: gives the slot back.
     void drop(cache_entry * entry);
+
+    // The router selected it in high precision: for rules with a ledger. Before room is made for it.
+    void used(uint32_t layer, uint32_t expert, bool resident) {
+        if (ledger_) {
+            ledger_->used(layer, expert, resident);
+        }
+    }
 
     use_record & use(uint32_t layer, uint32_t expert) { return uses_[(size_t) layer * shape_.n_expert + expert]; }
 
@@ -91,23 +101,27 @@ class expert_cache {
     // Number of the running layer pass; predictions protect up to one of these.
     uint64_t pass = 1;
 
-    // For tests and statistics.
-    const std::vector<std::unique_ptr<cache_entry>> & entries(int precision) const { return slots_[precision]; }
-
   private:
     size_t index(uint32_t layer, uint32_t expert, int precision) const {
         return ((size_t) layer * shape_.n_expert + expert) * 2 + (size_t) precision;
     }
 
-    cache_entry * victim(int precision, const eviction_context & now);
+    cache_entry * victim(uint32_t layer, int precision, const eviction_context & now);
+    void          leave(cache_entry * entry);
+    float         priority(const cache_entry & entry, const eviction_context & now) const;
 
-    cache_shape                               shape_;
-    eviction_rule                             rule_;
-    std::vector<cache_entry *>                table_;
-    std::vector<use_record>                   uses_;
-    std::vector<std::unique_ptr<cache_entry>> slots_[2];  // one per slot, for ever; `absent` ones are free
-    std::vector<cache_entry *>                free_[2];
-    uint64_t                                  clock_ = 0;
+    bool is_split(int precision) const { return precision == 0 && rule_.split != slot_split::none; }
+
+    cache_shape                      shape_;
+    eviction_rule                    rule_;
+    std::vector<cache_entry *>       table_;
+    std::vector<use_record>          uses_;
+    std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot, for ever; `absent` ones are free
+    std::vector<cache_entry *>       free_[2];
+    std::vector<uint32_t>            share_;  // slots of each layer, when they are split
+    std::vector<uint32_t>            taken_;  // and how many of these are taken
+    std::unique_ptr<eviction_ledger> ledger_;
+    uint64_t                         clock_ = 0;
 };
 
 }  // namespace hobbit

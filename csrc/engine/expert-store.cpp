@@ -13,21 +13,28 @@ static constexpr uint32_t STREAM_PART = 1u << 16;
 static constexpr int N_YIELD = 100;
 
 expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
-                           arrival_hook on_arrival) :
+                           arrival_hook on_arrival, const reader_factory & make_reader) :
     index_(index), params_(params), on_arrival_(std::move(on_arrival)), counts_(index.layers().size()) {
     const pool_plan plan = plan_pool(index, params, pool_bytes);
-    pool_                = region(plan.bytes(), true);
+    std::byte *     room = nullptr;
+    if (make_reader) {
+        no_pool_ = address_range(plan.bytes());
+        room     = no_pool_.data();
+    } else {
+        pool_ = region(plan.bytes(), true);
+        room  = pool_.data();
+    }
+    pool_bytes_ = align_up(plan.bytes(), PAGE);
     for (uint32_t i = 0; i < plan.n_stream; ++i) {
         stream_slots_.push_back(std::make_unique<stream_slot>());
-        stream_slots_.back()->room = pool_.data() + i * index.max_segment;
+        stream_slots_.back()->room = room + i * index.max_segment;
     }
     holds_all_high_ = plan.holds_all_high;
     uses_.resize(counts_.size() * index.n_expert);
     loads_.resize(uses_.size());
     asked_[0].resize(counts_.size());
     asked_[1].resize(counts_.size());
-    cache_       = std::make_unique<expert_cache>(plan.cache, pool_.data() + plan.stream_bytes,
-                                                  find_eviction_rule(params.eviction_rule));
+    cache_ = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, *find_eviction_rule(params.eviction_rule));
     now_.n_layer = plan.cache.n_layer;
     if (params.eviction_rule == HOBBIT_EVICT_FORESIGHT) {
         foresight_ = std::make_unique<foresight>(*cache_, plan.cache.n_layer, plan.cache.n_expert,
@@ -39,9 +46,10 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     }
     now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
     now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    io_           = std::make_unique<io_pool>(
-        params.io_threads, params.io_block, params.prefetch_reads,
-        [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); });
+
+    const auto on_end = [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); };
+    io_               = make_reader ? make_reader(params, on_end)
+                                    : std::make_unique<io_pool>(params.io_threads, params.io_block, params.prefetch_reads, on_end);
 }
 
 expert_store::~expert_store() = default;  // io_ is the last member: its threads end before what they use
@@ -137,7 +145,7 @@ void expert_store::resume(cache_entry & entry) {
 
 // Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
 bool expert_store::only_high(policy::precision_rule rule) const {
-    return holds_all_high_ && rule == policy::precision_rule::miss;
+    return holds_all_high_ && (rule == policy::precision_rule::miss || rule == policy::precision_rule::demand);
 }
 
 void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
@@ -218,6 +226,9 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         if (w.entry != nullptr) {
             cache_->pin(w.entry);
             cache_->touch(w.entry);
+            if (w.action == action::use_high) {
+                cache_->used(layer, w.expert, true);
+            }
             const bool in_flight = w.entry->now == cache_entry::state::in_flight;
             count_hit(*w.entry, in_flight);
             if (in_flight) {
@@ -232,7 +243,10 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     for (expert_want & w : wants) {
         if (w.action == action::load_high || w.action == action::load_low) {
             const int p = w.action == action::load_high ? 0 : 1;
-            w.entry     = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
+            if (p == 0) {
+                cache_->used(layer, w.expert, false);
+            }
+            w.entry = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
             if (w.entry != nullptr) {
                 cache_->pin(w.entry);
                 w.entry->demanded.store(true, std::memory_order_relaxed);
@@ -407,7 +421,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             continue;
         }
         room[p]--;
-        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
+        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this, true);
         if (e == nullptr) {
             continue;
         }
@@ -461,7 +475,7 @@ void expert_store::stats(hobbit_stats & out) {
         hobbit::add_counts(out.total, c);
     }
     out.n_tokens      = n_tokens_;
-    out.pool_bytes    = pool_.size();
+    out.pool_bytes    = pool_bytes_;
     out.slots_high    = cache_->shape().n_slots[0];
     out.slots_low     = cache_->shape().n_slots[1];
     out.resident_high = cache_->resident(0);

@@ -49,9 +49,13 @@ class expert_store {
     // Called on a reader thread for each slice that has arrived, before anybody may look at it.
     using arrival_hook = std::function<void(uint32_t layer, uint32_t part, precision p, std::byte * slice)>;
 
-    // Throws HOBBIT_ERR_BUDGET when the pool is below pool_min(). `on_arrival` may be empty.
-    expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
-                 arrival_hook on_arrival = {});
+    // Who reads: a simulated disk in a replay.
+    using reader_factory = std::function<std::unique_ptr<reader>(const hobbit_params &, reader::handler)>;
+
+    // Throws HOBBIT_ERR_BUDGET when the pool is below pool_min(). `on_arrival` may be empty. With a reader of its own the pool is
+    // address space without memory.
+    expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes, arrival_hook on_arrival = {},
+                 const reader_factory & make_reader = {});
     ~expert_store();
 
     // What the tokens of a batch chose at a layer, before acquire(): for rules that learn from it.
@@ -104,7 +108,7 @@ class expert_store {
     // Where arrivals are noted while it is on. Before the first pass; must outlive the store.
     void set_timeline(timeline * times) { times_ = times; }
 
-    io_pool & io() { return *io_; }
+    reader & io() { return *io_; }
 
     uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
 
@@ -128,6 +132,8 @@ class expert_store {
     // When each layer last asked for reads: ahead, on demand.
     std::vector<timeline::clock::time_point>  asked_[2];
     region                                    pool_;
+    address_range                             no_pool_;  // in place of it
+    uint64_t                                  pool_bytes_ = 0;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
     std::mutex                    mutex_;
@@ -148,7 +154,7 @@ class expert_store {
     std::condition_variable arrive_;
     std::atomic<uint64_t>   arrivals_ { 0 };
 
-    std::unique_ptr<io_pool> io_;  // last: its threads end first
+    std::unique_ptr<reader> io_;  // last: its threads end first
 };
 
 }  // namespace hobbit

@@ -35,6 +35,19 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         }
     }
 
+    if (by_weight && how.rule == policy::precision_rule::demand && sel.n_tokens > 1) {
+        popularity_.assign(n_expert, 0);
+        by_expert_.resize(n_expert);
+        const auto id = [&](size_t s) { return sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k]; };
+        for (size_t s = 0; s < n_sel; ++s) {
+            popularity_[(size_t) id(s)] += needs_[s] != need::never;
+        }
+        policy::classify_popularity(popularity_.data(), n_expert, policy::UNPOPULAR_SHARE, by_expert_.data());
+        for (size_t s = 0; s < n_sel; ++s) {
+            needs_[s] = needs_[s] == need::never ? need::never : by_expert_[(size_t) id(s)];
+        }
+    }
+
     // One want per expert, and one for the tokens that leave it out; by the weight rule one per expert and need, since there the
     // cache may not decide.
     const bool split = by_weight && how.rule == policy::precision_rule::weight;

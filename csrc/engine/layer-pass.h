@@ -107,6 +107,8 @@ class layer_pass {
 
     // Scratch of build(), kept to spare allocations.
     std::vector<policy::need> needs_;
+    std::vector<policy::need> by_expert_;
+    std::vector<uint32_t>     popularity_;
     std::vector<float>        scores_;
     std::vector<int32_t>      want_of_;
     std::vector<uint32_t>     item_of_;

@@ -41,6 +41,7 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     plan.stream_bytes        = plan.n_stream * index.max_segment;
     plan.cache.n_layer       = (uint32_t) index.layers().size();
     plan.cache.n_expert      = index.n_expert;
+    plan.cache.k             = index.n_expert_used;
     plan.cache.slot_bytes[0] = index.max_slot[0];
     plan.cache.slot_bytes[1] = index.max_slot[1];
     bytes -= plan.stream_bytes;
@@ -49,9 +50,12 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     const uint64_t k         = index.n_expert_used;
     uint64_t       high      = std::min(n_experts, bytes / index.max_slot[0]);
     uint64_t       low       = 0;
-    const bool low_rule = params.precision_rule == HOBBIT_PRECISION_MISS || params.precision_rule == HOBBIT_PRECISION_WEIGHT;
+    // Rules that serve low needs from high copies need no low slots where every expert has a high one.
+    const bool high_serves_low =
+        params.precision_rule == HOBBIT_PRECISION_MISS || params.precision_rule == HOBBIT_PRECISION_DEMAND;
+    const bool low_rule = high_serves_low || params.precision_rule == HOBBIT_PRECISION_WEIGHT;
     const bool with_low = index.has_low && low_rule && params.low_share > 0.0f;
-    if (with_low && !(high == n_experts && params.precision_rule == HOBBIT_PRECISION_MISS)) {
+    if (with_low && !(high == n_experts && high_serves_low)) {
         // The share that was asked for, but enough for a layer's k low copies, which would be streamed otherwise; and always
         // room for a layer's k experts in high precision.
         low  = std::max<uint64_t>((uint64_t) ((double) bytes * params.low_share) / index.max_slot[1], k);

@@ -7,12 +7,14 @@
 namespace hobbit {
 
 prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
-                       router_source & routers) :
+                       router_source & routers, bool threaded) :
     store_(store), index_(index), params_(params), routers_(routers) {
     for (auto & per_layer : last_) {
         per_layer.resize(index.layers().size());
     }
-    thread_ = std::thread([this] { run(); });
+    if (threaded) {
+        thread_ = std::thread([this] { run(); });
+    }
 }
 
 prefetcher::~prefetcher() {
@@ -21,7 +23,9 @@ prefetcher::~prefetcher() {
         stop_ = true;
     }
     posted_.notify_all();
-    thread_.join();
+    if (thread_.joinable()) {
+        thread_.join();
+    }
 }
 
 void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
@@ -36,9 +40,13 @@ void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t str
         for (uint32_t i = 0; i < n_tokens; ++i) {
             std::copy_n(x + i * stride, n_embd, mail_.x.begin() + (ptrdiff_t) (i * n_embd));
         }
-        has_mail_ = true;
+        has_mail_ = thread_.joinable();
     }
-    posted_.notify_one();
+    if (thread_.joinable()) {
+        posted_.notify_one();
+    } else {
+        predict(mail_);
+    }
 }
 
 void prefetcher::run() {
@@ -54,14 +62,18 @@ void prefetcher::run() {
             std::swap(now, mail_);
             has_mail_ = false;
         }
-        // One token: few reads, since a demand read must find the disk free. A batch takes long to compute: all of the disk.
-        const bool one_token = now.n_tokens == 1;
-        store_.io().set_max_prefetch(one_token ? params_.prefetch_reads : params_.io_threads);
-        if (one_token) {
-            predict_token(now);
-        } else {
-            predict_batch(now);
-        }
+        predict(now);
+    }
+}
+
+void prefetcher::predict(const job & j) {
+    // One token: few reads, since a demand read must find the disk free. A batch takes long to compute: all of the disk.
+    const bool one_token = j.n_tokens == 1;
+    store_.io().set_max_prefetch(one_token ? params_.prefetch_reads : params_.io_threads);
+    if (one_token) {
+        predict_token(j);
+    } else {
+        predict_batch(j);
     }
 }
 
@@ -78,7 +90,11 @@ void prefetcher::predict_token(const job & j) {
             continue;
         }
         logits.resize(shape.n_expert);
-        routers_.logits(j.layer, to, j.x.data(), params_.norm_correction != 0, logits.data());
+        if (!routers_.logits(j.layer, to, j.x.data(), params_.norm_correction != 0, logits.data())) {
+            continue;
+        }
+        const uint32_t n_used = shape.k;
+        shape.k               = std::min(shape.k + params_.prefetch_extra, shape.n_expert);
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
         {
             std::lock_guard<std::mutex> lock(recall_mutex_);
@@ -88,9 +104,9 @@ void prefetcher::predict_token(const job & j) {
             continue;  // farther layers are predicted for the recall figures only
         }
         needs.assign(guess.experts.size(), policy::need::high);
-        const auto k = (uint32_t) guess.experts.size();
-        if (j.how.by_weight(k)) {
-            policy::assess(guess.weights.data(), k, j.how, needs.data(), nullptr);
+        // By `demand` what is read ahead is high, and so is by any rule what is read beyond the k that are expected.
+        if (j.how.by_weight(n_used) && j.how.rule != policy::precision_rule::demand) {
+            policy::assess(guess.weights.data(), n_used, j.how, needs.data(), nullptr);
         }
         wants.clear();
         for (size_t i = 0; i < guess.experts.size(); ++i) {
@@ -114,7 +130,9 @@ void prefetcher::predict_batch(const job & j) {
     std::vector<float>    logits(shape.n_expert);
     policy::prediction    guess;
     for (uint32_t i = 0; i < j.n_tokens; ++i) {
-        routers_.logits(j.layer, to, j.x.data() + i * j.n_embd, params_.norm_correction != 0, logits.data());
+        if (!routers_.logits(j.layer, to, j.x.data() + i * j.n_embd, params_.norm_correction != 0, logits.data())) {
+            return;
+        }
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
         const auto k = (uint32_t) guess.experts.size();
         for (uint32_t s = 0; s < (j.how.limits(k) ? j.how.max_experts : k); ++s) {

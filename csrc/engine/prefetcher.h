@@ -21,15 +21,17 @@ class router_source {
     // False when the router of `layer` is not known (yet).
     virtual bool shape(uint32_t layer, policy::router_shape & out) = 0;
     // Router logits [n_expert] of layer `to` on `x` [n_embd], the router input of layer `from`. With `norm_correction`, x is
-    // rescaled by w_norm[to] / w_norm[from], the gains of the norms before the routers.
-    virtual void logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) = 0;
+    // rescaled by w_norm[to] / w_norm[from], the gains of the norms before the routers. False when it cannot be told.
+    virtual bool logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) = 0;
     // NULL, or n_expert values that count for the ranking only.
     virtual const float * selection_bias(uint32_t layer) = 0;
 };
 
 class prefetcher {
   public:
-    prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params, router_source & routers);
+    // Not `threaded`: post() predicts and queues before it returns.
+    prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params, router_source & routers,
+               bool threaded = true);
     ~prefetcher();
 
     // Leaves the router input of a layer, `n_tokens` rows of n_embd floats, `stride` floats apart. A job not yet begun is replaced: a
@@ -51,6 +53,7 @@ class prefetcher {
     };
 
     void run();
+    void predict(const job & j);
     void predict_token(const job & j);
     void predict_batch(const job & j);
 

@@ -10,13 +10,13 @@
 
 namespace hobbit {
 
-static void check_params(const hobbit_params & p) {
+void check_params(const hobbit_params & p) {
     const auto require = [](bool ok, const char * what) {
         if (!ok) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
         }
     };
-    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_DROP,
+    require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_DEMAND,
             "unknown precision rule");
     require(find_eviction_rule(p.eviction_rule) != nullptr, "unknown eviction rule");
     require(p.t1 <= p.t2, "t1 must not be above t2");
@@ -35,87 +35,70 @@ static expert_index make_index(const std::string & path, const std::string & low
 }
 
 session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
-    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
-    how_.rule          = (policy::precision_rule) params.precision_rule;
-    how_.drop_fraction = params.drop_fraction;
-    how_.max_experts   = params.max_experts;
-    how_.t             = policy::default_thresholds(index_.n_expert_used);
-    if (params.t1 >= 0.0f) {
-        how_.t = { params.t1, params.t2 };
-    }
-    if (!index_.has_low && how_.rule != policy::precision_rule::drop) {
-        how_.rule = policy::precision_rule::exact;  // nothing to serve instead: such a file is run as it is
-    }
-}
+    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {}
 
 session::~session() { stop(); }
 
 void session::start(uint64_t pool_bytes) {
-    if (store_) {
+    if (dispatcher_) {
         fail(HOBBIT_ERR_STATE, "the session is started already");
     }
-    store_ = std::make_unique<expert_store>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), on_arrival_);
-    store_->set_timeline(&times_);
-    pass_ = std::make_unique<layer_pass>(*store_, index_);
-    index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
-    if (params_.prefetch_depth > 0 && routers_) {
-        prefetcher_ = std::make_unique<prefetcher>(*store_, index_, params_, *routers_);
+    dispatcher_parts parts;
+    parts.on_arrival = on_arrival_;
+    parts.routers    = routers_.get();
+    parts.times      = &times_;
+    dispatcher_      = std::make_unique<dispatcher>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), parts);
+    if (routing_) {
+        dispatcher_->set_routing(routing_.get());
     }
+    index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
 }
 
-void session::stop() {
-    prefetcher_.reset();
-    pass_.reset();
-    store_.reset();
-}
+void session::stop() { dispatcher_.reset(); }
 
 void session::begin_sequence() {
-    if (store_) {
-        store_->begin_sequence();
+    if (dispatcher_) {
+        store()->begin_sequence();
     }
 }
 
-void session::route(uint32_t layer, const void * key, const layer_pass::selections & sel, const float * x, size_t n_embd,
-                    size_t x_stride, float * out_weights) {
+void session::set_routing(const hobbit_routing * routing) {
+    std::unique_ptr<recorded_routing> now;
+    if (routing != nullptr) {
+        uint32_t n_expert = index_.n_expert;
+        for (const moe_layer & layer : index_.layers()) {
+            n_expert = std::min(n_expert, layer.n_expert);
+        }
+        now =
+            std::make_unique<recorded_routing>(*routing, (uint32_t) index_.layers().size(), n_expert, index_.n_expert_used);
+    }
+    if (dispatcher_) {
+        dispatcher_->set_routing(now.get());
+    }
+    routing_ = std::move(now);
+}
+
+void session::route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const float * x,
+                    size_t n_embd, size_t x_stride, float * out_weights) {
     try {
         if (!running()) {
             fail(HOBBIT_ERR_STATE, "the model was used before its expert pool was made or after it was closed");
         }
-        // Thresholds that are not given follow the model's own distribution of scores, as long as the cache may have a say at
-        // all: the weight rule promises the same text for the same prompt.
-        const bool adaptive = params_.t1 < 0.0f && how_.rule == policy::precision_rule::miss;
-        if (adaptive && layer == 0) {
-            how_.t = profile_.at_quantiles(how_.t);
-        }
-        const auto begin = timeline::clock::now();
-        if (layer == 0) {
-            times_.batch(sel.n_tokens);
-        }
-        if (prefetcher_ && sel.n_tokens == 1) {
-            prefetcher_->observe(layer, sel.ids, sel.k);
-        }
-        pass_->build(layer, sel, how_, params_.renormalize != 0, layer == 0, adaptive ? &profile_ : nullptr, out_weights);
-        pass_->key = key;
+        dispatcher_->route(layer, key, sel, ids, x, n_embd, x_stride, out_weights);
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
-        }
-        if (times_.on()) {
-            times_.add(HOBBIT_EVENT_ROUTE, index_.layers()[layer].block, begin, timeline::clock::now());
-        }
-        // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
-        n_quiet_ = pass_->n_loads() > 0 ? 0 : n_quiet_ + 1;
-        if (prefetcher_ && x != nullptr && layer + 1 < index_.layers().size() && n_quiet_ < index_.layers().size()) {
-            // A sample of a large batch tells its popular experts well enough.
-            const uint32_t n_rows = std::min(sel.n_tokens, 64u);
-            const size_t   step   = sel.n_tokens / n_rows * x_stride;
-            prefetcher_->post(layer, x, n_embd, step, n_rows, how_);
+            if (trace_depth_ > 0 && x != nullptr) {
+                record_predictions(layer, sel.n_tokens, x, x_stride);
+            }
         }
     } catch (...) {
         record_failure(std::current_exception());
     }
 }
 
-bool session::failed() const { return failed_.load(std::memory_order_acquire) || (store_ && store_->failed()); }
+bool session::failed() const {
+    return failed_.load(std::memory_order_acquire) || (dispatcher_ && dispatcher_->store().failed());
+}
 
 void session::record_failure(std::exception_ptr why) {
     std::lock_guard<std::mutex> lock(failure_mutex_);
@@ -123,8 +106,8 @@ void session::record_failure(std::exception_ptr why) {
         failure_ = why;
     }
     failed_.store(true, std::memory_order_release);
-    if (store_) {
-        store_->notify();
+    if (dispatcher_) {
+        store()->notify();
     }
 }
 
@@ -143,57 +126,65 @@ bool session::take_error(std::exception_ptr & out) {
         }
         failed_.store(false, std::memory_order_release);
     }
-    if (store_) {
+    if (dispatcher_) {
         // Reads for the aborted pass may still be running into slots that the next one uses.
-        store_->io().drain();
+        store()->io().drain();
 
         std::exception_ptr from_store;
-        if (store_->take_error(from_store)) {
+        if (store()->take_error(from_store)) {
             out   = found ? out : from_store;
             found = true;
         }
-        pass_->release();
+        pass()->release();
     }
     return found;
 }
 
 void session::stats(hobbit_stats & out) {
-    if (store_) {
-        store_->stats(out);
-    }
-    if (prefetcher_) {
-        prefetcher_->recall(out.predicted, out.predicted_right, false);
+    if (dispatcher_) {
+        dispatcher_->stats(out);
     }
 }
 
 void session::layer_stats(uint32_t layer, hobbit_counts & out) {
-    if (store_) {
-        store_->layer_counts(layer, out);
+    if (dispatcher_) {
+        store()->layer_counts(layer, out);
     }
 }
 
 void session::expert_uses(uint32_t layer, std::vector<uint64_t> & uses, std::vector<uint64_t> & loads) {
-    if (store_) {
-        store_->expert_uses(layer, uses, loads);
+    if (dispatcher_) {
+        store()->expert_uses(layer, uses, loads);
     }
 }
 
 void session::reset_stats() {
-    if (store_) {
-        store_->reset_stats();
-    }
-    if (prefetcher_) {
-        uint64_t unused[2][HOBBIT_MAX_LOOKAHEAD];
-        prefetcher_->recall(unused[0], unused[1], true);
+    if (dispatcher_) {
+        dispatcher_->reset_stats();
     }
 }
 
 void session::trace(bool on) {
     std::lock_guard<std::mutex> lock(trace_mutex_);
     tracing_.store(on, std::memory_order_relaxed);
-    trace_rows_ = 0;
+    trace_rows_  = 0;
+    trace_depth_ = 0;
     trace_ids_.clear();
     trace_weights_.clear();
+    trace_predicted_.clear();
+    trace_predicted_weights_.clear();
+}
+
+void session::trace_predictions(uint32_t depth) {
+    if (depth > HOBBIT_MAX_LOOKAHEAD) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, format("predictions reach at most %d layers ahead", HOBBIT_MAX_LOOKAHEAD));
+    }
+    if (dispatcher_ && dispatcher_->prefetching() != nullptr) {
+        fail(HOBBIT_ERR_STATE, "predictions are recorded without prefetch: load the model with prefetch_depth=0");
+    }
+    trace(true);
+    std::lock_guard<std::mutex> lock(trace_mutex_);
+    trace_depth_ = depth;
 }
 
 void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {
@@ -204,6 +195,9 @@ void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {
         trace_rows_ += sel.n_tokens;
         trace_ids_.resize(trace_rows_ * n_layer * k);
         trace_weights_.resize(trace_rows_ * n_layer * k);
+        const size_t guesses = trace_rows_ * n_layer * trace_depth_ * n_predicted();
+        trace_predicted_.resize(guesses);
+        trace_predicted_weights_.resize(guesses);
     }
     if (trace_rows_ < sel.n_tokens) {
         return;  // switched on in the middle of a pass
@@ -226,6 +220,47 @@ uint64_t session::trace_read(uint64_t max_rows, uint16_t * ids, float * weights)
         std::copy_n(trace_weights_.begin(), n, weights);
     }
     return trace_rows_;
+}
+
+// Of the layers after `layer`, by their own routers on its router input.
+void session::record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride) {
+    std::lock_guard<std::mutex> lock(trace_mutex_);
+    if (!routers_ || trace_rows_ < n_tokens) {
+        return;
+    }
+    const size_t         n_layer = index_.layers().size();
+    const uint32_t       m       = n_predicted();
+    std::vector<float>   logits;
+    policy::prediction   guess;
+    policy::router_shape shape;
+    for (uint32_t d = 0; d < trace_depth_ && layer + d + 1 < n_layer; ++d) {
+        const uint32_t to = layer + d + 1;
+        if (!routers_->shape(to, shape)) {
+            continue;
+        }
+        shape.k = std::min(m, shape.n_expert);
+        logits.resize(shape.n_expert);
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            if (!routers_->logits(layer, to, x + i * x_stride, params_.norm_correction != 0, logits.data())) {
+                continue;
+            }
+            policy::predict_top_k(shape, logits.data(), routers_->selection_bias(to), guess);
+            const size_t at = (((trace_rows_ - n_tokens + i) * n_layer + to) * trace_depth_ + d) * m;
+            std::copy(guess.experts.begin(), guess.experts.end(), trace_predicted_.begin() + (ptrdiff_t) at);
+            std::copy(guess.weights.begin(), guess.weights.end(), trace_predicted_weights_.begin() + (ptrdiff_t) at);
+        }
+    }
+}
+
+uint64_t session::trace_read_predictions(uint64_t max_rows, uint16_t * ids, float * weights) {
+    std::lock_guard<std::mutex> lock(trace_mutex_);
+    const size_t                row = index_.layers().size() * trace_depth_ * n_predicted();
+    const size_t                n   = (size_t) std::min(max_rows, trace_rows_) * row;
+    if (n > 0 && ids != nullptr && weights != nullptr) {
+        std::copy_n(trace_predicted_.begin(), n, ids);
+        std::copy_n(trace_predicted_weights_.begin(), n, weights);
+    }
+    return trace_depth_ == 0 ? 0 : trace_rows_;
 }
 
 }  // namespace hobbit

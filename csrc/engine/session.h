@@ -3,15 +3,18 @@
 // Lives as long as the caller or a buffer of the llama model holds a reference (shared_ptr), whichever is longer.
 #pragma once
 
-#include "layer-pass.h"
-#include "prefetcher.h"
+#include "dispatcher.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 namespace hobbit {
+
+// Throws HOBBIT_ERR_INVALID_ARGUMENT for what is out of range.
+void check_params(const hobbit_params & params);
 
 class session : public std::enable_shared_from_this<session> {
   public:
@@ -27,19 +30,20 @@ class session : public std::enable_shared_from_this<session> {
     void start(uint64_t pool_bytes);
     void stop();
 
-    bool running() const { return pass_ != nullptr; }
+    bool running() const { return dispatcher_ != nullptr; }
 
     void begin_sequence();
 
-    // The router of a layer has spoken: decides, requests, predicts. Compute thread 0 only. `x`: router input, n_tokens rows
-    // of n_embd floats, `x_stride` apart, or NULL. Records an error instead of throwing.
-    void route(uint32_t layer, const void * key, const layer_pass::selections & sel, const float * x, size_t n_embd,
+    // The router of a layer has spoken: decides, requests, predicts. Compute thread 0 only. `ids`: those of `sel`, overwritten while
+    // routing is replayed. `x`: router input, n_tokens rows of n_embd floats, `x_stride` apart, or NULL. Records an error
+    // instead of throwing.
+    void route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const float * x, size_t n_embd,
                size_t x_stride, float * out_weights);
 
     // The pass in work; valid between route() and the next route(), NULL when not running.
-    layer_pass * pass() { return pass_.get(); }
+    layer_pass * pass() { return dispatcher_ ? &dispatcher_->pass() : nullptr; }
 
-    expert_store * store() { return store_.get(); }
+    expert_store * store() { return dispatcher_ ? &dispatcher_->store() : nullptr; }
 
     // Something failed: llama_decode is to be aborted.
     bool failed() const;
@@ -57,6 +61,17 @@ class session : public std::enable_shared_from_this<session> {
 
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
+    // With what the routers of the layers after predict from each layer's router input, up to `depth` layers ahead. Throws
+    // HOBBIT_ERR_STATE while there is a prefetch thread.
+    void     trace_predictions(uint32_t depth);
+    uint64_t trace_read_predictions(uint64_t max_rows, uint16_t * ids, float * weights);
+
+    // Experts of a recorded prediction: enough to see what reading more than k of them would bring.
+    uint32_t n_predicted() const { return std::min(index_.n_expert, 2 * index_.n_expert_used); }
+
+    // From the next batch on, `routing` (copied) in place of what the routers say; NULL: the routers again. Not while a batch is
+    // computed. Throws HOBBIT_ERR_INVALID_ARGUMENT when it does not fit the model.
+    void set_routing(const hobbit_routing * routing);
 
     void set_arrival_hook(expert_store::arrival_hook hook) { on_arrival_ = std::move(hook); }
 
@@ -72,21 +87,17 @@ class session : public std::enable_shared_from_this<session> {
 
   private:
     void record_trace(uint32_t layer, const layer_pass::selections & sel);
+    void record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride);
 
     const hobbit_params params_;
     expert_index        index_;
     std::string         pattern_;
 
-    timeline                       times_;
-    expert_store::arrival_hook     on_arrival_;
-    std::unique_ptr<router_source> routers_;
-    std::unique_ptr<expert_store>  store_;
-    std::unique_ptr<layer_pass>    pass_;
-    std::unique_ptr<prefetcher>    prefetcher_;
-
-    policy::threshold_profile profile_;
-    size_t                    n_quiet_ = 0;  // layer passes since something had to be read
-    policy::serving           how_;
+    timeline                          times_;
+    expert_store::arrival_hook        on_arrival_;
+    std::unique_ptr<router_source>    routers_;
+    std::unique_ptr<recorded_routing> routing_;
+    std::unique_ptr<dispatcher>       dispatcher_;
 
     std::mutex         failure_mutex_;
     std::exception_ptr failure_;
@@ -97,6 +108,9 @@ class session : public std::enable_shared_from_this<session> {
     uint64_t              trace_rows_ = 0;  // begun
     std::vector<uint16_t> trace_ids_;
     std::vector<float>    trace_weights_;
+    uint32_t              trace_depth_ = 0;  // layers ahead whose predictions are recorded
+    std::vector<uint16_t> trace_predicted_;
+    std::vector<float>    trace_predicted_weights_;
 };
 
 }  // namespace hobbit

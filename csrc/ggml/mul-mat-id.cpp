@@ -333,7 +333,7 @@ bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * 
             sel.ids_stride = ids->nb[1] / sizeof(int32_t);
             sel.k          = (uint32_t) ids->ne[0];
             sel.n_tokens   = (uint32_t) ids->ne[1];
-            owner.route(layer_, ids, sel, nullptr, 0, 0, nullptr);
+            owner.route(layer_, ids, sel, (int32_t *) ids->data, nullptr, 0, 0, nullptr);
         }
         ggml_barrier(params->threadpool);
     }

@@ -29,8 +29,8 @@ static void run_route(ggml_tensor * dst, int ith, int, void * userdata) {
     if (sel.n_tokens == 0) {
         return;
     }
-    expert->owner().route(expert->layer(), ids, sel, (const float *) input->data, (size_t) input->ne[0],
-                          input->nb[1] / sizeof(float), (float *) dst->data);
+    expert->owner().route(expert->layer(), ids, sel, (int32_t *) ids->data, (const float *) input->data,
+                          (size_t) input->ne[0], input->nb[1] / sizeof(float), (float *) dst->data);
 }
 
 ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, ggml_tensor * input,

@@ -66,7 +66,7 @@ bool ggml_routers::shape(uint32_t layer, policy::router_shape & out) {
 
 const float * ggml_routers::selection_bias(uint32_t layer) { return routers_[layer].selection_bias; }
 
-void ggml_routers::logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) {
+bool ggml_routers::logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) {
     const router &      r = routers_[to];
     const ggml_tensor * w = r.weight;
     const int64_t       n = w->ne[0];
@@ -90,6 +90,7 @@ void ggml_routers::logits(uint32_t from, uint32_t to, const float * x, bool norm
         traits->vec_dot((int) n, out + e, 0, (const char *) w->data + e * w->nb[1], 0, y, 0, 1);
         out[e] += r.bias != nullptr ? r.bias[e] : 0.0f;
     }
+    return true;
 }
 
 }  // namespace hobbit

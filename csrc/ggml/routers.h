@@ -18,7 +18,7 @@ class ggml_routers : public router_source {
     void learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * input, uint32_t k);
 
     bool          shape(uint32_t layer, policy::router_shape & out) override;
-    void          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
+    bool          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
     const float * selection_bias(uint32_t layer) override;
 
   private:
@@ -33,7 +33,7 @@ class ggml_routers : public router_source {
 
     const expert_index & index_;
     std::vector<router>  routers_;
-    std::vector<float>   scaled_;  // of logits(): one caller, the prefetch thread
+    std::vector<float>   scaled_;  // of logits(): one caller at a time
     std::vector<char>    packed_;
 };
 

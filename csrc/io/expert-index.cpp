@@ -132,6 +132,41 @@ expert_index::expert_index(const std::string & path, const std::string & low_pat
     drop_page_cache();
 }
 
+expert_index::expert_index(uint32_t n_layer, uint32_t n_expert, uint32_t k, uint64_t bytes_high, uint64_t bytes_low) :
+    n_block(n_layer), path_("(no file)") {
+    constexpr uint64_t MAX_BYTES = (uint64_t) 1 << 40;
+    if (n_layer == 0 || n_layer > 4096 || n_expert == 0 || n_expert > UINT16_MAX || k == 0 || k > n_expert ||
+        bytes_high == 0 || bytes_high > MAX_BYTES || bytes_low > bytes_high) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT,
+             format("no model has %u layers of %u experts, top-%u, of %" PRIu64 " and %" PRIu64 " bytes", n_layer, n_expert,
+                    k, bytes_high, bytes_low));
+    }
+    uint64_t end = 0;
+    for (uint32_t l = 0; l < n_layer; ++l) {
+        moe_layer layer;
+        layer.block    = l;
+        layer.n_expert = n_expert;
+        projection p;
+        p.name    = format("blk.%u.ffn_down_exps.weight", l);
+        p.n_in    = 1;
+        p.n_out   = (int64_t) bytes_high;
+        p.is_down = true;
+        for (int i = 0; i < N_PRECISION; ++i) {
+            const uint64_t bytes = i == 0 ? bytes_high : bytes_low;
+            if (bytes > 0) {
+                p.source[i] = { 0, 0, end, bytes, bytes };
+                end += bytes * n_expert;
+            }
+        }
+        layer.projections.push_back(p);
+        layers_.push_back(layer);
+    }
+    files_.push_back(std::make_unique<file>(end));
+    n_expert_used = k;
+    check_layers();
+    lay_out_slots();
+}
+
 void expert_index::read_model(const std::string & path, bool direct) {
     uint32_t n_tensors = 0;
     uint32_t expected  = 0;

@@ -61,6 +61,10 @@ class expert_index {
     // belongs to another model is refused. Throws HOBBIT_ERR_FILE, _FORMAT, _NOT_MOE, _UNSUPPORTED, _SIDECAR.
     expert_index(const std::string & path, const std::string & low_path, bool direct);
 
+    // Experts that are not there: `n_layer` layers alike, one projection each. bytes_low 0: no low copies. Throws
+    // HOBBIT_ERR_INVALID_ARGUMENT.
+    expert_index(uint32_t n_layer, uint32_t n_expert, uint32_t n_expert_used, uint64_t bytes_high, uint64_t bytes_low);
+
     const std::string & path() const { return path_; }
 
     const std::vector<moe_layer> & layers() const { return layers_; }

@@ -70,6 +70,8 @@ file::file(const std::string & path, bool direct) : path_(path) {
     }
 }
 
+file::file(uint64_t size) : path_("(no file)"), size_(size) {}
+
 file::~file() {
     if (fd_ >= 0) {
         close(fd_);

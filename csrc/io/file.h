@@ -20,6 +20,8 @@ class file {
   public:
     // Throws HOBBIT_ERR_FILE. `direct`: O_DIRECT where it works; a file system without it is read through the page cache.
     file(const std::string & path, bool direct);
+    // A file of that size that is not there: for planning. Reads of it fail.
+    explicit file(uint64_t size);
     ~file();
     file(const file &)             = delete;
     file & operator=(const file &) = delete;

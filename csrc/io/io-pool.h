@@ -5,7 +5,7 @@
 // when cancelled and stand back when a demand request has come in.
 #pragma once
 
-#include "file.h"
+#include "reader.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -18,46 +18,22 @@
 
 namespace hobbit {
 
-struct io_request {
-    const file *              src       = nullptr;
-    uint64_t                  offset    = 0;  // aligned range, see file::read
-    uint64_t                  bytes     = 0;
-    uint64_t                  must_have = 0;
-    std::byte *               dst       = nullptr;
-    void *                    owner     = nullptr;  // whom the read is for; never dereferenced here
-    uint32_t                  part      = 0;        // which of the owner's parts
-    const std::atomic<bool> * cancel    = nullptr;  // prefetch: stop at the next block. NULL: never
-    const std::atomic<bool> * urgent    = nullptr;  // prefetch: somebody waits for it by now, do not stand back. NULL: never
-    uint64_t                  done      = 0;        // bytes already there, of a request that stood back
-};
-
-enum class io_outcome { done, cancelled, failed };
-
-class io_pool {
+class io_pool final : public reader {
   public:
-    // Called on a reader thread, with no lock of the pool held, once per request. `why` is set for io_outcome::failed.
-    using handler = std::function<void(const io_request &, io_outcome, std::exception_ptr why)>;
-
+    // `on_end` is called on a reader thread.
     io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end);
     // Lets running reads finish; what is still queued is dropped without a call of the handler.
-    ~io_pool();
+    ~io_pool() override;
 
-    // Never block. The order within a call is kept.
-    void demand(const std::vector<io_request> & requests);
-    void prefetch(const std::vector<io_request> & requests);
+    void     demand(const std::vector<io_request> & requests) override;
+    void     prefetch(const std::vector<io_request> & requests) override;
+    void     promote(const void * owner) override;
+    uint32_t withdraw(const void * owner) override;
 
-    // Moves the owner's queued prefetch requests to the demand queue.
-    void promote(const void * owner);
-    // Takes the owner's queued prefetch requests out and returns their parts as bits; running ones go on.
-    uint32_t withdraw(const void * owner);
+    uint32_t demand_pending() const override { return n_demand_.load(std::memory_order_relaxed); }
 
-    // Reads running or queued as demand right now.
-    uint32_t demand_pending() const { return n_demand_.load(std::memory_order_relaxed); }
-
-    void set_max_prefetch(uint32_t n);
-
-    // Sleeps until no read is running and no demand read is queued.
-    void drain();
+    void set_max_prefetch(uint32_t n) override;
+    void drain() override;
 
   private:
     void run();

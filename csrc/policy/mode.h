@@ -11,12 +11,13 @@ struct mode {
     int32_t      eviction_rule;
     uint32_t     prefetch_depth;
     float        low_share;
+    uint32_t     prefetch_extra;
 };
 
 // NULL for an unknown name.
 const mode * find_mode(const char * name);
 
-// "hobbit, lru": for messages.
+// "hobbit, fate, lru": for messages.
 const char * mode_names();
 
 }  // namespace hobbit::policy

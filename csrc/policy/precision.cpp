@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
 namespace hobbit::policy {
 
@@ -53,6 +54,28 @@ void keep_largest(const float * weights, uint32_t k, uint32_t n, need * needs) {
     }
 }
 
+void classify_popularity(const uint32_t * counts, uint32_t n_expert, float share, need * needs) {
+    std::vector<uint32_t> order;
+    uint64_t              total = 0;
+    for (uint32_t e = 0; e < n_expert; ++e) {
+        needs[e] = need::high;
+        total += counts[e];
+        if (counts[e] > 0) {
+            order.push_back(e);
+        }
+    }
+    std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return counts[a] < counts[b]; });
+    const double limit = (double) share * (double) total;
+    uint64_t     low   = 0;
+    for (const uint32_t e : order) {
+        low += counts[e];
+        if ((double) low > limit) {
+            break;
+        }
+        needs[e] = need::low;
+    }
+}
+
 void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores) {
     switch (how.rule) {
         case precision_rule::exact:
@@ -64,6 +87,9 @@ void assess(const float * weights, uint32_t k, const serving & how, need * needs
             break;
         case precision_rule::drop:
             classify_drop(weights, k, how.drop_fraction, needs);
+            break;
+        case precision_rule::demand:
+            std::fill_n(needs, k, need::low);
             break;
     }
     if (how.limits(k)) {

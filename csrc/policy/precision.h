@@ -12,7 +12,7 @@ enum class need : uint8_t { never = 0, skip = 1, low = 2, high = 3 };
 
 constexpr int N_NEED = 4;
 
-enum class precision_rule { exact = 0, miss = 1, weight = 2, drop = 3 };
+enum class precision_rule { exact = 0, miss = 1, weight = 2, drop = 3, demand = 4 };
 
 // State of one copy of an expert in the cache.
 enum class copy_state : uint8_t { absent, in_flight, resident };
@@ -42,6 +42,13 @@ void classify_drop(const float * weights, uint32_t k, float fraction, need * nee
 // Fewer experts a token: only the `n` largest of the k selections keep their need, the others get `never`.
 void keep_largest(const float * weights, uint32_t k, uint32_t n, need * needs);
 
+// Fate (arXiv 2502.12224): of a batch the least popular experts, up to `share` of its selections, are low, the others high.
+// `counts`: selections of each expert in the batch.
+void classify_popularity(const uint32_t * counts, uint32_t n_expert, float share, need * needs);
+
+// Fate: at most 25 to 30 % of a prompt's selections are served in low precision.
+constexpr float UNPOPULAR_SHARE = 0.25f;
+
 // How the selections of a token are served: what the parameters of a session come to on its file.
 struct serving {
     precision_rule rule          = precision_rule::exact;
@@ -55,7 +62,7 @@ struct serving {
     bool limits(uint32_t k) const { return max_experts > 0 && max_experts < k; }
 };
 
-// The needs of one token by all of this. `scores` as above, written by the rules `miss` and `weight`.
+// The needs of one token by all of this (by `demand`: low; what is there in high precision serves it). `scores` as above, written by the rules `miss` and `weight`.
 void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores);
 
 // The distribution of unimportance scores on the model at hand, from which thresholds are taken at the paper's quantiles
@@ -79,6 +86,7 @@ class threshold_profile {
 // Precision of one expert of a layer pass given what is cached. `miss`: only an expert that is not there may be read low or skipped; a
 // high copy serves a low need, a low copy does not serve a high need. A copy that is already on its way counts as there,
 // except for a selection that could be skipped. `weight`: the need alone decides. `drop`: low copies play no part.
+// `demand`: as `miss`.
 action resolve(precision_rule rule, need n, copy_state high, copy_state low);
 
 }  // namespace hobbit::policy

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         ReadError,
         SidecarError,
         StateError,
+        TraceFormatError,
         UnsupportedModelError,
     )
     from .llama import Llama
@@ -53,6 +54,7 @@ __all__ = [
     "ReadError",
     "SidecarError",
     "StateError",
+    "TraceFormatError",
     "UnsupportedModelError",
 ]
 

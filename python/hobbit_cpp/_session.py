@@ -7,13 +7,16 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
 from . import _lib, _memory, _recording, _sidecar
 from ._memory import Size, human
 from .errors import HobbitError, HobbitWarning, MemoryBudgetError, SidecarError, StateError, from_c
 from .params import OffloadParams
 from .stats import LayerCounts, OffloadStats
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 # What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
 _SLACK = 24 << 20
@@ -53,6 +56,29 @@ def _struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:
         for name, f in (ctype.item if ctype.kind == "pointer" else ctype).fields
         if f.type.kind == "primitive" and name != "struct_size"
     }
+
+
+def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
+    """(hobbit_routing *, what it points into and has to be kept as long); NULL for None."""
+    if trace is None:
+        return ffi.NULL, []
+    import numpy as np
+
+    c = ffi.new("hobbit_routing *")
+    c.struct_size = ffi.sizeof("hobbit_routing")
+    c.n_rows, c.n_layer, c.k = trace.ids.shape
+    ids = np.ascontiguousarray(trace.ids, np.uint16)
+    weights = np.ascontiguousarray(trace.weights, np.float32)
+    c.ids, c.weights = ffi.from_buffer("uint16_t[]", ids), ffi.from_buffer("float[]", weights)
+    keep = [ids, weights]
+    if trace.predicted_ids is not None and trace.predicted_weights is not None:
+        c.depth, c.n_predicted = trace.predicted_ids.shape[2:]
+        guess = np.ascontiguousarray(trace.predicted_ids, np.uint16)
+        guess_weights = np.ascontiguousarray(trace.predicted_weights, np.float32)
+        c.predicted = ffi.from_buffer("uint16_t[]", guess)
+        c.predicted_weights = ffi.from_buffer("float[]", guess_weights)
+        keep += [guess, guess_weights]
+    return c, keep
 
 
 class Session:
@@ -324,8 +350,13 @@ class Session:
         self._lib.hobbit_session_reset_stats(self._alive())
         self.eval_seconds = 0.0
 
-    def trace(self, on: bool) -> None:
-        self._lib.hobbit_session_trace(self._alive(), on)
+    def trace(self, on: bool, predictions: int = 0) -> None:
+        """Starts recording the routing, anew, or ends it; with predictions up to so many layers ahead."""
+        if on and predictions:
+            error = self._ffi.new("hobbit_error *")
+            self._check(self._lib.hobbit_session_trace_predictions(self._alive(), predictions, error), error)
+        else:
+            self._lib.hobbit_session_trace(self._alive(), on)
 
     def trace_read(self) -> Any:
         """(ids, weights) of the tokens since trace(True): uint16 and float32 arrays [tokens, MoE layers, k]."""
@@ -339,6 +370,26 @@ class Session:
             handle, n, self._ffi.from_buffer("uint16_t[]", ids), self._ffi.from_buffer("float[]", weights)
         )
         return ids, weights
+
+    def trace_read_predictions(self, depth: int) -> Any:
+        """The same of the predictions, [tokens, MoE layers, depth, m]; `depth` as given to trace()."""
+        import numpy as np
+
+        handle = self._alive()
+        n = int(self._lib.hobbit_session_trace_read_predictions(handle, 0, self._ffi.NULL, self._ffi.NULL))
+        shape = (n, self.info.n_moe_layer, depth, int(self._lib.hobbit_session_n_predicted(handle)))
+        ids, weights = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
+        self._lib.hobbit_session_trace_read_predictions(
+            handle, n, self._ffi.from_buffer("uint16_t[]", ids), self._ffi.from_buffer("float[]", weights)
+        )
+        return ids, weights
+
+    def set_routing(self, trace: Optional[Trace]) -> None:
+        """From the next batch on the routing of `trace` instead of the model's own; None: its own again."""
+        routing, keep = c_routing(self._ffi, trace)
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_set_routing(self._alive(), routing, error), error)
+        del keep  # copied
 
     def stop(self) -> None:
         """Ends the threads. Before the llama model is freed: they look at its routers."""

@@ -42,6 +42,10 @@ class NotMoeError(HobbitError, ValueError):
     """The model has no routed experts: there is nothing to offload."""
 
 
+class TraceFormatError(HobbitError, ValueError):
+    """Not a trace of routing, or one that contradicts itself."""
+
+
 class ReadError(HobbitError, OSError):
     """Expert data could not be read while the model was running. The object stays usable."""
 

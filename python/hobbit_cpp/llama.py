@@ -25,6 +25,8 @@ _c: Any = llama_cpp.llama_cpp
 
 if TYPE_CHECKING:
     from llama_cpp import Llama as _Llama
+
+    from .trace import Trace
 else:
     _Llama = llama_cpp.Llama
 
@@ -371,6 +373,30 @@ class Llama(_Llama):
         """All counts go to zero; the cache keeps its contents."""
         with self._calls.gate:
             self._offloaded().reset_stats()
+
+    def set_routing(self, trace: Union[Trace, str, os.PathLike[str], None]) -> None:
+        """Lets the model follow a recorded routing instead of its routers, so that random weights run like real ones.
+
+        From the next token on each token takes the next row of the trace, from the first one on: its experts, their weights,
+        and its predictions, if it has any (without them nothing is prefetched). Rows and layers are taken modulo. None ends it.
+
+        Args:
+            trace: a `hobbit_cpp.trace.Trace` or the file of one.
+
+        Raises:
+            TraceFormatError: the file is not a trace.
+            ParameterError: the trace's k is not the model's, or it names an expert that the model does not have.
+            StateError: not offloaded, or closed.
+
+        Example:
+            >>> llm.set_routing("deepseek-v2-lite.npz")
+        """
+        from .trace import Trace
+
+        if isinstance(trace, (str, os.PathLike)):
+            trace = Trace.load(trace)
+        with self._calls.alone():
+            self._offloaded().set_routing(trace)
 
     def close(self) -> None:
         """Frees the model and the expert pool; safe to call twice. A call that runs in another thread is cancelled first."""

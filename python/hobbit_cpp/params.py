@@ -10,7 +10,7 @@ from ._sidecar import LowModel
 from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
-_EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4}
+EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4, "layer-lru": 5, "layer-arc": 6, "fate": 7}
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class OffloadParams:
     """Parameters of the offload; None means the mode's default.
 
     Attributes:
-        mode: "hobbit" (mixed precision, prefetch, cost-aware cache) or "lru" (load on demand: the baseline).
+        mode: "hobbit" (mixed precision, prefetch, cost-aware cache), "fate" (on demand low, ahead high, a cache that favours
+            the first layers) or "lru" (load on demand: the baseline).
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (HOBBIT: an expert of little weight that is not cached is read in low precision or skipped)
             or "weight" (by router weight alone, whatever is cached: lossy, but the same text for the same prompt),
@@ -30,10 +31,12 @@ class OffloadParams:
             None: at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores.
         renormalize: scale up the surviving router weights of a token after a skip.
         eviction: "lru", "lfu", "hobbit" (eq. 3), "lcu" (MoE-APEX) or "foresight" (expected uses, from what
-            followed similar tokens: the default of "hobbit").
+            followed similar tokens: the default of "hobbit"); with slots of its own for each layer "layer-lru",
+            "layer-arc", or "fate" (ARC; the first four layers are held whole).
         eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.
+        prefetch_extra: experts read ahead in a layer beyond the k that are predicted.
         norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
         expert_cache: the expert pool in bytes or as text; None: what `memory` leaves.
         low_share: share of the pool for low-precision copies, 0 to 0.9.
@@ -56,6 +59,7 @@ class OffloadParams:
     eviction_weights: Optional[Tuple[float, float, float, float]] = None
     prefetch_depth: Optional[int] = None
     prefetch_reads: Optional[int] = None
+    prefetch_extra: Optional[int] = None
     norm_correction: bool = True
     expert_cache: Optional[Size] = None
     low_share: Optional[float] = None
@@ -73,8 +77,8 @@ class OffloadParams:
             raise ParameterError(f"drop_fraction must be more than 0 and below 10000, not {self.drop_fraction}")
         if self.max_experts is not None and self.max_experts < 1:
             raise ParameterError(f"max_experts must be at least 1, not {self.max_experts}")
-        if self.eviction is not None and self.eviction not in _EVICTION_RULES:
-            raise ParameterError(f"eviction must be one of {', '.join(_EVICTION_RULES)}, not {self.eviction!r}")
+        if self.eviction is not None and self.eviction not in EVICTION_RULES:
+            raise ParameterError(f"eviction must be one of {', '.join(EVICTION_RULES)}, not {self.eviction!r}")
         if (self.t1 is None) != (self.t2 is None):
             raise ParameterError("t1 and t2 are given together or not at all")
         if self.t1 is not None and self.t2 is not None and not 0 <= self.t1 <= self.t2:
@@ -98,7 +102,7 @@ class OffloadParams:
         elif isinstance(offload, str):
             params = cls(mode=offload)
         else:
-            raise ParameterError(f"offload is 'hobbit', 'lru', None or OffloadParams, not {offload!r}")
+            raise ParameterError(f"offload is 'hobbit', 'fate', 'lru', None or OffloadParams, not {offload!r}")
         if exact is not None:
             params = replace(params, exact=exact)
         if precision_rule is not None:
@@ -116,7 +120,7 @@ class OffloadParams:
         elif self.precision_rule != "miss":
             c.precision_rule = _PRECISION_RULES[self.precision_rule]
         if self.eviction is not None:
-            c.eviction_rule = _EVICTION_RULES[self.eviction]
+            c.eviction_rule = EVICTION_RULES[self.eviction]
         if self.t1 is not None and self.t2 is not None:
             c.t1, c.t2 = self.t1, self.t2
         c.renormalize = self.renormalize
@@ -124,8 +128,8 @@ class OffloadParams:
             c.w_lru, c.w_lfu, c.w_lhu, c.w_fld = self.eviction_weights
         c.norm_correction = self.norm_correction
         c.direct_io = self.direct_io
-        optional = ("drop_fraction", "max_experts", "prefetch_depth", "prefetch_reads", "low_share", "io_threads", "io_block")
-        for name in optional:
+        optional = ("drop_fraction", "max_experts", "low_share", "io_threads", "io_block")
+        for name in (*optional, "prefetch_depth", "prefetch_reads", "prefetch_extra"):
             value = getattr(self, name)
             if value is not None:
                 try:

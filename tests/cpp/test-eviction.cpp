@@ -4,7 +4,9 @@
 #include "hobbit.h"
 #include "test.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 using namespace hobbit;
 
@@ -122,13 +124,84 @@ TEST("foresight by hand") {
 }
 
 TEST("every number of hobbit_eviction_rule has its rule, other numbers have none") {
-    CHECK(find_eviction_rule(HOBBIT_EVICT_LRU) == priority_lru);
-    CHECK(find_eviction_rule(HOBBIT_EVICT_LFU) == priority_lfu);
-    CHECK(find_eviction_rule(HOBBIT_EVICT_HOBBIT) == priority_hobbit);
-    CHECK(find_eviction_rule(HOBBIT_EVICT_LCU) == priority_lcu);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_LRU)->priority == priority_lru);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_LFU)->priority == priority_lfu);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_HOBBIT)->priority == priority_hobbit);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_LCU)->priority == priority_lcu);
     CHECK(find_eviction_rule(-1) == nullptr);
-    CHECK(find_eviction_rule(HOBBIT_EVICT_FORESIGHT) == priority_foresight);
-    CHECK(find_eviction_rule(5) == nullptr);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_FORESIGHT)->priority == priority_foresight);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_LAYER_LRU)->split == slot_split::even);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_LAYER_ARC)->make_ledger == make_arc);
+    CHECK(find_eviction_rule(HOBBIT_EVICT_FATE)->split == slot_split::shallow);
+    CHECK(find_eviction_rule(8) == nullptr);
+}
+
+namespace {
+
+uint32_t sum(const std::vector<uint32_t> & slots) { return std::accumulate(slots.begin(), slots.end(), 0u); }
+
+using slots = std::vector<uint32_t>;
+
+}  // namespace
+
+TEST("slots split evenly") {
+    CHECK(split_slots(slot_split::even, 4, 10, 2, 20) == (slots { 5, 5, 5, 5 }));
+    CHECK(split_slots(slot_split::even, 4, 10, 2, 23) == (slots { 6, 6, 6, 5 }));
+    CHECK(split_slots(slot_split::even, 4, 10, 2, 3) == (slots { 1, 1, 1, 0 }));
+    CHECK(split_slots(slot_split::even, 4, 10, 2, 99) == (slots { 10, 10, 10, 10 }));
+}
+
+TEST("the first four layers are held whole, as far as there are slots, and k of each other") {
+    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 46) == (slots { 10, 10, 10, 10, 3, 3 }));
+    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 30) == (slots { 10, 10, 4, 2, 2, 2 }));
+    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 12) == (slots { 2, 2, 2, 2, 2, 2 }));
+    CHECK(split_slots(slot_split::shallow, 3, 10, 2, 25) == (slots { 10, 10, 5 }));
+    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 60) == slots(6, 10));
+}
+
+TEST("no slot is lost and no layer gets more than its experts") {
+    for (const auto split : { slot_split::even, slot_split::shallow }) {
+        for (uint32_t n_layer = 1; n_layer < 9; ++n_layer) {
+            for (uint32_t n = 0; n <= n_layer * 7 + 3; ++n) {
+                const slots got = split_slots(split, n_layer, 7, 3, n);
+                CHECK_EQ(sum(got), std::min(n, n_layer * 7));
+                CHECK(*std::max_element(got.begin(), got.end()) <= 7);
+                CHECK(n < 3 * n_layer || *std::min_element(got.begin(), got.end()) >= 3);
+            }
+        }
+    }
+}
+
+TEST("ARC: what was used twice outlives what was used once, and ghosts move the target") {
+    const auto arc = make_arc({ 3 }, 10);
+    const auto use = [&](uint32_t e, bool resident) {
+        arc->used(0, e, resident);
+        if (!resident) {
+            arc->inserted(0, e, false);
+        }
+    };
+    use(1, false), use(2, false), use(1, true);  // T1 = { 2 }, T2 = { 1 }
+    use(3, false);                               // T1 = { 2, 3 }
+    CHECK(arc->priority(0, 2) < arc->priority(0, 1) && arc->priority(0, 2) == arc->priority(0, 3));
+    arc->used(0, 4, false);
+    arc->evicted(0, 2);  // B1 = { 2 }
+    arc->inserted(0, 4, false);
+    arc->used(0, 2, false);  // a ghost of T1: its target is 1 now, and two are in it
+    CHECK(arc->priority(0, 3) < arc->priority(0, 1));
+    arc->evicted(0, 3);
+    arc->inserted(0, 2, false);  // T1 = { 4 }, T2 = { 1, 2 }: T1 is at its target
+    arc->used(0, 5, false);
+    CHECK(arc->priority(0, 1) < arc->priority(0, 4));
+}
+
+TEST("ARC: what is read ahead has not been used") {
+    const auto arc = make_arc({ 4 }, 10);
+    arc->inserted(0, 1, true);
+    arc->used(0, 1, true);
+    arc->inserted(0, 2, true);
+    arc->used(0, 2, true);
+    arc->used(0, 2, true);
+    CHECK(arc->priority(0, 1) < arc->priority(0, 2));
 }
 
 TEST_MAIN()

@@ -21,7 +21,7 @@ float by_uses(const use_record & use, uint32_t, const eviction_context &) { retu
 class cache_story {
   public:
     explicit cache_story(uint32_t n_high, uint32_t n_low = 1) :
-        pool_(n_high * 64 + n_low * 32), cache(shape(n_high, n_low), pool_.data(), by_uses) {}
+        pool_(n_high * 64 + n_low * 32), cache(shape(n_high, n_low), pool_.data(), { by_uses }) {}
 
     cache_entry * insert(uint32_t expert, int precision = HIGH) {
         evicted.clear();
@@ -186,6 +186,39 @@ TEST("a new sequence forgets the uses and keeps the contents") {
     CHECK_EQ(s.cache.use(0, 1).uses, 0u);
 }
 
+TEST("with slots of its own for each layer, a layer evicts its own experts only") {
+    cache_shape shape;
+    shape.n_layer       = 2;
+    shape.n_expert      = 8;
+    shape.k             = 1;
+    shape.n_slots[0]    = 4;
+    shape.n_slots[1]    = 1;
+    shape.slot_bytes[0] = shape.slot_bytes[1] = 16;
+    std::vector<std::byte> pool(5 * 16);
+    expert_cache           cache(shape, pool.data(), { by_uses, slot_split::even });
+    eviction_context       now;
+    const auto             load = [&](uint32_t layer, uint32_t expert, int precision = HIGH) {
+        cache_entry * e = cache.insert(layer, expert, precision, now);
+        if (e != nullptr) {
+            cache.fulfil(e);
+        }
+        return e;
+    };
+    load(0, 1), load(0, 2);
+    cache.use(0, 1).uses = cache.use(0, 2).uses = 9;
+    CHECK(load(0, 3) != nullptr);  // there are free slots, but not for this layer
+    CHECK(cache.find(0, 1, HIGH) == nullptr && cache.find(0, 2, HIGH) != nullptr);
+    load(1, 1), load(1, 2), load(1, 3);
+    CHECK(cache.find(0, 2, HIGH) != nullptr && cache.find(0, 3, HIGH) != nullptr);
+    CHECK(cache.find(1, 1, HIGH) == nullptr && cache.resident(HIGH) == 4);
+    cache.pin(cache.find(1, 2, HIGH)), cache.pin(cache.find(1, 3, HIGH));
+    CHECK(load(1, 4) == nullptr);
+    cache.drop(cache.find(0, 2, HIGH));
+    CHECK(load(1, 4) == nullptr && load(0, 5) != nullptr);            // what became free is layer 0's
+    CHECK(load(1, 1, LOW) != nullptr && load(0, 1, LOW) != nullptr);  // low copies compete everywhere
+    CHECK(cache.find(1, 1, LOW) == nullptr);
+}
+
 namespace {
 
 struct copy_key {
@@ -207,7 +240,7 @@ struct copy_model {
 // Random operations on a cache and on a map that does the same in the plainest way.
 class random_run {
   public:
-    explicit random_run(uint32_t seed) : random_(seed), pool_(POOL), cache_(shape(), pool_.data(), priority_hobbit) {}
+    explicit random_run(uint32_t seed) : random_(seed), pool_(POOL), cache_(shape(), pool_.data(), { priority_hobbit }) {}
 
     void step() {
         now_.token = 1 + below(50);

@@ -71,7 +71,7 @@ def write(path: Path, document: Any) -> Path:
 
 
 def write_trace(path: Path, **more: Any) -> Path:
-    ids = np.random.default_rng(0).integers(16, size=(50, 3, 2)).astype(np.uint8)
+    ids = np.random.default_rng(0).random((50, 3, 16)).argsort(-1)[..., :2].astype(np.uint8)
     arrays = {
         "ids": ids, "weights": np.ones(ids.shape, np.float16), "lens": np.array([20, 30], np.int32), "n_experts": np.int32(16),
         "meta": np.array(json.dumps({"model": "traced"})), **more,

@@ -29,7 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     """The model, how it is run, and --verbose. `ctx_size`: the default of -c."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     group = parser.add_argument_group("model")
-    group.add_argument("--offload", choices=["hobbit", "lru", "none"], default="hobbit", help="default: hobbit")
+    group.add_argument("--offload", choices=["hobbit", "fate", "lru", "none"], default="hobbit", help="default: hobbit")
     group.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
     group.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
     group.add_argument("--exact", action="store_true", help="every expert in high precision: the same text as llama.cpp")

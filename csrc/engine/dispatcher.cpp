@@ -1,0 +1,126 @@
+#include "dispatcher.h"
+
+#include "../base/error.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+policy::serving serving_of(const expert_index & index, const hobbit_params & params) {
+    policy::serving how;
+    how.rule          = (policy::precision_rule) params.precision_rule;
+    how.drop_fraction = params.drop_fraction;
+    how.max_experts   = params.max_experts;
+    how.t             = policy::default_thresholds(index.n_expert_used);
+    if (params.t1 >= 0.0f) {
+        how.t = { params.t1, params.t2 };
+    }
+    if (!index.has_low && how.rule != policy::precision_rule::drop) {
+        how.rule = policy::precision_rule::exact;  // nothing to serve instead: such a file is run as it is
+    }
+    return how;
+}
+
+dispatcher::dispatcher(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
+                       const dispatcher_parts & parts) :
+    index_(index),
+    params_(params),
+    routers_(parts.routers),
+    threads_(parts.threads),
+    times_(parts.times),
+    store_(index, params, pool_bytes, parts.on_arrival, parts.make_reader),
+    pass_(store_, index),
+    how_(serving_of(index, params)) {
+    store_.set_timeline(times_);
+    make_prefetcher();
+}
+
+void dispatcher::make_prefetcher() {
+    prefetcher_.reset();
+    router_source * routers = routing_ != nullptr ? routing_ : routers_;
+    if (params_.prefetch_depth > 0 && routers != nullptr) {
+        prefetcher_ = std::make_unique<prefetcher>(store_, index_, params_, *routers, threads_);
+    }
+}
+
+void dispatcher::set_routing(recorded_routing * routing) {
+    prefetcher_.reset();  // its thread may be looking at what is replaced
+    routing_ = routing;
+    make_prefetcher();
+}
+
+void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t * ids) {
+    if (layer == 0) {
+        routing_->begin_pass(sel.n_tokens);
+    }
+    routed_weights_.resize((size_t) sel.n_tokens * sel.k);
+    for (uint32_t i = 0; i < sel.n_tokens; ++i) {
+        std::copy_n(routing_->ids(layer, i, sel.n_tokens), sel.k, ids + i * sel.ids_stride);
+        std::copy_n(routing_->weights(layer, i, sel.n_tokens), sel.k, &routed_weights_[(size_t) i * sel.k]);
+    }
+    sel.weights        = routed_weights_.data();
+    sel.weights_stride = sel.k;
+}
+
+void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const float * x,
+                       size_t n_embd, size_t x_stride, float * out_weights) {
+    if (routing_ != nullptr) {
+        if (sel.k != index_.n_expert_used) {
+            fail(HOBBIT_ERR_INVALID_ARGUMENT, format("layer %u selects %u experts a token and cannot follow a routing of %u",
+                                                     layer, sel.k, index_.n_expert_used));
+        }
+        replace(layer, sel, ids);
+    }
+    // Thresholds that are not given follow the model's own distribution of scores, as long as the cache may have a say at
+    // all: the weight rule promises the same text for the same prompt.
+    const bool adaptive = params_.t1 < 0.0f && how_.rule == policy::precision_rule::miss;
+    if (adaptive && layer == 0) {
+        how_.t = profile_.at_quantiles(how_.t);
+    }
+    const auto begin = timeline::clock::now();
+    if (times_ != nullptr && layer == 0) {
+        times_->batch(sel.n_tokens);
+    }
+    if (prefetcher_ && sel.n_tokens == 1) {
+        prefetcher_->observe(layer, sel.ids, sel.k);
+    }
+    pass_.build(layer, sel, how_, params_.renormalize != 0, layer == 0, adaptive ? &profile_ : nullptr, out_weights);
+    pass_.key = key;
+    if (times_ != nullptr && times_->on()) {
+        times_->add(HOBBIT_EVENT_ROUTE, index_.layers()[layer].block, begin, timeline::clock::now());
+    }
+
+    // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
+    n_quiet_ = pass_.n_loads() > 0 ? 0 : n_quiet_ + 1;
+    if (!prefetcher_ || layer + 1 >= index_.layers().size() || n_quiet_ >= index_.layers().size()) {
+        return;
+    }
+    // A sample of a large batch tells its popular experts well enough.
+    const uint32_t n_rows = std::min(sel.n_tokens, 64u);
+    size_t         step   = n_rows == 0 ? 0 : sel.n_tokens / n_rows * x_stride;
+    if (routing_ != nullptr) {
+        x      = routing_->input(layer, sel.n_tokens);
+        n_embd = routing_->input_size();
+        step   = n_rows == 0 ? 0 : sel.n_tokens / n_rows * n_embd;
+    }
+    if (x != nullptr && n_rows > 0) {
+        prefetcher_->post(layer, x, n_embd, step, n_rows, how_);
+    }
+}
+
+void dispatcher::stats(hobbit_stats & out) {
+    store_.stats(out);
+    if (prefetcher_) {
+        prefetcher_->recall(out.predicted, out.predicted_right, false);
+    }
+}
+
+void dispatcher::reset_stats() {
+    store_.reset_stats();
+    if (prefetcher_) {
+        uint64_t unused[2][HOBBIT_MAX_LOOKAHEAD];
+        prefetcher_->recall(unused[0], unused[1], true);
+    }
+}
+
+}  // namespace hobbit

@@ -1,0 +1,124 @@
+#include "recorded-routing.h"
+
+#include "../base/error.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hobbit {
+
+static void require(bool ok, const std::string & what) {
+    if (!ok) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
+    }
+}
+
+static void check_ids(const std::vector<uint16_t> & ids, uint32_t k, uint32_t n_expert) {
+    for (size_t row = 0; row < ids.size(); row += k) {
+        for (size_t i = row; i < row + k; ++i) {
+            require(ids[i] < n_expert, format("the routing names expert %u; the model has %u in a layer", ids[i], n_expert));
+            for (size_t j = row; j < i; ++j) {
+                require(ids[j] != ids[i], format("the routing selects expert %u twice for one token and layer", ids[i]));
+            }
+        }
+    }
+}
+
+recorded_routing::recorded_routing(const hobbit_routing & from, uint32_t n_layer, uint32_t n_expert, uint32_t k) :
+    model_layers_(n_layer),
+    n_expert_(n_expert),
+    k_(k),
+    n_rows_(from.n_rows),
+    n_layer_(from.n_layer),
+    depth_(from.predicted == nullptr ? 0 : from.depth),
+    n_predicted_(from.predicted == nullptr ? 0 : from.n_predicted) {
+    require(n_rows_ > 0 && n_layer_ > 0 && from.ids != nullptr && from.weights != nullptr, "the routing is empty");
+    require(from.k == k, format("the routing selects %u experts a token, the model %u", from.k, k));
+    const size_t n = n_rows_ * n_layer_ * k;
+    ids_.assign(from.ids, from.ids + n);
+    weights_.assign(from.weights, from.weights + n);
+    check_ids(ids_, k, n_expert);
+    require(std::all_of(weights_.begin(), weights_.end(), [](float w) { return std::isfinite(w); }),
+            "a router weight of the routing is not a number");
+    if (depth_ > 0) {
+        require(depth_ <= HOBBIT_MAX_LOOKAHEAD && from.predicted_weights != nullptr && n_predicted_ >= k &&
+                    n_predicted_ <= n_expert,
+                "the predictions of the routing are of no use: at least k experts each, with their weights, at most 4 "
+                "layers ahead");
+        const size_t m = n_rows_ * n_layer_ * depth_ * n_predicted_;
+        predicted_.assign(from.predicted, from.predicted + m);
+        predicted_weights_.assign(from.predicted_weights, from.predicted_weights + m);
+        // The first layers have nothing before them to be predicted from: whatever stands there is not looked at.
+        for (const uint16_t e : predicted_) {
+            require(e < n_expert, format("the routing predicts expert %u; the model has %u in a layer", e, n_expert));
+        }
+    }
+}
+
+void recorded_routing::begin_pass(uint32_t n_tokens) {
+    next_ += n_tokens;
+    pass_tokens_ = n_tokens;
+}
+
+size_t recorded_routing::row_of(uint32_t i, uint32_t n_tokens) const {
+    // next_ counts from 0 and n_tokens <= pass_tokens_ <= next_
+    return (next_ - std::min(n_tokens, pass_tokens_) + i) % n_rows_;
+}
+
+const uint16_t * recorded_routing::ids(uint32_t layer, uint32_t i, uint32_t n_tokens) const {
+    return &ids_[(row_of(i, n_tokens) * n_layer_ + layer % n_layer_) * k_];
+}
+
+const float * recorded_routing::weights(uint32_t layer, uint32_t i, uint32_t n_tokens) const {
+    return &weights_[(row_of(i, n_tokens) * n_layer_ + layer % n_layer_) * k_];
+}
+
+const float * recorded_routing::input(uint32_t layer, uint32_t n_tokens) {
+    if (depth_ == 0) {
+        return nullptr;
+    }
+    input_.clear();
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        for (uint32_t d = 0; d < depth_; ++d) {
+            const size_t to = ((row_of(i, n_tokens) * n_layer_ + (layer + d + 1) % n_layer_) * depth_ + d) * n_predicted_;
+            for (uint32_t j = 0; j < n_predicted_; ++j) {
+                input_.push_back((float) predicted_[to + j]);
+                input_.push_back(predicted_weights_[to + j]);
+            }
+        }
+    }
+    return input_.data();
+}
+
+bool recorded_routing::shape(uint32_t layer, policy::router_shape & out) {
+    if (depth_ == 0 || layer >= model_layers_) {
+        return false;
+    }
+    out          = {};
+    out.n_expert = n_expert_;
+    out.k        = k_;
+    out.function = policy::gating::softmax_over_selected;
+    return true;
+}
+
+bool recorded_routing::logits(uint32_t from, uint32_t to, const float * x, bool, float * out) {
+    const uint32_t d = to - from - 1;
+    // A trace of fewer layers has no layer before its first: what was recorded there predicts nothing.
+    if (d >= depth_ || to % n_layer_ <= d) {
+        return false;
+    }
+    // The order of the experts is what was recorded, whatever their weights say: a ranking may follow a bias.
+    std::fill(out, out + n_expert_, -1e9f);
+    const float * guess = x + (size_t) d * n_predicted_ * 2;
+    float         above = INFINITY;
+    for (uint32_t j = 0; j < n_predicted_; ++j) {
+        const float logit          = std::log(std::max(guess[2 * j + 1], 1e-9f));
+        above                      = std::min(logit, std::nextafter(above, -INFINITY));
+        out[(size_t) guess[2 * j]] = above;
+    }
+    return true;
+}
+
+const float * recorded_routing::selection_bias(uint32_t) { return nullptr; }
+
+}  // namespace hobbit

@@ -1,0 +1,54 @@
+// Reads expert data: what the expert store asks, whoever answers.
+#pragma once
+
+#include "file.h"
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <vector>
+
+namespace hobbit {
+
+struct io_request {
+    const file *              src       = nullptr;
+    uint64_t                  offset    = 0;  // aligned range, see file::read
+    uint64_t                  bytes     = 0;
+    uint64_t                  must_have = 0;
+    std::byte *               dst       = nullptr;
+    void *                    owner     = nullptr;  // whom the read is for; never dereferenced here
+    uint32_t                  part      = 0;        // which of the owner's parts
+    const std::atomic<bool> * cancel    = nullptr;  // prefetch: stop at the next block. NULL: never
+    const std::atomic<bool> * urgent    = nullptr;  // prefetch: somebody waits for it by now, do not stand back. NULL: never
+    uint64_t                  done      = 0;        // bytes already there, of a request that stood back
+};
+
+enum class io_outcome { done, cancelled, failed };
+
+class reader {
+  public:
+    // Called once per request, with no lock of the reader held. `why` is set for io_outcome::failed.
+    using handler = std::function<void(const io_request &, io_outcome, std::exception_ptr why)>;
+
+    virtual ~reader() = default;
+
+    // Never block. The order within a call is kept.
+    virtual void demand(const std::vector<io_request> & requests)   = 0;
+    virtual void prefetch(const std::vector<io_request> & requests) = 0;
+
+    // Moves the owner's queued prefetch requests to the demand queue.
+    virtual void promote(const void * owner) = 0;
+    // Takes the owner's queued prefetch requests out and returns their parts as bits; running ones go on.
+    virtual uint32_t withdraw(const void * owner) = 0;
+
+    // Reads running or queued as demand right now.
+    virtual uint32_t demand_pending() const = 0;
+
+    virtual void set_max_prefetch(uint32_t n) = 0;
+
+    // Until no read is running and no demand read is queued.
+    virtual void drain() = 0;
+};
+
+}  // namespace hobbit

@@ -1,0 +1,101 @@
+"""hobbit trace: records the routing of a model over a text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .options import _size, positive
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "trace",
+        help="record a model's routing over a text",
+        description="Runs a model over a text, without generating anything, and writes which experts its routers select, with "
+        "their weights, for each token and layer. `hobbit replay` reads that. The file appears whole or not at all.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="the text; - reads it from stdin")
+    parser.add_argument("-o", "--output", metavar="TRACE.npz", type=Path, required=True, help="the new file")
+    parser.add_argument("-n", "--tokens", metavar="N", type=positive, help="stop after N tokens (default: all of the text)")
+    parser.add_argument("-c", "--ctx", metavar="N", type=positive, default=512, help="tokens of a sequence (default: 512)")
+    parser.add_argument(
+        "--documents", action="store_true", help="a sequence is what stands between blank lines, cut at --ctx tokens"
+    )
+    parser.add_argument(
+        "--predictions",
+        metavar="DEPTH",
+        nargs="?",
+        type=int,
+        choices=range(1, 5),
+        const=1,
+        default=0,
+        help="also what each layer's input says to the routers of the next DEPTH layers, 1 to 4 (1 when not given)",
+    )
+    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
+    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
+    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    parser.add_argument("-f", "--force", action="store_true", help="replace TRACE.npz if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    parser.set_defaults(function=run, when_interrupted="; no file was left")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Records."""
+    if not args.model.exists():
+        raise FileNotFoundError(f"{args.model}: no such file")
+    if args.output.exists() and not args.force:
+        raise FileExistsError(f"{args.output} exists: --force replaces it")
+    if not args.output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{args.output.parent} is not a folder")
+    text = _read(args.text)
+    from hobbit_cpp.trace import record
+
+    from .progress import make_progress
+
+    begin = time.monotonic()
+    progress = make_progress("tracing", "tokens", show=not args.quiet)
+    try:
+        trace = record(
+            args.model,
+            text,
+            n_tokens=args.tokens,
+            context=args.ctx,
+            documents=args.documents,
+            predictions=args.predictions,
+            memory=args.memory,
+            expert_cache=args.expert_cache,
+            threads=args.threads,
+            meta={"text": "stdin" if str(args.text) == "-" else args.text.name},
+            progress=progress.update,
+        )
+    finally:
+        progress.close()
+    trace.save(args.output)
+    if not args.quiet:
+        print(
+            f"{args.output}: {trace.n_tokens} tokens in {len(trace.lens)} sequences, {trace.n_layers} layers, top-{trace.k} of "
+            f"{trace.n_experts} experts{f', predictions {trace.depth} layers ahead' if trace.depth else ''}; "
+            f"{time.monotonic() - begin:.1f} s",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _read(path: Path) -> str:
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from e
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
