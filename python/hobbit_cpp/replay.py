@@ -5,7 +5,7 @@ of a model that follows the trace. A row of the result is a policy at a cache si
 
     lru, layer-lru, lfu   the textbook's caches, the yardsticks. With one precision (exact) each selection is an access of its
                           own, nothing of the running layer is protected, and LFU counts over the whole trace.
-    hobbit                eq. 3 of HOBBIT; lcu: MoE-APEX; layer-arc: ARC in each layer
+    hobbit                eq. 3 of HOBBIT; lcu: MoE-APEX; foresight: ours; layer-arc: ARC in each layer
     fate                  Fate's whole mode
     default               what `Llama(offload="hobbit")` uses when nothing else is said
     belady                the optimum, see below

@@ -23,8 +23,9 @@ def add_parser(commands: Any) -> None:
         help="compare cache policies over a recorded routing",
         description="Runs the engine's cache, precision and prefetch rules over a trace (hobbit trace), without a model: hit "
         "rate, miss penalty, bytes read, and the share of the gap between LRU and Belady's optimum that a policy closes.",
-        epilog="Policies: lru, layer-lru, lfu (textbook caches), hobbit (eq. 3), lcu (MoE-APEX), layer-arc, fate (its whole "
-        "mode), default (what the engine uses when nothing is said), belady (the optimum; with two precisions a lower bound).",
+        epilog="Policies: lru, layer-lru, lfu (textbook caches), hobbit (eq. 3), lcu (MoE-APEX), foresight (ours), layer-arc, "
+        "fate (its whole mode), default (what the engine uses when nothing is said), belady (the optimum; with two precisions "
+        "a lower bound).",
     )
     parser.add_argument("trace", metavar="TRACE.npz", type=Path, help="made by hobbit trace")
     parser.add_argument("--cache", metavar="SHARES", default="12.5%,25%,50%", help="of all experts (default: 12.5%%,25%%,50%%)")
