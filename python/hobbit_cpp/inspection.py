@@ -1,30 +1,32 @@
-"""What a GGUF holds and which memory budgets make sense for it, from its header alone: `hobbit inspect`."""
+"""What a GGUF holds and which memory budgets make sense for it, without reading weights: `hobbit inspect`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import numpy as np
 
 from ._session import ModelInfo, Session
 from ._sidecar import ARCHITECTURE, LowModel, low_path
 from .convert.ggtypes import load_types
-from .convert.header import Header
+from .convert.header import Header, pad
 from .convert.plan import LOW_PREFIX, Tensor, is_expert
 from .convert.source import Source
 from .errors import HobbitError, NotMoeError
 from .params import OffloadParams
 
+if TYPE_CHECKING:
+    from .bench.sizes import Sizes
+
 __all__ = ["BUDGET_CONTEXT", "inspect_file"]
 
 BUDGET_CONTEXT = 4096
 """Tokens of context that the budgets have room for, where the model takes as many."""
-# What the process takes beside what is counted, and compute buffers for n_ubatch = 512: roughly.
-_PROCESS = 96 << 20
-_UBATCH = 512
-_F16, _F32 = 2, 4
+_BATCH = 512
+# By which two processes with the same model differ; budgets are whole MiB.
+_MARGIN = 8 << 20
 
 
 def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None) -> Dict[str, Any]:
@@ -52,11 +54,11 @@ def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None)
         direct_io: None, or {alignment, slices, slices_aligned, read_beyond}: `alignment` of direct reads where the file lies (1:
             buffered), expert slices in all, those that begin and end at a multiple of it, and what is read beyond the
             slices as a share of their bytes.
-        kv_bytes_per_1k_tokens: KV cache in F16 for 1024 tokens, at most (sliding windows are taken as full attention); None
-            when it cannot be told from the header.
-        budgets: None, or what `memory=` may be, roughly: {n_ctx, smallest, one_cycle, experts_25_percent, experts_50_percent,
-            experts_100_percent}, for a context of n_ctx tokens: the smallest that works, one that holds as many experts as a
-            token uses, and shares of all experts.
+        kv_bytes_per_1k_tokens: KV cache in F16 for 1024 of the n_ctx tokens below, as llama.cpp says; None when it cannot load
+            the model, or offload is not possible.
+        budgets: None as well, or what `memory=` may be: {n_ctx, smallest, one_cycle, experts_25_percent, experts_50_percent,
+            experts_100_percent}, for a context of n_ctx tokens and batches of 512: the smallest that works, one that holds
+            as many experts as a token uses, and shares of all experts.
 
     Raises:
         ConvertError, ModelFileError: not a readable GGUF.
@@ -95,8 +97,10 @@ def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None)
     out.update(_sizes(dense, high, low, info, header))
     out["types"] = {"dense": _types(dense), "high": _types(high), "low": _types(low)}
     out["direct_io"] = None if info is None else _alignment([*high, *low], info.io_alignment if info.direct_io else 1)
-    out["kv_bytes_per_1k_tokens"] = None if is_sidecar else _kv_bytes(header)
-    out["budgets"] = None if info is None else _budgets(info, header, out["kv_bytes_per_1k_tokens"])
+    n_ctx = min(BUDGET_CONTEXT, out["context_length"] or BUDGET_CONTEXT)
+    sizes = None if info is None else _measured(first, out["sidecar"]["path"] if where == "sidecar" else False, n_ctx)
+    out["kv_bytes_per_1k_tokens"] = None if sizes is None else sizes.kv * 1024 // sizes.n_ctx
+    out["budgets"] = None if sizes is None else _budgets(sizes)
     return out
 
 
@@ -198,49 +202,31 @@ def _alignment(tensors: Sequence[Tensor], alignment: int) -> Dict[str, Any]:
     }
 
 
-def _kv_bytes(header: Header) -> Optional[int]:
-    """Of 1024 tokens in F16."""
-    arch = header.string("general.architecture")
+def _measured(path: str, low_model: LowModel, n_ctx: int) -> Optional[Sizes]:
+    """What llama.cpp says it will hold with a context of n_ctx tokens; None when it cannot load the model."""
+    from .bench.conditions import cores
+    from .bench.sizes import measure_sizes
 
-    def numbers(key: str) -> List[int]:
-        return header.integers(f"{arch}.{key}")
-
-    layers = header.integer(f"{arch}.block_count")
-    heads = numbers("attention.head_count")
-    kv_heads = numbers("attention.head_count_kv") or heads
-    embedding = header.integer(f"{arch}.embedding_length")
-    recurrent = any(key.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for key in header.values)
-    if not layers or not heads or not kv_heads or not embedding or not max(heads):
+    try:
+        return measure_sizes(Path(path), n_ctx, _BATCH, _BATCH, cores(), low_model)
+    except (HobbitError, ValueError, RuntimeError):
         return None
-    if recurrent and len(kv_heads) == 1:
-        return None  # some layers have no KV cache, and the header does not say which
-    key_length = header.integer(f"{arch}.attention.key_length") or embedding // max(heads)
-    value_length = header.integer(f"{arch}.attention.value_length") or embedding // max(heads)
-    if header.integer(f"{arch}.attention.kv_lora_rank"):
-        value_length = 0  # latent attention: the values are a part of the keys
-    total_heads = sum(kv_heads) if len(kv_heads) > 1 else kv_heads[0] * layers
-    return 1024 * total_heads * (key_length + value_length) * _F16
 
 
-def _budgets(info: ModelInfo, header: Header, kv: Optional[int]) -> Dict[str, Any]:
-    arch = header.string("general.architecture")
-    n_ctx = min(BUDGET_CONTEXT, header.integer(f"{arch}.context_length") or BUDGET_CONTEXT)
-    width = max(header.integer(f"{arch}.embedding_length"), 1)
-    inner = max(header.integers(f"{arch}.expert_feed_forward_length") or header.integers(f"{arch}.feed_forward_length") or [0])
-    heads = max(header.integers(f"{arch}.attention.head_count") or [0])
-    compute = _UBATCH * _F32 * (8 * width + heads * n_ctx + info.n_expert_used * (width + 3 * inner))
-    base = _PROCESS + info.bytes_dense + (kv or 0) * n_ctx // 1024 + compute
+def _budgets(sizes: Sizes) -> Dict[str, Any]:
+    info = sizes.info
+
+    def with_pool(pool: int) -> int:
+        return pad(sizes.budget(max(info.pool_min, pool)) + _MARGIN, 1 << 20)
 
     def with_slots(n: float) -> int:
-        fixed = info.pool_min - info.n_expert_used * info.slot_high  # streaming
-        return base + max(info.pool_min, fixed + int(n * info.slot_high))
+        return with_pool(sizes.streaming + int(n * info.slot_high))
 
-    everything = (info.pool_max - info.pool_min) // info.slot_high + info.n_expert_used
     return {
-        "n_ctx": n_ctx,
-        "smallest": base + info.pool_min,
+        "n_ctx": sizes.n_ctx,
+        "smallest": with_pool(info.pool_min),
         "one_cycle": with_slots(info.n_moe_layer * info.n_expert_used),
-        "experts_25_percent": with_slots(everything * 0.25),
-        "experts_50_percent": with_slots(everything * 0.5),
-        "experts_100_percent": with_slots(everything),
+        "experts_25_percent": with_slots(sizes.n_experts * 0.25),
+        "experts_50_percent": with_slots(sizes.n_experts * 0.5),
+        "experts_100_percent": with_slots(sizes.n_experts),
     }

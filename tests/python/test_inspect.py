@@ -77,7 +77,7 @@ def test_slices_that_are_not_aligned_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
 @pytest.mark.parametrize("shape", ["mixtral", "deepseek2"])
-def test_kv_cache_and_budgets_are_about_right(shape: str) -> None:
+def test_kv_cache_and_budgets_are_those_of_the_model(shape: str) -> None:
     path = tiny(shape, "Q8_0")
     facts = inspect_file(path)
     budgets = facts["budgets"]
@@ -85,18 +85,11 @@ def test_kv_cache_and_budgets_are_about_right(shape: str) -> None:
     assert n_ctx == 512  # all that the model takes
     order = ["smallest", "one_cycle", "experts_50_percent", "experts_100_percent"]
     assert [budgets[k] for k in order] == sorted(budgets[k] for k in order)
-    # head size 64: 2 of 4 heads, keys and values, 4 layers; deepseek2: 64 + 16 latent, keys only
+    # 4 layers, head size 64, keys and values of 2 heads; deepseek2: keys of 64 + 16 latent
     assert facts["kv_bytes_per_1k_tokens"] == 1024 * 4 * 2 * (2 * 2 * 64 if shape == "mixtral" else 80)
-    with pytest.raises(MemoryBudgetError) as e:
-        Llama(str(path), offload="hobbit", memory="20MiB", n_ctx=n_ctx, verbose=False)
-    import re
-
-    from hobbit_cpp._memory import parse_size, resident
-
-    told = re.search(r"at least ([\d.]+ \w+)", str(e.value))
-    assert told is not None
-    # the process of the tests is larger than that of a command
-    assert budgets["smallest"] == pytest.approx(parse_size(told[1]), abs=max(64 << 20, resident()))
+    Llama(str(path), offload="hobbit", memory=budgets["smallest"], n_ctx=n_ctx, verbose=False).close()
+    with pytest.raises(MemoryBudgetError):
+        Llama(str(path), offload="hobbit", memory=budgets["smallest"] - (24 << 20), n_ctx=n_ctx, verbose=False)
 
 
 def test_a_split_model_with_a_sidecar(tmp_path: Path, capsys: Captured) -> None:
@@ -173,9 +166,10 @@ def test_where_json_goes(tmp_path: Path, capsys: Captured) -> None:
     path, out = tiny_dual("mixtral"), tmp_path / "facts.json"
     facts = as_json(path, capsys)
     assert main(["inspect", str(path), "--json", str(out)]) == 0
-    assert capsys.readouterr().out == "" and json.loads(out.read_text()) == facts
+    facts.pop("budgets")  # count what this process happens to hold
+    assert capsys.readouterr().out == "" and facts.items() <= json.loads(out.read_text()).items()
     assert main(["inspect", "--json", str(path)]) == 0  # the other way round
-    assert json.loads(capsys.readouterr().out) == facts
+    assert facts.items() <= json.loads(capsys.readouterr().out).items()
     model = Path(shutil.copy(path, tmp_path / "m.gguf"))
     assert main(["inspect", str(path), "--json", str(model)]) == 1
     assert "would be replaced" in capsys.readouterr().err and model.read_bytes()[:4] == b"GGUF"

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from hobbit_cpp import _memory
 from hobbit_cpp._session import _SLACK, _SLACK_SHARE, ModelInfo, Session
+from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor, is_expert
 from hobbit_cpp.convert.source import Source
@@ -94,8 +95,8 @@ class _Unloaded(Llama):
         return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers)
 
 
-def measure_sizes(model: Path, n_ctx: int, n_batch: int, n_ubatch: int, threads: int) -> Sizes:
-    """Asks llama.cpp.
+def measure_sizes(model: Path, n_ctx: int, n_batch: int, n_ubatch: int, threads: int, low_model: LowModel = None) -> Sizes:
+    """Asks llama.cpp. `low_model`: see `OffloadParams`.
 
     Raises:
         NotMoeError, ModelFormatError, UnsupportedModelError: as loading it would.
@@ -103,7 +104,7 @@ def measure_sizes(model: Path, n_ctx: int, n_batch: int, n_ubatch: int, threads:
     kwargs = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": threads, "n_threads_batch": threads}
     llm: Optional[_Unloaded] = None
     try:
-        llm = _Unloaded(str(model), OffloadParams(), kwargs)
+        llm = _Unloaded(str(model), OffloadParams(low_model=low_model), kwargs)
         return llm.sizes()
     finally:
         if llm is not None:

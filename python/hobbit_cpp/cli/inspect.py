@@ -121,7 +121,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("offload", f"not possible: {facts['offload']['reason']}"))
     budgets = facts["budgets"]
     if budgets is not None:
-        rows.append(("memory", f"roughly, for {budgets['n_ctx']} tokens:"))
+        rows.append(("memory", f"for a context of {budgets['n_ctx']} tokens:"))
         names = {"smallest": "smallest", "one_cycle": "one token's experts", "experts_25_percent": "25 % of the experts"}
         names.update(experts_50_percent="50 % of the experts", experts_100_percent="all experts")
         rows += [("", f"{human(budgets[key]):>10}  {name}") for key, name in names.items()]
