@@ -73,6 +73,17 @@ def test_statistics_of_prompt_and_answer_are_apart(use: Any, tmp_path: Path) -> 
     assert (report["finish_reason"], report["interrupted"]) == ("stop", False)
 
 
+def test_statistics_to_stdout_replace_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    with open(out, "wb") as f:
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys, pathlib; from hobbit_cpp.cli.output import write_json, write_stdout; "
+             "write_stdout('answer\\n'); write_json(pathlib.Path('/dev/stdout'), [1])"],
+            stdout=f, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 0 and out.read_text() == "answer\n[\n  1\n]\n"
+
+
 def test_times_are_split_at_the_first_chunk() -> None:
     times = iter([10.0, 14.0, 20.0])
     model = FakeModel(["a", "b", "c"])

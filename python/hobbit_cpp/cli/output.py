@@ -38,8 +38,10 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
-        path.write_text(text, encoding="utf-8")
+    # /dev/stdout is a name of whatever file stdout goes to, which must be neither replaced nor emptied
+    if str(path.absolute()).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(text)
         return
     path = path.resolve()
     fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
