@@ -40,8 +40,9 @@ class Worker:
         once, also when there is nothing to cancel."""
         self._stopped = False
         self._cancel = cancel
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread hears signals
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a shell does for what it starts with &
+        if ignored or threading.current_thread() is not threading.main_thread():
+            yield  # other threads hear no signals
             return
         before = signal.signal(signal.SIGINT, self._hear)
         try:
