@@ -25,11 +25,14 @@ class FakeChatModel:
     _is_recurrent = _is_hybrid = _requires_eval = False
     _chat_handlers: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, says: list[Any], n_ctx: int = 4096, system_role: bool = True, space: str = "") -> None:
+    def __init__(
+        self, says: list[Any], n_ctx: int = 4096, system_role: bool = True, space: str = "", trims: bool = False
+    ) -> None:
         self.says = says
         self.context = n_ctx
         self.system_role = system_role
         self.space = space  # that the template writes before an answer
+        self.trims = trims  # the template, what is around it
         self.input_ids: list[int] = []
         self.evaluated: list[int] = []  # tokens, of each prompt
         self.prompts: list[str] = []
@@ -49,8 +52,9 @@ class FakeChatModel:
         for m in messages:
             if m["role"] == "system" and not self.system_role:
                 raise ValueError("no system role here")
-            text += {"system": "S:", "user": "U:", "assistant": "A:" + self.space}[m["role"]] + m["content"] + "|"
-        return llama.create_completion(prompt=self.tokenize((text + "A:").encode()), stop=["|", ""], **sampling)
+            content = m["content"].strip() if self.trims else m["content"]
+            text += {"system": "S:", "user": "U:", "assistant": "A:" + self.space}[m["role"]] + content + "|"
+        return llama.create_completion(prompt=llama.tokenize((text + "A:").encode()), stop=["|", ""], **sampling)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         return [ord(c) for c in text.decode()]

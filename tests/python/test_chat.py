@@ -63,6 +63,15 @@ def test_an_answer_with_the_space_of_the_template_is_reused(ears: Ears) -> None:
     assert turn.reused == len("U:hi|A: one|U:ho|A: two")
 
 
+def test_an_answer_with_a_space_that_the_template_strips_is_reused(ears: Ears) -> None:
+    model = FakeChatModel([" one\n", "two", " three"], trims=True)
+    chat = chat_with(model)
+    for message in ("hi", "ho", "hu"):
+        turn = chat.send(message, ears)
+    assert model.prompts[-1] == "U:hi|A: one\n|U:ho|A:two|U:hu|A:"
+    assert turn.reused == len("U:hi|A: one\n|U:ho|A:two")
+
+
 def test_the_space_before_an_answer_is_not_shown(ears: Ears) -> None:
     chat = chat_with(FakeChatModel(["\n\n  one two"]))
     chat.send("hi", ears)

@@ -19,6 +19,8 @@ _PLAIN = (
     "{% endfor %}Assistant:"
 )
 _PLAIN_STOP = ["\nUser:"]
+# No character of any text; taken out before the tokenizer.
+_GUARD = "\ufdd0"
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,21 @@ class Template:
         Raises:
             ValueError: the template refuses the messages.
         """
-        asked = self._ask(self._with_system(system, list(messages)), sampling)
         held = self._evaluated()
-        tokens = respell(held, asked["prompt"], self._piece)
-        if common(held, tokens) < len(held):
-            # A template that writes a space before an answer which began with one: to it the answer was without.
-            stripped = self._ask(self._with_system(system, [_stripped(m) for m in messages]), sampling)
-            others = respell(held, stripped["prompt"], self._piece)
-            if common(held, others) > common(held, tokens):
-                asked, tokens = stripped, others
+
+        def ask(messages: list[Message]) -> tuple[int, list[int], dict[str, Any]]:
+            asked = self._ask(self._with_system(system, messages), sampling)
+            tokens = respell(held, asked["prompt"], self._piece)
+            return common(held, tokens), tokens, asked
+
+        same, tokens, asked = ask(list(messages))
+        # A template may strip the space that an answer began with, or write one of its own: then the answer would have to be
+        # evaluated again for that.
+        for change in (_guarded, _stripped):
+            if same < len(held):
+                other = ask([change(m) if m["role"] == "assistant" else m for m in messages])
+                if other[0] > same:
+                    same, tokens, asked = other
         # an empty stop, of a vocabulary without end token, would end each answer at once
         asked["stop"] = [s for s in [*(asked.get("stop") or []), *self._stop] if s]
         for name in ("prompt", "stream"):
@@ -150,6 +158,9 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def tokenize(self, text: bytes, *args: Any, **kwargs: Any) -> Any:
+        return self._model.tokenize(text.replace(_GUARD.encode(), b""), *args, **kwargs)
+
     def create_completion(self, **asked: Any) -> Iterator[dict[str, Any]]:
         self.asked = asked
         return iter(())
@@ -198,5 +209,10 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
+def _guarded(message: Message) -> Message:
+    """Its outer spaces pass through a template that trims."""
+    return {**message, "content": f"{_GUARD}{message['content']}{_GUARD}"}
+
+
 def _stripped(message: Message) -> Message:
-    return {**message, "content": message["content"].strip()} if message["role"] == "assistant" else message
+    return {**message, "content": message["content"].strip()}
