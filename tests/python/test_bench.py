@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
+import numpy as np
 import pytest
 
 from hobbit_cpp._memory import cgroup_limits
@@ -285,6 +286,24 @@ def test_a_sweep_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(float(line["tok_s"]) > 0 and float(line["perplexity"]) > 0 for line in lines)
     picture = (tmp_path / "sweep.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+@pytest.mark.parametrize("n_experts, k", [(8, 2), (16, 4)])
+def test_routing_of_a_trace_is_followed(n_experts: int, k: int, tmp_path: Path) -> None:
+    ids = np.broadcast_to(np.arange(k, dtype=np.uint8), (20, 4, k))  # every token as the one before
+    np.savez(
+        tmp_path / "same.npz", ids=ids, weights=np.full(ids.shape, 1 / k, np.float16), lens=np.array([20], np.int32),
+        n_experts=np.int32(n_experts), meta=json.dumps({"model": "none"}),
+    )  # fmt: skip
+    document = bench(
+        tmp_path, str(tiny("mixtral", "Q8_0")), "--against", "exact,mmap", "--memory", MEMORY, "--rounds", "1",
+        "--prompt-tokens", "0", "--routing", str(tmp_path / "same.npz"),
+    )  # fmt: skip
+    exact = document["rows"][0]
+    # what the first token loads is all that is ever needed
+    assert exact["loads_high"] == pytest.approx(1 / TOKENS)
+    assert any("made to fit 2 of 8" in note for note in exact["notes"]) is (k != 2)
+    assert document["conditions"]["routing"] == "same.npz"
 
 
 def test_rows_without_figures_are_left_out_of_a_picture(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import hobbit_cpp
 from hobbit_cpp import _lib, _memory, probe
+from hobbit_cpp.convert.ggtypes import load_types
+from hobbit_cpp.convert.source import Source
 from hobbit_cpp.errors import HobbitError, ParameterError
 
 from . import conditions
@@ -78,6 +80,7 @@ def measure(request: Request) -> Dict[str, Any]:
         patience=request.patience,
         text=request.text,
         routing=request.routing,
+        files=_files(request.model, request.stock_model),
     )
     contenders = with_usual_read_ahead(request.contenders, request.stock_model)
     floor = _floor(request, setting, sizes, machine)
@@ -101,6 +104,15 @@ def measure(request: Request) -> Dict[str, Any]:
         "rows": build_rows(medians),
         "runs": runs,
     }
+
+
+def _files(*models: Path) -> Tuple[Path, ...]:
+    """All parts of the models."""
+    out: List[Path] = []
+    for model in models:
+        with Source(model, load_types()) as source:
+            out += source.paths
+    return tuple(dict.fromkeys(out))
 
 
 def with_usual_read_ahead(contenders: Sequence[Contender], path: Path) -> List[Contender]:
@@ -139,8 +151,10 @@ def _add_plan(row: Row, contender: Contender, request: Request, sizes: Sizes, we
     """What `hobbit plan` would have said, and how far that is from what was measured."""
     if "error" in row or contender.kind != "offload" or contender.everything or row.get("memory_budget") is None:
         return
-    if contender.options.keys() - {"exact"} or contender.mode not in ("hobbit", "lru") or request.routing:
+    if contender.options.keys() - {"exact"} or contender.mode not in ("hobbit", "lru"):
         return  # settings that a plan knows nothing of
+    if request.routing:
+        weights = replace(weights, random=False)
     mode = "exact" if contender.options.get("exact") else contender.mode
     n_cold = None if request.warm else request.tokens + request.n_prompt
     try:

@@ -115,6 +115,10 @@ def condition_lines(document: Dict[str, Any]) -> List[str]:
         f"{c['tokens']} one by one; "
         f"context {c['ctx']}; {c['rounds']} rounds, alternating, medians",
     ]
+    if any(row["kind"] == "offload" and row["capped"] for row in document["rows"]):
+        lines.append(
+            "memory: of the cgroup; the engine is told 2 % less, at least 24 MiB, for what the kernel counts beside a process"
+        )
     if c.get("routing"):
         lines.append(f"routing replayed from {c['routing']}; stock llama.cpp routes by its own")
     elif model["random_weights"]:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from . import conditions
 from .contenders import Contender
@@ -38,6 +38,7 @@ class Setting:
         tokens: ids: the prompt's, then those that are decoded, and one more to be predicted.
         warm: the text once before the clock starts; else the page cache is dropped before each run.
         patience: seconds of decoding after which a run ends early.
+        files: of both models, all parts.
     """
 
     model: Path
@@ -52,6 +53,7 @@ class Setting:
     patience: float
     text: Optional[Path] = None
     routing: Optional[Path] = None
+    files: Tuple[Path, ...] = ()
 
 
 def abba(contenders: Sequence[Contender], rounds: int) -> Iterator[List[Contender]]:
@@ -94,7 +96,7 @@ def run_once(setting: Setting, contender: Contender, memory: Optional[int]) -> R
     model = setting.stock_model if contender.kind == "stock" else setting.model
     row: Row = {"contender": contender.name, "kind": contender.kind, "memory": memory, "notes": []}
     cap = memory if contender.capped else None
-    row["page_cache"] = conditions.drop_caches({setting.model, setting.stock_model})
+    row["page_cache"] = conditions.drop_caches(setting.files or (setting.model, setting.stock_model))
     with conditions.read_ahead(model, contender.read_ahead) as why_not, conditions.memory_cgroup(cap) as cgroup:
         if why_not is not None:
             return {**row, "capped": False, "cap": "not run", "read_ahead": None, "error": why_not}
@@ -149,6 +151,9 @@ def _run_worker(setting: Setting, contender: Contender, memory: Optional[int], c
         except _Killed:
             raise _RunError(str(e)) from None
         notes.append("killed with repacked weights, so run with the weights as they are in the file")
+    note = out.pop("note")
+    if note:
+        notes.append(note)
     if out["n_tokens"] < len(setting.tokens) - setting.n_prompt - 1:
         notes.append(f"ended after {out['n_tokens']} tokens: slower than --patience allows")
     return out

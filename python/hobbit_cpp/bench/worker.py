@@ -140,6 +140,20 @@ def _decode(llm: Any, tokens: List[int], patience: float) -> Tuple[List[float], 
     return laps, nll
 
 
+def _follow(llm: Any, job: Dict[str, Any]) -> str:
+    """Makes the model follow the trace, made to fit, where there is one. Returns what was done to make it fit."""
+    if not job["routing"]:
+        return ""
+    from hobbit_cpp.trace import Trace
+
+    from .replayed import fit_trace
+
+    info = llm.offload_info
+    trace, how = fit_trace(Trace.load(job["routing"]), info.n_expert, info.n_expert_used, len(job["tokens"]))
+    llm.set_routing(trace)
+    return how
+
+
 def run(job: Dict[str, Any]) -> Dict[str, Any]:
     """Loads, warms where asked, measures the prompt and the tokens after it."""
     begin = time.perf_counter()
@@ -148,14 +162,14 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
     offloaded = job["kind"] == "offload"
     tokens: List[int] = job["tokens"]
     n_prompt: int = job["n_prompt"]
-    if job.get("routing"):
-        llm.set_routing(job["routing"])
+    note = _follow(llm, job)
     if job["warm"]:
         if n_prompt:
             llm.eval(tokens[:n_prompt])
         _decode(llm, tokens[n_prompt:], job["patience"])
         llm.reset()
-    out: Dict[str, Any] = {"load_s": loaded}
+        _follow(llm, job)  # from its beginning
+    out: Dict[str, Any] = {"load_s": loaded, "note": note}
     if offloaded:
         llm.reset_offload_stats()
     if n_prompt:
