@@ -38,7 +38,6 @@ _ASSUMED_DISK, _ASSUMED_RATE = 500e6, 8e9
 # Prefetched and not used, of all that is read: predictions of the next layer are right about nine times in ten.
 _WASTE = 0.08
 _DISK_SPREAD = 0.15
-_LOW_SHARE = 0.05
 _LOW_COST = 0.55
 
 
@@ -123,11 +122,6 @@ def _compute(model: Path, weights: Weights, threads: int, fresh: bool) -> Comput
 def _seconds(product: Product, threads: int, fresh: bool) -> float:
     rate = probe.probe_compute(product.type_id, product.n_in, product.n_out, threads, fresh=fresh)
     return product.bytes / (rate or _ASSUMED_RATE)
-
-
-def rule_of(sizes: Sizes, mode: str) -> str:
-    """The row of the statistics for a mode: without low copies only its cache and prefetch are left."""
-    return "exact" if mode == "hobbit" and not sizes.info.has_low else mode
 
 
 def forecast(

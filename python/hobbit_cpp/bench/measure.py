@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import hobbit_cpp
 from hobbit_cpp import _lib, _memory, probe
+from hobbit_cpp._sidecar import low_path
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.source import Source
 from hobbit_cpp.errors import HobbitError, ParameterError
@@ -107,11 +108,14 @@ def measure(request: Request) -> Dict[str, Any]:
 
 
 def _files(*models: Path) -> Tuple[Path, ...]:
-    """All parts of the models."""
+    """All parts of the models, and low-precision copies beside them."""
     out: List[Path] = []
     for model in models:
         with Source(model, load_types()) as source:
             out += source.paths
+        sidecar = low_path(str(model), None)
+        if sidecar is not None:
+            out.append(sidecar)
     return tuple(dict.fromkeys(out))
 
 
