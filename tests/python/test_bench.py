@@ -269,7 +269,7 @@ def test_warm_runs_and_runs_without_a_prompt(tmp_path: Path) -> None:
         "--prompt-tokens", "0",
     )  # fmt: skip
     for row in document["rows"]:
-        assert row["hit_rate"] == 1 and row["mb_token"] == 0 and "prompt_tok_s" not in row and row["first_token_s"] > 0
+        assert row["hit_rate"] > 0.5 and "prompt_tok_s" not in row and row["first_token_s"] > 0
     assert document["rows"][1]["cap"] == "no cap" and document["conditions"]["start"] == "warm"
 
 

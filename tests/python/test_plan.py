@@ -114,7 +114,7 @@ def test_more_memory_is_never_slower() -> None:
 
 def test_with_everything_in_memory_the_cores_are_the_limit() -> None:
     sizes = model()
-    f = forecast(sizes, WEIGHTS, machine(), sizes.largest, "exact")
+    f = forecast(sizes, WEIGHTS, machine(), sizes.largest, "exact", None)
     assert (f.share, f.hit_rate, f.mb_token) == (1.0, 1.0, 0.0) and f.tok_s == pytest.approx(100)
 
 
@@ -126,13 +126,13 @@ def test_half_the_disk_is_about_half_the_speed_where_it_is_the_limit() -> None:
     assert 1.8 < a / b < 2.05
 
 
-def test_low_copies_save_bytes_and_a_cold_start_costs_some() -> None:
+def test_low_copies_save_bytes_and_a_short_run_costs_more() -> None:
     sizes = model(has_low=True, bytes_low=GIB // 2, bytes_expert_low=GIB // (64 * 64), slot_low=GIB // (64 * 64))
     budget = sizes.budget(GIB // 4)
     exact, hobbit = (forecast(sizes, WEIGHTS, machine(), budget, mode) for mode in ("exact", "hobbit"))
     assert hobbit.mb_token < 0.9 * exact.mb_token and hobbit.loads.low > 0 and exact.loads.low == 0
-    cold = forecast(sizes, WEIGHTS, machine(), budget, "exact", n_cold=64)
-    assert cold.mb_token > exact.mb_token and cold.hit_rate < exact.hit_rate
+    short, long = (forecast(sizes, WEIGHTS, machine(), budget, "exact", n) for n in (128, None))
+    assert short.mb_token > exact.mb_token > long.mb_token and short.hit_rate < long.hit_rate
 
 
 def test_random_weights_have_no_locality() -> None:

@@ -28,6 +28,9 @@ __all__ = ["Compute", "Forecast", "Machine", "forecast", "measure_machine"]
 IO_THREADS = 8
 """The engine's default queue depth."""
 
+CONVERSATION = 1024
+"""Tokens of an ordinary conversation: what a plan is for when nobody says."""
+
 _F32 = 0
 # Nodes of a layer's graph that are no large products: norms, rope, softmax, additions, views that cost nothing are not
 # counted.
@@ -130,14 +133,14 @@ def forecast(
     machine: Machine,
     budget: int,
     mode: str,
-    n_cold: Optional[int] = None,
+    n_tokens: Optional[int] = CONVERSATION,
     has_low: Optional[bool] = None,
 ) -> Forecast:
     """What a budget gives.
 
     Args:
         mode: "lru", "exact" or "hobbit".
-        n_cold: tokens of a run that starts with an empty cache; None: the long run.
+        n_tokens: of a run from an empty cache; None: the long run.
         has_low: as if there were low copies.
     """
     info = sizes.info
@@ -146,22 +149,17 @@ def forecast(
     pool = sizes.pool(budget)
     share = min(1.0, max(0, pool - sizes.streaming) / info.slot_high / max(sizes.n_experts, 1))
     low_cost = info.bytes_expert_low / info.bytes_expert_high if info.has_low else _LOW_COST
-    options = expected_loads(info.n_expert, info.n_expert_used, share, rule, weights.random)
-    if share >= 1.0:
+    options = expected_loads(info.n_expert, info.n_expert_used, share, rule, n_tokens, weights.random)
+    if share >= 1.0 and n_tokens is None:
         options = [Loads(0.0, 0.0, 0.0)]
-    n_selections = info.n_moe_layer * info.n_expert_used
-    first = 0.0
-    if n_cold:
-        # The cache fills by loads that would be hits later on.
-        first = min(share * sizes.n_experts * options[0].hit_rate / (n_cold * n_selections), options[0].hit_rate)
     waste = 0.0 if mode == "lru" else _WASTE
     cycle = float(info.bytes_cycle)
 
     def read(loads: Loads) -> float:
-        return (loads.bytes(low_cost) + first) * (1 + waste) * cycle
+        return loads.bytes(low_cost) * (1 + waste) * cycle
 
     expected, best, worst = read(options[0]), min(map(read, options)), max(map(read, options))
-    bandwidth = _bandwidth(sizes, machine, options[0], first)
+    bandwidth = _bandwidth(sizes, machine, options[0])
     dense, experts = machine.compute.dense, machine.compute.experts
     disk = expected / bandwidth
     t = dense + max(experts, disk + experts / info.n_expert_used if expected else 0.0)
@@ -174,7 +172,7 @@ def forecast(
         pool=pool,
         share=share,
         loads=options[0],
-        hit_rate=max(0.0, options[0].hit_rate - first),
+        hit_rate=options[0].hit_rate,
         mb_token=expected / 1e6,
         tok_s=1 / t,
         tok_s_low=1 / max(slow, t),
@@ -186,13 +184,13 @@ def forecast(
     )
 
 
-def _bandwidth(sizes: Sizes, machine: Machine, loads: Loads, first: float) -> float:
+def _bandwidth(sizes: Sizes, machine: Machine, loads: Loads) -> float:
     """Bytes a second at the depth that a layer's misses make."""
     if machine.disk is None:
         return _ASSUMED_DISK
     info = sizes.info
     parts = max(1.0, info.bytes_expert_high / max(machine.disk.read_bytes, 1))
-    depth = min(float(IO_THREADS), max(1.0, (loads.high + loads.low + first) * info.n_expert_used * parts))
+    depth = min(float(IO_THREADS), max(1.0, (loads.high + loads.low) * info.n_expert_used * parts))
     rate = machine.disk.at(depth)
     if machine.low_disk is not None and loads.low > 0:
         # mixed sizes: by the bytes of each

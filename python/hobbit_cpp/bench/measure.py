@@ -63,7 +63,9 @@ def measure(request: Request) -> Dict[str, Any]:
         raise ParameterError(f"a context of {n_ctx} is too small for {n} tokens")
     started = datetime.datetime.now(datetime.timezone.utc)
     load = os.getloadavg()[0]
-    tokens = tokens_of(request.model, n, request.text)
+    # Warmed by the text before the one that is measured: a cache that knows what is to come would be no measure.
+    n_before = n - 1 if request.warm else 0
+    tokens = tokens_of(request.model, n_before + n, request.text)
     sizes = measure_sizes(request.model, n_ctx, request.n_batch, request.n_ubatch, request.threads)
     weights = read_weights(request.model, sizes.info.n_expert_used)
     request.told("probing disk and cores")
@@ -71,13 +73,13 @@ def measure(request: Request) -> Dict[str, Any]:
     setting = Setting(
         model=request.model,
         stock_model=request.stock_model,
-        tokens=tokens.ids,
+        tokens=tokens.ids[n_before:],
+        warm_up=tokens.ids[:n_before],
         n_prompt=request.n_prompt,
         n_ctx=n_ctx,
         n_batch=request.n_batch,
         n_ubatch=request.n_ubatch,
         threads=request.threads,
-        warm=request.warm,
         patience=request.patience,
         text=request.text,
         routing=request.routing,
@@ -141,8 +143,8 @@ def _floor(request: Request, setting: Setting, sizes: Sizes, machine: Machine) -
         return {"ms": kept * 1e3, "source": "kept"}
     if sizes.largest < _memory.available():
         request.told("the compute floor: every expert in memory")
-        # warm: the first pass brings the experts in
-        row = run_once(replace(setting, warm=True), RESIDENT, None)
+        # the same tokens twice: the first time brings the experts in
+        row = run_once(replace(setting, warm_up=setting.tokens[:-1]), RESIDENT, None)
         if "error" not in row:
             if not request.routing:
                 probe.remember_floor(request.model, request.threads, 1 / row["tok_s"])
@@ -160,9 +162,9 @@ def _add_plan(row: Row, contender: Contender, request: Request, sizes: Sizes, we
     if request.routing:
         weights = replace(weights, random=False)
     mode = "exact" if contender.options.get("exact") else contender.mode
-    n_cold = None if request.warm else request.tokens + request.n_prompt
+    n_run = (request.tokens + request.n_prompt) * (2 if request.warm else 1)
     try:
-        f = forecast(sizes, weights, machine, int(row["memory_budget"]), mode, n_cold)
+        f = forecast(sizes, weights, machine, int(row["memory_budget"]), mode, n_run)
     except HobbitError:
         return
     row["plan"] = {

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 __all__ = ["Loads", "expected_loads"]
 
@@ -47,11 +47,27 @@ def _at(shares: List[float], values: List[float], share: float) -> float:
     return values[-1]
 
 
-def _of_trace(trace: Dict[str, Any], rule: str, share: float) -> Loads:
-    rows = trace["rules"][rule]
-    shares = _statistics()["shares"]
+def _beyond(ratios: List[float], values: List[float], at: float) -> float:
+    """Between the traces as `_at`. Beyond the last, where experts are finer, the trend goes on at half its slope, up to twice the
+    ratio. That is a guess; on the `bench` model of scripts/make_demo_model.py (64 experts, top-4) it is right to a few percent.
+    """
+    if at <= ratios[-1] or len(ratios) < 2:
+        return _at(ratios, values, at)
+    slope = (values[-1] - values[-2]) / (ratios[-1] - ratios[-2])
+    return max(0.0, values[-1] + 0.5 * slope * (min(at, ratios[-1] + math.log(2)) - ratios[-1]))
+
+
+def _of_trace(trace: Dict[str, Any], rule: str, share: float, n_tokens: Optional[int]) -> Loads:
+    statistics = _statistics()
+    shares = statistics["shares"]
     none = [0.0] * len(shares)
-    return Loads(*(_at(shares, rows.get(key, none), share) for key in ("load_high", "load_low", "skip")))
+
+    def at(when: str) -> List[float]:
+        rows = trace["rules"][rule][when]
+        return [_at(shares, rows.get(key, none), share) for key in ("load_high", "load_low", "skip")]
+
+    early = 0.0 if n_tokens is None else min(1.0, statistics["early_tokens"] / n_tokens)
+    return Loads(*(e * early + x * (1 - early) for e, x in zip(at("early"), at("long"))))
 
 
 def _uniform(rule: str, share: float) -> Loads:
@@ -60,27 +76,34 @@ def _uniform(rule: str, share: float) -> Loads:
     return Loads(0.67 * miss, 0.30 * miss, 0.03 * miss) if rule == "hobbit" else Loads(miss, 0.0, 0.0)
 
 
-def expected_loads(n_expert: int, n_expert_used: int, share: float, rule: str, random: bool = False) -> List[Loads]:
+def expected_loads(
+    n_expert: int, n_expert_used: int, share: float, rule: str, n_tokens: Optional[int] = None, random: bool = False
+) -> List[Loads]:
     """What is to be expected, then each trace's own: the spread.
 
     Args:
         n_expert: of a layer; n_expert_used: of a token. Models of the same ratio are taken as alike: between the ratios of the
-            traces what is expected moves from the one to the other, beyond them it stays.
+            traces what is expected moves from the one to the other; beyond them see `_beyond`.
         share: of all experts that fit into the cache.
         rule: "lru", "exact" or "hobbit".
+        n_tokens: of a run from an empty cache, and with nothing learned yet; None: the long run.
         random: the router is noise.
     """
     if random:
         return [_uniform(rule, share)]
     traces = _statistics()["traces"]
-    each = [_of_trace(trace, rule, share) for trace in traces]
+    each = [_of_trace(trace, rule, share, n_tokens) for trace in traces]
     classes: Dict[float, List[Loads]] = {}
     for trace, loads in zip(traces, each):
         classes.setdefault(math.log(trace["n_expert"] / trace["n_expert_used"]), []).append(loads)
     ratios = sorted(classes)
     means = [_mean(classes[ratio]) for ratio in ratios]
     at = math.log(max(n_expert, 1) / max(n_expert_used, 1))
-    expected = Loads(*(_at(ratios, [getattr(m, key) for m in means], at) for key in ("high", "low", "skip")))
+    expected = Loads(*(_beyond(ratios, [getattr(m, key) for m in means], at) for key in ("high", "low", "skip")))
+    misses = expected.high + expected.low + expected.skip
+    most = 1.0 - min(share, 1.0)  # without any locality
+    if at > ratios[-1] and misses > most and misses > 0:
+        expected = Loads(*(x * most / misses for x in (expected.high, expected.low, expected.skip)))
     if rule == "lru" and share * n_expert < n_expert_used:
         expected = Loads(1.0, 0.0, 0.0)  # a cache smaller than a token's cycle
     return [expected, *each]

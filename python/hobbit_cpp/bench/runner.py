@@ -36,7 +36,7 @@ class Setting:
     Attributes:
         model: what the engine runs; stock_model: what stock llama.cpp runs.
         tokens: ids: the prompt's, then those that are decoded, and one more to be predicted.
-        warm: the text once before the clock starts; else the page cache is dropped before each run.
+        warm_up: tokens before the clock starts; with none, everything is cold.
         patience: seconds of decoding after which a run ends early.
         files: of both models, all parts.
     """
@@ -49,8 +49,8 @@ class Setting:
     n_batch: int
     n_ubatch: int
     threads: int
-    warm: bool
     patience: float
+    warm_up: Sequence[int] = ()
     text: Optional[Path] = None
     routing: Optional[Path] = None
     files: Tuple[Path, ...] = ()
@@ -135,7 +135,7 @@ def _run_worker(setting: Setting, contender: Contender, memory: Optional[int], c
         "n_batch": setting.n_batch,
         "n_ubatch": setting.n_ubatch,
         "threads": setting.threads,
-        "warm": setting.warm,
+        "warm_up": list(setting.warm_up),
         "patience": setting.patience,
         "routing": None if setting.routing is None or contender.kind == "stock" else str(setting.routing),
     }

@@ -163,10 +163,11 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
     tokens: List[int] = job["tokens"]
     n_prompt: int = job["n_prompt"]
     note = _follow(llm, job)
-    if job["warm"]:
+    if job["warm_up"]:
         if n_prompt:
-            llm.eval(tokens[:n_prompt])
-        _decode(llm, tokens[n_prompt:], job["patience"])
+            llm.eval(job["warm_up"][:n_prompt])
+        # n tokens are fed for n + 1 given
+        _decode(llm, [*job["warm_up"][n_prompt:], tokens[0]], job["patience"])
         llm.reset()
         _follow(llm, job)  # from its beginning
     out: Dict[str, Any] = {"load_s": loaded, "note": note}

@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     add("--rounds", metavar="N", type=int, default=2, help="A B, B A, ... (default: 2)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--cold", dest="warm", action="store_false", help="nothing cached at the start (default)")
-    start.add_argument("--warm", dest="warm", action="store_true", help="the text once before the clock starts")
+    start.add_argument("--warm", dest="warm", action="store_true", help="as much of the text before the clock starts")
     add("--routing", metavar="TRACE.npz", type=Path, help="routing of a real model instead of this one's own")
     add("-c", "--ctx-size", metavar="N", type=int, default=0, help="default: as much as the text needs")
     add("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
