@@ -54,7 +54,7 @@ def _beyond(ratios: List[float], values: List[float], at: float) -> float:
     if at <= ratios[-1] or len(ratios) < 2:
         return _at(ratios, values, at)
     slope = (values[-1] - values[-2]) / (ratios[-1] - ratios[-2])
-    return max(0.0, values[-1] + 0.5 * slope * (min(at, ratios[-1] + math.log(2)) - ratios[-1]))
+    return values[-1] + max(0.0, 0.5 * slope) * (min(at, ratios[-1] + math.log(2)) - ratios[-1])
 
 
 def _of_trace(trace: Dict[str, Any], rule: str, share: float, n_tokens: Optional[int]) -> Loads:
@@ -101,11 +101,18 @@ def expected_loads(
     at = math.log(max(n_expert, 1) / max(n_expert_used, 1))
     expected = Loads(*(_beyond(ratios, [getattr(m, key) for m in means], at) for key in ("high", "low", "skip")))
     misses = expected.high + expected.low + expected.skip
-    most = 1.0 - min(share, 1.0)  # without any locality
+    last = means[-1].high + means[-1].low + means[-1].skip
+    most = max(last, 1.0 - min(share, 1.0))  # without any locality
     if at > ratios[-1] and misses > most and misses > 0:
         expected = Loads(*(x * most / misses for x in (expected.high, expected.low, expected.skip)))
-    if rule == "lru" and share * n_expert < n_expert_used:
-        expected = Loads(1.0, 0.0, 0.0)  # a cache smaller than a token's cycle
+    if rule == "lru":
+        # LRU finds nothing until a token's cycle fits, and that is another share in each trace: more memory never loads more.
+        wider = next((x for x in _statistics()["shares"] if x > share), None)
+        if share * n_expert < n_expert_used:
+            expected = Loads(1.0, 0.0, 0.0)
+        elif wider is not None:
+            more = expected_loads(n_expert, n_expert_used, wider, rule, n_tokens)[0]
+            expected = Loads(max(expected.high, more.high), 0.0, 0.0)
     return [expected, *each]
 
 
