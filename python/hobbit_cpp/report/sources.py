@@ -166,22 +166,17 @@ def _add_samples(data: Data, path: Path) -> None:
 def _add_trace(data: Data, path: Path) -> None:
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            ids, lens, n_experts = arrays["ids"], arrays["lens"], int(arrays["n_experts"])
-            known = arrays["weights"].any(-1)
-            meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
-        if ids.ndim != 3 or not ids.size or int(ids.max()) >= n_experts or known.shape != ids.shape[:2]:
-            raise ValueError("ids must be [tokens, layers, k], below n_experts")
-    except (KeyError, ValueError, OSError, EOFError, TypeError) as e:
-        raise ParameterError(f"{path} is not a trace of hobbit trace: {e}") from e
-    n_tokens, n_layers, k = ids.shape
-    _name(data, meta.get("model") or path.name)
-    data.facts.append(("trace", f"{n_tokens:,} tokens, {len(lens)} sequences, top {k} of {n_experts}"))
-    rows = list(range(n_layers))
+    from ..trace import Trace
+
+    trace = Trace.load(path)
+    ids, n_experts = trace.ids, trace.n_experts
+    known = np.asarray(trace.weights.any(-1))  # of a prompt, the last layer may not have been computed for every token
+    _name(data, trace.meta.get("model") or path.name)
+    data.facts.append(("trace", f"{trace.n_tokens:,} tokens, {len(trace.lens)} sequences, top {trace.k} of {n_experts}"))
+    rows = list(range(trace.n_layers))
     if data.uses is None:
         data.blocks = rows
         data.uses = [np.bincount(ids[known[:, layer], layer].ravel(), minlength=n_experts).tolist() for layer in rows]
     if data.reuse is None:
         data.reuse = reuse_distances(ids, n_experts, known).tolist()
-        data.reuse_tokens = n_tokens
+        data.reuse_tokens = trace.n_tokens
