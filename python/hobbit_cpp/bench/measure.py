@@ -83,6 +83,8 @@ def measure(request: Request) -> Dict[str, Any]:
         patience=request.patience,
         text=request.text,
         routing=request.routing,
+        n_expert=sizes.info.n_expert,
+        n_expert_used=sizes.info.n_expert_used,
         files=_files(request.model, request.stock_model),
     )
     contenders = with_usual_read_ahead(request.contenders, request.stock_model)

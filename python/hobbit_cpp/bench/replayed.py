@@ -7,7 +7,7 @@ token after the other; what different stretches choose is independent. A trace w
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +20,17 @@ Ids = npt.NDArray[Any]
 Weights = npt.NDArray[Any]
 
 
-def fit_routing(ids: Ids, weights: Weights, n_trace: int, n_expert: int, k: int) -> Tuple[Ids, Weights, str]:
+def fit_routing(
+    ids: Ids, weights: Weights, n_trace: int, n_expert: int, k: int, n_rows: Optional[int] = None
+) -> Tuple[Ids, Weights, str]:
     """Routing of `n_trace` experts for a model with `n_expert` and top-k.
 
     Args:
         ids, weights: [tokens, layers, k of the trace].
+        n_rows: tokens to make; None: as many as there are.
 
     Returns:
-        ids and weights [tokens, layers, k], the weights of a token normalised; and what was done, "" when it fitted.
+        ids and weights [n_rows, layers, k], the weights of a token normalised; and what was done, "" when it fitted.
 
     Raises:
         ParameterError: nothing sensible can be made of it.
@@ -43,7 +46,7 @@ def fit_routing(ids: Ids, weights: Weights, n_trace: int, n_expert: int, k: int)
         raise ParameterError(f"a trace of top-{k_trace} routing cannot be made to fit top-{k}")
     parts: List[Tuple[Ids, Weights]] = []
     for i, share in enumerate(shares):
-        shifted = np.roll(np.arange(n_tokens), -(n_tokens // n) * i)
+        shifted = (np.arange(n_rows or n_tokens) + n_tokens // n * i) % n_tokens
         order = np.argsort(-weights[shifted].astype(np.float32), axis=2, kind="stable")[:, :, :share]
         chosen = np.take_along_axis(ids[shifted], order, axis=2).astype(np.int64) + i * n_trace
         mass = np.take_along_axis(weights[shifted].astype(np.float32), order, axis=2)
@@ -70,13 +73,12 @@ def _distinct(ids: Ids, n_expert: int) -> Ids:
 
 
 def fit_trace(trace: Any, n_expert: int, k: int, n_tokens: int) -> Tuple[Any, str]:
-    """A `hobbit_cpp.trace.Trace` for a model, `n_tokens` of it at most; and what was done.
+    """`n_tokens` of a `hobbit_cpp.trace.Trace` for a model; and what was done.
 
     Predictions of a trace that had to be changed are left out: there are none for what it became.
     """
-    ids, weights, how = fit_routing(trace.ids, trace.weights, int(trace.n_experts), n_expert, k)
+    ids, weights, how = fit_routing(trace.ids, trace.weights, int(trace.n_experts), n_expert, k, n_tokens)
     if not how:
-        return trace, ""
-    n = min(n_tokens, len(ids))
-    made = type(trace)(ids=ids[:n], weights=weights[:n], lens=np.array([n], np.int32), n_experts=n_expert, meta=dict(trace.meta))
-    return made, how
+        return trace.head(n_tokens), ""
+    lens = np.array([len(ids)], np.int32)
+    return type(trace)(ids=ids, weights=weights, lens=lens, n_experts=n_expert, meta=dict(trace.meta)), how

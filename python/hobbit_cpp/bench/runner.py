@@ -38,6 +38,7 @@ class Setting:
         tokens: ids: the prompt's, then those that are decoded, and one more to be predicted.
         warm_up: tokens before the clock starts; with none, everything is cold.
         patience: seconds of decoding after which a run ends early.
+        n_expert, n_expert_used: of the model, for `routing`.
         files: of both models, all parts.
     """
 
@@ -53,6 +54,8 @@ class Setting:
     warm_up: Sequence[int] = ()
     text: Optional[Path] = None
     routing: Optional[Path] = None
+    n_expert: int = 0
+    n_expert_used: int = 0
     files: Tuple[Path, ...] = ()
 
 
@@ -135,6 +138,8 @@ def _run_worker(setting: Setting, contender: Contender, memory: Optional[int], c
         "n_batch": setting.n_batch,
         "n_ubatch": setting.n_ubatch,
         "threads": setting.threads,
+        "n_expert": setting.n_expert,
+        "n_expert_used": setting.n_expert_used,
         "warm_up": list(setting.warm_up),
         "patience": setting.patience,
         "routing": None if setting.routing is None or contender.kind == "stock" else str(setting.routing),

@@ -140,36 +140,39 @@ def _decode(llm: Any, tokens: List[int], patience: float) -> Tuple[List[float], 
     return laps, nll
 
 
-def _follow(llm: Any, job: Dict[str, Any]) -> str:
-    """Makes the model follow the trace, made to fit, where there is one. Returns what was done to make it fit."""
+def _trace(job: Dict[str, Any]) -> Tuple[Any, str]:
+    """The routing to follow, made to fit, or None; and what was done to make it fit.
+
+    Before the model is loaded: the budget is no place for the whole trace.
+    """
     if not job["routing"]:
-        return ""
+        return None, ""
     from hobbit_cpp.trace import Trace
 
     from .replayed import fit_trace
 
-    info = llm.offload_info
-    trace, how = fit_trace(Trace.load(job["routing"]), info.n_expert, info.n_expert_used, len(job["tokens"]))
-    llm.set_routing(trace)
-    return how
+    return fit_trace(Trace.load(job["routing"]), job["n_expert"], job["n_expert_used"], len(job["tokens"]))
 
 
 def run(job: Dict[str, Any]) -> Dict[str, Any]:
     """Loads, warms where asked, measures the prompt and the tokens after it."""
+    trace, note = _trace(job)
     begin = time.perf_counter()
     llm = _load(job)
     loaded = time.perf_counter() - begin
     offloaded = job["kind"] == "offload"
     tokens: List[int] = job["tokens"]
     n_prompt: int = job["n_prompt"]
-    note = _follow(llm, job)
+    if trace is not None:
+        llm.set_routing(trace)
     if job["warm_up"]:
         if n_prompt:
             llm.eval(job["warm_up"][:n_prompt])
         # n tokens are fed for n + 1 given
         _decode(llm, [*job["warm_up"][n_prompt:], tokens[0]], job["patience"])
         llm.reset()
-        _follow(llm, job)  # from its beginning
+        if trace is not None:
+            llm.set_routing(trace)  # from its beginning
     out: Dict[str, Any] = {"load_s": loaded, "note": note}
     if offloaded:
         llm.reset_offload_stats()
