@@ -130,13 +130,29 @@ void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<exper
     }
 }
 
+void expert_store::begin_prefetch(cache_entry & entry) {
+    entry.prefetched = true;
+    counts_[entry.layer].prefetches++;
+    prefetching_.push_back(&entry);
+}
+
+// Neither there nor on its way.
+bool expert_store::missing(const cache_entry & entry, uint32_t part) {
+    return ((entry.parts.load(std::memory_order_relaxed) | entry.reading) & (1u << part)) == 0;
+}
+
+// A prefetch that was cancelled and is waiting for its last running read to end: part of it will never arrive.
+bool expert_store::given_up(const cache_entry & entry) {
+    return entry.now == cache_entry::state::in_flight && entry.cancel.load(std::memory_order_relaxed) &&
+           !entry.demanded.load(std::memory_order_relaxed);
+}
+
 // Asks again for what a cancelled or failed read left out of an entry that is wanted now.
 void expert_store::resume(cache_entry & entry) {
     entry.cancel.store(false, std::memory_order_relaxed);
     std::vector<io_request> requests;
     for (uint32_t part = 0; part < index_.layers()[entry.layer].projections.size(); ++part) {
-        const uint32_t bit = 1u << part;
-        if ((entry.parts.load(std::memory_order_relaxed) & bit) == 0 && (entry.reading & bit) == 0) {
+        if (missing(entry, part)) {
             request_part(entry, part, requests);
         }
     }
@@ -337,11 +353,10 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
     {
         std::lock_guard<std::mutex> lock(mutex_);
         const bool                  demanded = e->demanded.load(std::memory_order_relaxed);
-        if (outcome == io_outcome::cancelled && demanded) {
-            // The router chose it after all, between the cancel and now.
-            io_request again = r;
+        if (outcome == io_outcome::cancelled && (demanded || !e->cancel.load(std::memory_order_relaxed))) {
+            // The router chose it after all, or it was predicted again, between the cancel and now.
             e->cancel.store(false, std::memory_order_relaxed);
-            io_->demand({ again });
+            demanded ? io_->demand({ r }) : io_->prefetch({ r });
             return;
         }
         const uint64_t bytes = outcome == io_outcome::done ? r.bytes : r.done;
@@ -413,6 +428,13 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         cache_entry * have = high != nullptr ? high : w.need == policy::need::low ? low : nullptr;
         if (have != nullptr) {
             have->protected_until = cache_->pass + passes_ahead;
+            if (given_up(*have)) {
+                n_missing++;
+                have->cancel.store(false, std::memory_order_relaxed);
+                have->bytes = 0;  // what was read before is counted as wasted
+                begin_prefetch(*have);
+                started.push_back(have);
+            }
             continue;
         }
         n_missing++;
@@ -425,17 +447,17 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         if (e == nullptr) {
             continue;
         }
-        e->prefetched      = true;
         e->protected_until = cache_->pass + passes_ahead;
-        counts_[layer].prefetches++;
-        prefetching_.push_back(e);
+        begin_prefetch(*e);
         started.push_back(e);
     }
     note_asked(false, layer);
     std::vector<io_request> requests;
     for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
         for (cache_entry * e : started) {
-            request_part(*e, part, requests);
+            if (missing(*e, part)) {
+                request_part(*e, part, requests);
+            }
         }
     }
     io_->prefetch(requests);

@@ -117,6 +117,9 @@ class expert_store {
     io_request  read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
     void        request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
     bool        only_high(policy::precision_rule rule) const;
+    static bool missing(const cache_entry & entry, uint32_t part);
+    static bool given_up(const cache_entry & entry);
+    void        begin_prefetch(cache_entry & entry);
     void        resume(cache_entry & entry);
     void        settle(cache_entry & entry);
     void        note_asked(bool demand, uint32_t layer);

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <system_error>
 
 namespace hobbit {
 
@@ -47,9 +48,14 @@ void session::start(uint64_t pool_bytes) {
     parts.on_arrival = on_arrival_;
     parts.routers    = routers_.get();
     parts.times      = &times_;
-    dispatcher_      = std::make_unique<dispatcher>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), parts);
-    if (routing_) {
-        dispatcher_->set_routing(routing_.get());
+    try {
+        dispatcher_ = std::make_unique<dispatcher>(index_, params_, std::min(pool_bytes, pool_max(index_, params_)), parts);
+        if (routing_) {
+            dispatcher_->set_routing(routing_.get());
+        }
+    } catch (const std::system_error & e) {
+        stop();  // all or nothing
+        fail_os(HOBBIT_ERR_NO_MEMORY, e.code().value(), "cannot start the prefetch thread");
     }
     index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
 }

@@ -4,6 +4,7 @@
 #include "../base/thread-name.h"
 
 #include <algorithm>
+#include <system_error>
 
 namespace hobbit {
 
@@ -12,12 +13,21 @@ static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && f
 io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end) :
     block_(align_up(std::max<uint64_t>(block_bytes, PAGE), PAGE)), max_prefetch_(max_prefetch), on_end_(std::move(on_end)) {
     threads_.reserve(n_threads);
-    for (uint32_t i = 0; i < n_threads; ++i) {
-        threads_.emplace_back([this] { run(); });
+    try {
+        for (uint32_t i = 0; i < n_threads; ++i) {
+            threads_.emplace_back([this] { run(); });
+        }
+    } catch (const std::system_error & e) {
+        const size_t started = threads_.size();
+        stop();
+        fail_os(HOBBIT_ERR_NO_MEMORY, e.code().value(),
+                format("cannot start reader thread %zu of %u (io_threads)", started + 1, n_threads));
     }
 }
 
-io_pool::~io_pool() {
+io_pool::~io_pool() { stop(); }
+
+void io_pool::stop() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
@@ -28,6 +38,7 @@ io_pool::~io_pool() {
     for (auto & thread : threads_) {
         thread.join();
     }
+    threads_.clear();
 }
 
 void io_pool::demand(const std::vector<io_request> & requests) {

@@ -20,7 +20,7 @@ namespace hobbit {
 
 class io_pool final : public reader {
   public:
-    // `on_end` is called on a reader thread.
+    // `on_end` is called on a reader thread. Throws HOBBIT_ERR_NO_MEMORY when the system refuses a thread.
     io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end);
     // Lets running reads finish; what is still queued is dropped without a call of the handler.
     ~io_pool() override;
@@ -36,6 +36,7 @@ class io_pool final : public reader {
     void drain() override;
 
   private:
+    void stop();
     void run();
     // Reads block by block; false: a demand request came in between, `request.done` says how far it got.
     bool read_prefetch(io_request & request, io_outcome & outcome);

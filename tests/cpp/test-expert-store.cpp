@@ -198,6 +198,33 @@ TEST("of prefetches that the router did not choose every byte was wasted, of tho
     CHECK_EQ(s.total().bytes_wasted, s.total().bytes_prefetch);
 }
 
+TEST("an expert that is predicted again while its dropped prefetch still reads is prefetched again") {
+    std::atomic<bool> arrived { false }, go_on { false };
+    store_setup       setup = slots(4);
+    setup.params.io_threads = setup.params.prefetch_reads = 1;
+    setup.on_arrival                                      = [&](uint32_t layer, uint32_t, precision, std::byte *) {
+        arrived = arrived || layer == 1;
+        while (layer == 1 && !go_on) {
+            std::this_thread::yield();
+        }
+    };
+    tiny_store s(setup);
+    CHECK_EQ(s.store().prefetch(1, 1, { want(5) }), 1u);
+    while (!arrived) {
+        std::this_thread::yield();  // the first part is being read, the others are queued
+    }
+    s.store().release(s.acquire(1, {}));  // the router does not want it: the others are withdrawn
+    CHECK_EQ(s.store().prefetch(1, 1, { want(5) }), 1u);
+    CHECK_EQ(s.store().prefetch(1, 1, { want(5) }), 0u);  // now it is on its way
+    go_on = true;
+    s.wait_until([&] { return s.stats().resident_high == 1; });
+    const hobbit_counts c = s.total();
+    CHECK(c.prefetches == 2 && c.prefetches_wasted == 1 && c.bytes_demand == 0);
+    CHECK(hit(s.pass(1, { want(5) })[0]));
+    CHECK_EQ(s.total().prefetches_useful, 1u);
+    s.check_counts();
+}
+
 TEST("prefetches of another layer are left alone") {
     tiny_store s(no_prefetch_reads(slots(4)));
     s.store().prefetch(1, 2, { want(1) });

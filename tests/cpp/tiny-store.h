@@ -32,6 +32,8 @@ struct store_setup {
     uint32_t      slots_high = 4;
     uint32_t      slots_low  = 0;
     hobbit_params params     = tiny_params();
+
+    hobbit::expert_store::arrival_hook on_arrival = {};
 };
 
 using hobbit::expert_want;
@@ -89,7 +91,7 @@ class tiny_store {
                                     : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
         const uint64_t stream = hobbit::pool_min(*index_) - index_->n_expert_used * index_->max_slot[0];
         store_.reset();
-        store_ = std::make_unique<hobbit::expert_store>(*index_, p, high + low + stream);
+        store_ = std::make_unique<hobbit::expert_store>(*index_, p, high + low + stream, setup_.on_arrival);
         CHECK_EQ(stats().slots_high, setup_.slots_high);
         CHECK_EQ(stats().slots_low, setup_.slots_low);
     }
