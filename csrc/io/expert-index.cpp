@@ -26,9 +26,19 @@ struct gguf_deleter {
     void operator()(gguf_context * c) const { gguf_free(c); }
 };
 
-struct ggml_deleter {
-    void operator()(ggml_context * c) const { ggml_free(c); }
-};
+// What ggml_new_tensor asserts; llama.cpp makes a tensor of it next.
+bool countable(const int64_t * ne) {
+    int64_t n = ne[0];
+    for (int i = 1; i < GGML_MAX_DIMS; ++i) {
+        if (ne[i] > 1) {
+            if (INT64_MAX / ne[i] <= n) {
+                return false;
+            }
+            n *= ne[i];
+        }
+    }
+    return true;
+}
 
 // `blk.<N>.<projection>_exps.weight` -> N and <projection>_exps; false for other names.
 bool parse_name(const std::string & name, uint32_t & block, std::string & what) {
@@ -105,12 +115,11 @@ uint64_t moe_layer::slot_bytes(precision p) const {
     return n;
 }
 
-// An open header: the GGUF and its tensors without data.
+// An open header.
 struct expert_index::header {
     std::string                                 path;
     uint16_t                                    file_id;
     std::unique_ptr<gguf_context, gguf_deleter> gguf;
-    std::unique_ptr<ggml_context, ggml_deleter> tensors;
 };
 
 expert_index::expert_index(const std::string & path, const std::string & low_path, bool direct) : path_(path) {
@@ -190,7 +199,7 @@ void expert_index::read_model(const std::string & path, bool direct) {
             const bool        is_low = is_low_copy(name);
             n_tensors++;
             if (!add_tensor(part, i, is_low ? name.substr(strlen(LOW_PREFIX)) : name, is_low)) {
-                bytes_dense += ggml_nbytes(ggml_get_tensor(part.tensors.get(), name.c_str()));
+                bytes_dense += gguf_get_tensor_size(g, i);
             }
         }
     });
@@ -257,15 +266,16 @@ void expert_index::for_each_part(const std::string & path, bool direct,
         files_.push_back(std::make_unique<file>(part.path, direct));
         part.file_id = (uint16_t) (files_.size() - 1);
 
-        ggml_context *   tensors = nullptr;
-        gguf_init_params params  = { /*.no_alloc =*/true, /*.ctx =*/&tensors };
-        part.gguf.reset(gguf_init_from_file(part.path.c_str(), params));
-        part.tensors.reset(tensors);
+        // Without ggml tensors, whose making aborts the process for some damaged shapes.
+        part.gguf.reset(gguf_init_from_file(part.path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
         const gguf_context * g = part.gguf.get();
+        file &               f = *files_.back();
         if (g == nullptr) {
+            f.remember(16u << 20);  // throws when the disk is the reason
             fail(HOBBIT_ERR_FORMAT,
                  part.path + " is not a readable GGUF: its header is damaged, cut short, or of an unknown version");
         }
+        f.remember(gguf_get_data_offset(g));
         const uint32_t count = std::max(1u, read_u32(g, "split.count", 1));
         if (no == 0) {
             n_parts = count;
@@ -290,11 +300,16 @@ void expert_index::for_each_part(const std::string & path, bool direct,
 
 // Adds tensor `i` of a file when it is one of routed experts. `name`: of the tensor in high precision.
 bool expert_index::add_tensor(const header & part, int64_t i, const std::string & name, bool is_low) {
-    const file &        f      = *files_[part.file_id];
-    const std::string   full   = gguf_get_tensor_name(part.gguf.get(), i);
-    const ggml_tensor * t      = ggml_get_tensor(part.tensors.get(), full.c_str());
-    const uint64_t      bytes  = ggml_nbytes(t);
-    const uint64_t      offset = gguf_get_data_offset(part.gguf.get()) + gguf_get_tensor_offset(part.gguf.get(), i);
+    const gguf_context * g      = part.gguf.get();
+    const file &         f      = *files_[part.file_id];
+    const std::string    full   = gguf_get_tensor_name(g, i);
+    const ggml_type      type   = gguf_get_tensor_type(g, i);
+    const int64_t *      ne     = gguf_get_tensor_ne(g, i);
+    const uint64_t       bytes  = gguf_get_tensor_size(g, i);
+    const uint64_t       offset = gguf_get_data_offset(g) + gguf_get_tensor_offset(g, i);
+    if (!countable(ne)) {
+        fail(HOBBIT_ERR_FORMAT, part.path + ": the shape of tensor " + full + " is damaged");
+    }
     if (offset > f.size() || bytes > f.size() - offset) {
         fail(HOBBIT_ERR_FORMAT, format("%s is cut short: tensor %s ends at byte %" PRIu64 ", the file has %" PRIu64
                                        "; download or convert it again",
@@ -302,13 +317,13 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
     }
     uint32_t    block = 0;
     std::string what;
-    if (!parse_name(name, block, what) || t->ne[2] < 2 || t->ne[3] != 1) {
+    if (!parse_name(name, block, what) || ne[2] < 2 || ne[3] != 1) {
         return false;
     }
-    if (t->ne[0] < 1 || t->ne[1] < 1) {
+    if (ne[0] < 1 || ne[1] < 1) {
         fail(HOBBIT_ERR_FORMAT, part.path + ": tensor " + full + " has no elements");
     }
-    if (t->ne[2] > UINT16_MAX) {
+    if (ne[2] > UINT16_MAX) {
         fail(HOBBIT_ERR_UNSUPPORTED, part.path + ": tensor " + full + " has more than 65535 experts");
     }
 
@@ -324,7 +339,7 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
         layers_.emplace_back();
         layer           = &layers_.back();
         layer->block    = block;
-        layer->n_expert = (uint32_t) t->ne[2];
+        layer->n_expert = (uint32_t) ne[2];
     }
     projection * proj = nullptr;
     for (auto & p : layer->projections) {
@@ -334,11 +349,11 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
         layer->projections.emplace_back();
         proj          = &layer->projections.back();
         proj->name    = name;
-        proj->n_in    = t->ne[0];
-        proj->n_out   = t->ne[1];
+        proj->n_in    = ne[0];
+        proj->n_out   = ne[1];
         proj->is_down = what.compare(0, 8, "ffn_down") == 0;
     }
-    if (proj->n_in != t->ne[0] || proj->n_out != t->ne[1] || layer->n_expert != (uint32_t) t->ne[2]) {
+    if (proj->n_in != ne[0] || proj->n_out != ne[1] || layer->n_expert != (uint32_t) ne[2]) {
         fail(HOBBIT_ERR_FORMAT,
              part.path + ": the shape of " + full + " does not agree with the other experts of its block");
     }
@@ -346,14 +361,13 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
     if (src.type >= 0) {
         fail(HOBBIT_ERR_FORMAT, part.path + ": tensor " + full + " occurs twice");
     }
-    src = { (int32_t) t->type, part.file_id, offset, ggml_row_size(t->type, t->ne[0]), bytes / (uint64_t) t->ne[2] };
+    src = { (int32_t) type, part.file_id, offset, ggml_row_size(type, ne[0]), bytes / (uint64_t) ne[2] };
     return true;
 }
 
 void expert_index::check_layers() {
     if (layers_.empty()) {
-        fail(HOBBIT_ERR_NOT_MOE,
-             path_ + " has no routed experts: a dense model has nothing to offload; load it with offload=None");
+        fail(HOBBIT_ERR_NOT_MOE, path_ + " has no routed experts: a dense model has nothing to offload");
     }
     std::sort(layers_.begin(), layers_.end(), [](const moe_layer & a, const moe_layer & b) {
         return a.block != b.block ? a.block < b.block : a.projections[0].name < b.projections[0].name;

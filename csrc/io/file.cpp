@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 
@@ -33,6 +34,7 @@ file::file(const std::string & path, bool direct) : path_(path) {
     if (!S_ISREG(st.st_mode)) {
         fail_os(HOBBIT_ERR_FILE, S_ISDIR(st.st_mode) ? EISDIR : EINVAL, "not a regular file: " + path);
     }
+    const region probe(direct ? PAGE : 0, true);
     if (direct) {
         fd_     = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
         direct_ = fd_ >= 0;
@@ -53,7 +55,6 @@ file::file(const std::string & path, bool direct) : path_(path) {
         // 4096 serves every disk that does not say what it needs.
         alignment_ = told == 0 ? PAGE : told;
         // Some file systems open with O_DIRECT and refuse the first read: find out now.
-        region probe(PAGE, true);
         if (size_ >= PAGE && pread(fd_, probe.data(), PAGE, 0) < 0 && errno == EINVAL) {
             close(fd_);
             direct_    = false;
@@ -79,6 +80,13 @@ file::~file() {
 }
 
 void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const {
+    read_range(dst, offset, bytes, must_have);
+    if (!hashes_.empty()) {
+        check_identity();
+    }
+}
+
+void file::read_range(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const {
     uint64_t done = 0;
     while (done < bytes) {
         const ssize_t n = pread(fd_, dst + done, bytes - done, (off_t) (offset + done));
@@ -107,6 +115,68 @@ void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_
     if (!direct_) {
         posix_fadvise(fd_, (off_t) offset, (off_t) bytes, POSIX_FADV_DONTNEED);
     }
+}
+
+file::stamp file::stamp_now() const {
+    struct stat st = {};
+    if (fstat(fd_, &st) != 0) {
+        fail_os(HOBBIT_ERR_READ, errno, "cannot look at " + path_);
+    }
+    return { (uint64_t) st.st_size, (int64_t) st.st_mtim.tv_sec, (int64_t) st.st_mtim.tv_nsec };
+}
+
+// FNV-1a.
+static uint64_t hash_of(const std::byte * data, uint64_t n) {
+    uint64_t hash = 14695981039346656037ull;
+    for (uint64_t i = 0; i < n; ++i) {
+        hash = (hash ^ (uint64_t) data[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+// What a file is known by: blocks of the head, and pages spread over the rest, since models of one architecture may have the same head.
+static constexpr uint64_t BLOCK    = 1u << 20;
+static constexpr uint64_t N_SAMPLE = 16;
+
+bool file::is_same(uint64_t size, bool learn) const {
+    const uint64_t page = align_up(PAGE, alignment_);
+    const region   staging(BLOCK, false);
+    const uint64_t n_head = align_up(head_bytes_, BLOCK) / BLOCK;
+    for (uint64_t i = 0; i < n_head + N_SAMPLE; ++i) {
+        const bool     head = i < n_head;
+        const uint64_t at   = head ? i * BLOCK : align_down(size_ / (N_SAMPLE + 1) * (i - n_head + 1), page);
+        const uint64_t n    = head ? std::min(BLOCK, head_bytes_ - at) : std::min(page, size_ - at);
+        if (at + n > size) {
+            continue;  // cut off: whoever reads there is told
+        }
+        read_range(staging.data(), at, aligned_end(n), n);
+        const uint64_t hash = hash_of(staging.data(), n);
+        if (learn) {
+            hashes_[i] = hash;
+        } else if (hash != hashes_[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void file::remember(uint64_t bytes) {
+    stamp_      = stamp_now();
+    head_bytes_ = std::min(bytes, size_);
+    hashes_.assign(align_up(head_bytes_, BLOCK) / BLOCK + N_SAMPLE, 0);
+    is_same(size_, true);
+}
+
+void file::check_identity() const {
+    const stamp                 now = stamp_now();
+    std::lock_guard<std::mutex> lock(stamp_mutex_);
+    if (now == stamp_) {
+        return;
+    }
+    if (!is_same(now.size, false)) {
+        fail(HOBBIT_ERR_READ, path_ + " was overwritten by another file while it was in use: load the model again");
+    }
+    stamp_ = now;
 }
 
 void file::drop_page_cache() const { posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED); }
