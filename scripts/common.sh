@@ -65,7 +65,7 @@ use_build_dir() {
         ninja --version  # one release does not read the log of another
         grep -m1 '^flags' /proc/cpuinfo || uname -m
         "$PY" -c 'import sys, sysconfig; print(sys.version, sysconfig.get_paths()["include"])'
-        env | grep -E '^(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CMAKE_.*|SKBUILD_.*|HOBBIT_SANITIZE|HOBBIT_LLAMA_CPP_DIR)=' | sort
+        env | grep -E '^(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CMAKE_.*|SKBUILD_.*|HOBBIT_LLAMA_CPP_DIR)=' | sort
     } 2>&1 | sha256sum | cut -c1-16)
     BUILD=$cache/build/$1-$key
     if ! { mkdir -p "$BUILD" && [ -w "$BUILD" ]; } 2>/dev/null; then

@@ -5,7 +5,7 @@
 #
 #   sh scripts/dev.sh                          build
 #   sh scripts/dev.sh test                     build, and run the C++ tests
-#   HOBBIT_SANITIZE=thread sh scripts/dev.sh test    (or address,undefined) the C++ tests under a sanitizer; installs nothing
+#   sh scripts/dev.sh sanitize      the same, and the C++ tests under ASan + UBSan and under TSan
 #
 # $HOBBIT_VENV: the virtual environment (.venv). $HOBBIT_BUILD_DIR: the build folder (one in the cache).
 set -eu
@@ -25,17 +25,17 @@ else
     use_build_dir dev
 fi
 adopt_build_dir
-targets=hobbit-all
-[ -z "${HOBBIT_SANITIZE:-}" ] || targets=hobbit-tests
 tests=OFF
-[ "${1:-}" != test ] || tests=ON
+sanitize=OFF
+case ${1:-} in
+test) tests=ON ;;
+sanitize) tests=ON sanitize=ON ;;
+esac
 cmake -S . -B "$BUILD" -G Ninja -DCMAKE_BUILD_TYPE=Release -DHOBBIT_BUILD_TESTS=$tests \
-    -DHOBBIT_SANITIZE="${HOBBIT_SANITIZE:-}" -DPython_EXECUTABLE="$(command -v python)"
-cmake --build "$BUILD" --target "$targets"
+    -DHOBBIT_SANITIZE_TESTS=$sanitize -DPython_EXECUTABLE="$(command -v python)"
+cmake --build "$BUILD" --target hobbit-all
 [ -z "${SOURCES:-}" ] || build_is_done
-if [ "$targets" = hobbit-all ]; then
-    cmake --install "$BUILD" --component hobbit --prefix python
-fi
+cmake --install "$BUILD" --component hobbit --prefix python
 if [ "$tests" = ON ]; then
     (cd "$BUILD" && ctest --output-on-failure)
 fi

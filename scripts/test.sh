@@ -2,7 +2,8 @@
 # All checks and tests, from nothing: sh scripts/test.sh [arguments for pytest]
 #
 # Makes a virtual environment (.venv, or $HOBBIT_VENV), installs hobbit-cpp with its test extra, then runs ruff, mypy,
-# clang-format and the layer check, the C++ tests, and last pytest. Exit status 0 if everything passed.
+# clang-format and the layer check, the C++ tests (as they are, under ASan + UBSan, those with threads under TSan), pytest, and a
+# part of pytest over a core with ASan + UBSan. Exit status 0 if everything passed.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/common.sh
@@ -15,7 +16,7 @@ install_bindings
 use_build_dir test
 
 say "hobbit-cpp with its tests (build folder: $BUILD)"
-SKBUILD_BUILD_DIR=$BUILD SKBUILD_CMAKE_DEFINE=HOBBIT_BUILD_TESTS=ON \
+SKBUILD_BUILD_DIR=$BUILD SKBUILD_CMAKE_DEFINE="HOBBIT_BUILD_TESTS=ON;HOBBIT_SANITIZE_TESTS=ON" \
     "$PY" -m pip install --quiet --no-build-isolation ".[test]"
 build_is_done
 
@@ -53,6 +54,17 @@ if [ -n "$failed" ]; then
 fi
 say "pytest"
 status=0
-HOBBIT_UNPATCHED_LIB=$BUILD/unpatched "$PY" -m pytest tests/python "$@" || status=$?
+HOBBIT_UNPATCHED_LIB=$BUILD/unpatched HOBBIT_TESTING_LIB=$BUILD/testing "$PY" -m pytest tests/python "$@" || status=$?
 [ -z "$failed" ] || [ "$status" -ne 0 ] || status=1
+
+asan=$("${CXX:-c++}" -print-file-name=libasan.so)
+if [ "$#" -eq 0 ] && [ -f "$asan" ]; then
+    say "pytest over a core with ASan and UBSan"
+    cmake --install "$BUILD" --component asan --prefix "$BUILD/asan/package" >/dev/null
+    # Python does not give back all it takes at exit: leaks are looked for in the C++ tests.
+    LD_PRELOAD="$asan $("${CXX:-c++}" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+        PYTHONPATH=$BUILD/asan/package HOBBIT_TESTING_LIB=$BUILD/testing \
+        "$PY" -m pytest -q -m "not no_asan" tests/python/test_offload.py tests/python/test_exact.py \
+        tests/python/test_faults.py tests/python/test_lifetime.py || status=$?
+fi
 exit "$status"
