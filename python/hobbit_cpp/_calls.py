@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any, Callable, Iterator, Optional
@@ -38,16 +39,23 @@ class Call:
         self.cancelled = False
 
 
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    bound = method()
+    if bound is not None:
+        bound()
+
+
 class Calls:
     """
     Args:
-        stop: called by `cancel` to stop what is being computed; from any thread.
-        clear: takes back what `stop` did, before the next call.
+        stop: method called by `cancel` to stop what is being computed; from any thread.
+        clear: method that takes back what `stop` did, before the next call.
     """
 
     def __init__(self, stop: Callable[[], None], clear: Callable[[], None]) -> None:
-        self._stop = stop
-        self._clear = clear
+        # Methods of the model that holds this object: weakly, so that the last reference to a model frees it at once.
+        self._stop = weakref.WeakMethod(stop)
+        self._clear = weakref.WeakMethod(clear)
         self._closed = False
         self._make_locks()
 
@@ -65,7 +73,7 @@ class Calls:
         with self.gate:
             before, self._current = self._current, call
             if before is not None and before is not call and before.cancelled:
-                self._clear()
+                _call(self._clear)
             if call is not None and call.owner is not None and call.owner.cancelled:
                 self.cancel()
 
@@ -82,7 +90,7 @@ class Calls:
             call = self._current
             if call is not None and not call.cancelled and (owner is None or call.owner is owner):
                 call.cancelled = True
-                self._stop()
+                _call(self._stop)
 
     def check(self) -> None:
         """Raises EvaluationCancelled when the current call was cancelled."""

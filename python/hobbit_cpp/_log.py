@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import logging
+import os
 import re
 import sys
 import threading
 from typing import Any, Iterator, List
 
-from .errors import HobbitError, ModelFormatError
+from .errors import HobbitError, ModelFormatError, OutOfMemoryError, ReadError
 
 # ggml_log_level; 5 continues the line before.
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
@@ -50,6 +52,18 @@ def _reason(errors: List[str]) -> str:
     return re.sub(r"^(\w+: )+(error loading model: )?(\w+: )*", "", line)
 
 
+def _load_error(message: str, reason: str) -> HobbitError:
+    """By what the reason says: llama.cpp has no error codes."""
+    for number in errno.errorcode:
+        if reason.endswith(f"error: {os.strerror(number)}"):
+            out = ReadError(message, number)
+            out.errno, out.strerror = number, os.strerror(number)
+            return out
+    if "end of file" in reason:
+        return ReadError(message)
+    return OutOfMemoryError(message) if "failed to allocate" in reason else ModelFormatError(message)
+
+
 @contextlib.contextmanager
 def errors_explained(path: str) -> Iterator[None]:
     """Around calls of llama.cpp on the model `path`: exceptions of llama-cpp-python get the reason from the log."""
@@ -61,5 +75,5 @@ def errors_explained(path: str) -> Iterator[None]:
         if not errors or isinstance(e, HobbitError):
             raise
         if "Failed to load model" in str(e):
-            raise ModelFormatError(f"{path}: llama.cpp cannot load it: {_reason(errors)}") from e
+            raise _load_error(f"{path}: llama.cpp cannot load it: {_reason(errors)}", _reason(errors)) from e
         raise type(e)(f"{e}: {_reason(errors)}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Session:
         self._base_budget: Optional[int] = None
         self._pid = os.getpid()
         self._recorded: Optional[_recording.MemorySamples] = None
+        self._handle = self._ffi.NULL
         error = self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_params")
         self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
@@ -164,6 +166,7 @@ class Session:
 
     def plan(self, memory: Optional[Size]) -> bool:
         """Fixes the budget. False: the dense weights and the smallest pool alone are too much for it."""
+        _memory.give_back()
         if memory is not None:
             self._base_budget = _memory.parse_size(memory, of=_memory.total())
         elif self.params.expert_cache is None:
@@ -400,6 +403,11 @@ class Session:
         if self._ours():
             self._lib.hobbit_session_free(self._handle)
         self._handle = self._ffi.NULL
+
+    def __del__(self) -> None:
+        # One that was only looked at. Not where the constructor failed, nor when the interpreter is being taken down.
+        if getattr(self, "_handle", None) is not None and not sys.is_finalizing():
+            self.close()
 
 
 def fingerprint(path: str) -> str:

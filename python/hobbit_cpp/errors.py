@@ -39,7 +39,7 @@ class SidecarError(ModelFormatError):
 
 
 class NotMoeError(HobbitError, ValueError):
-    """The model has no routed experts: there is nothing to offload."""
+    """The model has no routed experts: there is nothing to offload. `Llama` warns and runs it as stock llama.cpp does."""
 
 
 class TraceFormatError(HobbitError, ValueError):

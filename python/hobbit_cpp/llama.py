@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
 import os
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
@@ -16,7 +19,15 @@ from ._log import errors_explained
 from ._memory import Size
 from ._session import ModelInfo, Session
 from ._sidecar import LowModel
-from .errors import ModelFileError, ModelFormatError, ParameterError, StateError, UnsupportedModelError
+from .errors import (
+    HobbitWarning,
+    ModelFileError,
+    ModelFormatError,
+    NotMoeError,
+    ParameterError,
+    StateError,
+    UnsupportedModelError,
+)
 from .params import OffloadParams
 from .stats import OffloadStats
 
@@ -53,6 +64,17 @@ def _check_lora(path: str) -> None:
             )
 
 
+# With offload, and not closed yet.
+_open_models: weakref.WeakSet[Llama] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_models() -> None:
+    """At exit, while threads still run: a decode of a daemon thread would go on in libraries that are being taken down."""
+    for model in list(_open_models):
+        model.close()
+
+
 class Llama(_Llama):
     """A llama.cpp model whose routed experts may stay on disk.
 
@@ -73,8 +95,10 @@ class Llama(_Llama):
             it returns says whether to go on; False ends the loading with an exception. Must not raise.
 
     Raises:
-        ModelFormatError, NotMoeError, UnsupportedModelError: the file cannot be offloaded, with the reason.
+        ModelFormatError, UnsupportedModelError: the file cannot be offloaded, with the reason.
         MemoryBudgetError: the budget is too small, with the smallest that works.
+
+    A dense model runs as with offload=None, with a `HobbitWarning`: it has nothing to offload, and `memory` does not limit it.
 
     Example:
         >>> llm = Llama("qwen3-30b-a3b-q4_k_m.gguf", offload="hobbit", memory="6GiB", n_ctx=4096)
@@ -126,13 +150,26 @@ class Llama(_Llama):
         if kwargs.get("embedding"):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
             kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
-        session = Session(path, params)
+        try:
+            session = Session(path, params)
+        except NotMoeError:
+            limit = "" if memory is None and params.expert_cache is None else "; no memory limit is applied"
+            warnings.warn(
+                f"{path} has no routed experts: there is nothing to offload, and it runs as with offload=None{limit}",
+                HobbitWarning,
+                stacklevel=2,
+            )
+            with errors_explained(path):
+                super().__init__(path, **kwargs)
+            return
         self._session = session
+        _open_models.add(self)
         try:
             if not session.plan(memory):
                 # Loaded without its weights, so that the error can say what is enough.
                 self._no_alloc = True
-                super().__init__(path, **{**kwargs, "lora_path": None})
+                with errors_explained(path):
+                    super().__init__(path, **{**kwargs, "lora_path": None})
                 raise session.refuse_unloaded(self._context_address(), self._memory_to_come())
             with session.bound(), errors_explained(path):
                 super().__init__(path, **kwargs)
@@ -321,6 +358,11 @@ class Llama(_Llama):
                 state.scores = np.zeros((rows, self.n_vocab()), np.single)
             super().load_state(state)
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether experts of this model are offloaded: False with offload=None, and for a dense model."""
+        return self._session is not None
+
     def __getstate__(self) -> Any:
         if self._session is not None:
             raise TypeError(
@@ -331,7 +373,7 @@ class Llama(_Llama):
 
     def _offloaded(self) -> Session:
         if self._session is None:
-            raise StateError("this model is not offloaded: load it with offload='hobbit'")
+            raise StateError("this model is not offloaded: it is dense, or was loaded with offload=None")
         return self._session
 
     @property
@@ -404,6 +446,7 @@ class Llama(_Llama):
         if calls is None:  # the constructor was never reached
             return
         session = self._session
+        _open_models.discard(self)
         with calls.closing():
             with calls.gate:
                 if session is not None:

@@ -23,16 +23,20 @@ def experts(n_layer: int, n_expert: int, kind: Any, prefix: str = "", fused: boo
     for i in range(1, n_layer + 1):
         names = ("gate_up", "down") if fused else ("up", "gate", "down")
         for name in names:
-            out[f"{prefix}blk.{i}.ffn_{name}_exps.weight"] = (32, 4, n_expert, kind)
+                # as tests/cpp/tiny-gguf.h has them, for a sidecar that fits
+            ne = (32, 32, n_expert) if name == "down" else (32, 4, n_expert)
+            out[f"{prefix}blk.{i}.ffn_{name}_exps.weight"] = (*ne, kind)
     return out
 
 
-def write(path: Path, tensors: Shapes, **metadata: Any) -> None:
+def write(path: Path, tensors: Shapes, arch: str = "tiny", **metadata: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "tiny")
+    writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         name = key.replace("__", ".")
-        if isinstance(value, list):
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, list):
             writer.add_array(name, value)
         elif name.startswith("split."):
             writer.add_uint16(name, value)
@@ -64,8 +68,11 @@ def main() -> int:
     write(model / "groups.gguf", high, **facts, tiny__expert_group_count=2, tiny__expert_group_used_count=1)
     write(model / "array.gguf", high, tiny__block_count=3, tiny__expert_used_count=[0, 2, 2])
     write(model / "split.gguf", high, **facts, split__no=0, split__count=2)
-    write(low / "copies.gguf", copies, **facts)
-    write(low / "some.gguf", dict(list(copies.items())[:2]))
+    bound: Dict[str, Any] = {"hobbit__sidecar__fingerprint": "sha256:" + 64 * "0", "hobbit__source": "model.gguf"}
+    write(low / "copies.gguf", copies, "hobbit-sidecar", **bound)
+    write(low / "some.gguf", dict(list(copies.items())[:2]), "hobbit-sidecar", **bound)
+    write(low / "more.gguf", {**copies, **dense}, "hobbit-sidecar", **bound)
+    write(low / "unbound.gguf", copies)
     return 0
 
 

@@ -14,7 +14,7 @@ class FakeModel:
     def __init__(self, words: list[Any], template: bool = True, offload: bool = True) -> None:
         self.words = words
         self.metadata = {"tokenizer.chat_template": "x"} if template else {}
-        self.offload = offload
+        self.offload = self.offloaded = offload
         self.n_tokens = 0
         self.evaluated = 0  # since the reset
         self.calls: list[tuple[str, Any, dict[str, Any]]] = []

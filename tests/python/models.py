@@ -35,6 +35,33 @@ def tiny(shape: str, expert_type: str = "F16") -> Path:
 
 
 @functools.cache
+def tiny_dense() -> Path:
+    """A model without routed experts: the first expert of each layer of tiny("mixtral") is its feed-forward network."""
+    import gguf
+
+    path = cache_dir() / "dense-f16.gguf"
+    if not path.is_file():
+        partial = path.with_suffix(f".{os.getpid()}")
+        reader = gguf.GGUFReader(tiny("mixtral"))
+        writer = gguf.GGUFWriter(partial, "llama")
+        for field in reader.fields.values():
+            if not field.name.startswith(("GGUF.", "general.architecture", "llama.expert_")):
+                sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+        for tensor in reader.tensors:
+            if tensor.name.endswith("_exps.weight"):
+                writer.add_tensor(tensor.name.replace("_exps", ""), tensor.data[0])
+            elif "ffn_gate_inp" not in tensor.name:
+                writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.rename(path)
+    return path
+
+
+@functools.cache
 def tiny_dual(shape: str, high: str = "Q8_0", low: str = "Q4_0") -> Path:
     """The same with a low-precision copy of each expert."""
     path = cache_dir() / f"{shape}-{high.lower()}-{low.lower()}.gguf"

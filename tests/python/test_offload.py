@@ -32,7 +32,7 @@ from hobbit_cpp._memory import parse_size
 from hobbit_cpp._session import Session
 from hobbit_cpp.errors import STATUS_TO_EXCEPTION
 from hobbit_cpp.stats import OffloadCounts
-from models import tiny, tiny_dual
+from models import tiny, tiny_dense, tiny_dual
 from tiny_models import SHAPES
 
 quiet = pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
@@ -361,19 +361,19 @@ def test_files_that_are_no_models(how: str, tmp_path: Path) -> None:
     assert isinstance(e.value, HobbitError) and str(path) in str(e.value)
 
 
-def test_a_dense_model_has_nothing_to_offload(tmp_path: Path) -> None:
-    import gguf
-
-    path = tmp_path / "dense.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(NotMoeError, match="offload=None"):
-        Llama(str(path), offload="hobbit", verbose=False)
+def test_a_dense_model_runs_as_stock_and_says_so() -> None:
+    path = str(tiny_dense())
+    stock = load(Llama, path, 1)
+    with pytest.warns(HobbitWarning, match=r"nothing to offload.*no memory limit is applied"):
+        llm = load(Llama, path, 1, offload="hobbit", exact=True, memory="8GiB")
+    tokens = words(llm, 20)
+    assert np.array_equal(logits(llm, tokens, 8), logits(stock, tokens, 8))
+    assert not llm.offloaded
+    with pytest.raises(StateError, match="dense"):
+        llm.offload_stats()
+    llm.close()
+    with pytest.raises(NotMoeError, match="nothing to offload"):
+        Session(path, OffloadParams())
 
 
 @quiet

@@ -44,6 +44,10 @@ class Model(Protocol):
     def metadata(self) -> Mapping[str, str]:
         """Of the file."""
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether there are statistics of the offload."""
+
     def create_completion(self, prompt: str, *, stream: bool, **sampling: Any) -> Any:
         """As llama_cpp.Llama."""
 
@@ -105,7 +109,7 @@ def make_request(args: argparse.Namespace, model: Model, prompt: str) -> Request
             "--system-prompt needs the chat template, which "
             + ("--no-conversation leaves out" if has_template else "this model does not have")
         )
-    return Request(prompt, chat, args.system_prompt, sampling_of(args), offload=args.offload != "none")
+    return Request(prompt, chat, args.system_prompt, sampling_of(args), offload=model.offloaded)
 
 
 def generate(

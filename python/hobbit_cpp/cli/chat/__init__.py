@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             template,
             worker,
             lambda attempt: _sampling(args, attempt),
-            offload=args.offload != "none",
+            offload=model.offloaded,
             history=not args.no_conversation,
             conversation=talk,
         )
