@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Opti
 
 import numpy as np
 
-from . import _lib
+from . import _lib, _memory
 from ._calls import Calls
 from ._log import errors_explained
 from ._memory import Size
@@ -348,7 +348,10 @@ class Llama(_Llama):
 
     def save_state(self) -> Any:
         with self._calls.alone():
-            return super().save_state()
+            try:
+                return super().save_state()
+            finally:
+                _memory.give_back()  # it copies twice, and what malloc keeps of that would count against the budget
 
     def load_state(self, state: Any) -> None:
         with self._calls.running():

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Use a model for many minutes as users do, and see that memory stays flat: soak.py MODEL [--minutes 20] [--out PREFIX]
 
-Random prompts, streams that are dropped, cancels from another thread, resets, rewinds, other budgets (the model is loaded again
-with another memory=). After each, memory, threads and file descriptors are sampled. What the process holds beside the expert
-pool must not grow over the second half (a line is fitted), threads and descriptors must always be the same.
+Random prompts, streams that are dropped, cancels from another thread, resets, rewinds, saved states, other budgets (the model is
+loaded again with another memory=). After each, memory, threads and file descriptors are sampled. What the process holds between
+two models must not grow over the second half (a line is fitted), no sample may be over the budget, threads and descriptors must
+always be the same.
 
 Writes PREFIX.csv, and PREFIX.png where matplotlib is installed. Exit status 1 when something grew.
 """
@@ -20,12 +21,12 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
 from hobbit_cpp import EvaluationCancelled, HobbitWarning, Llama
-from hobbit_cpp._memory import human, resident
+from hobbit_cpp._memory import give_back, human, resident
 
 TEXT = (
     "the a model of experts reads what it needs from disk and keeps what was used while rivers run to sea under old bridges "
@@ -42,6 +43,7 @@ class Soak:
         self.counts: Dict[str, int] = {}
         self.tokens = 0
         self.budgets: List[int] = []
+        self.closed: List[Tuple[float, int]] = []  # when, and what the process held without a model
         self.llm: Any = self._load(expert_cache="10%")
         first = self.llm.offload_stats()
         span = self.llm.offload_info.pool_max
@@ -107,6 +109,10 @@ class Soak:
 
     def other_budget(self) -> None:
         self.llm.close()
+        self.llm = None
+        gc.collect()
+        give_back()
+        self.closed.append((time.monotonic(), resident()))
         self.llm = self._load(memory=self.rng.choice(self.budgets))
 
     def run(self) -> None:
@@ -138,21 +144,27 @@ class Soak:
         self.llm.close()
 
 
-def report(rows: List[Row], counts: Dict[str, int]) -> List[str]:
-    """Prints the figures; what is wrong."""
-    half = [r for r in rows if r["seconds"] > rows[-1]["seconds"] / 2]
-    x = np.array([r["seconds"] for r in half])
-    y = np.array([r["beside_pool"] for r in half], dtype=float)
-    slope, _ = np.polyfit(x, y, 1)
+def growth_of(name: str, x: List[float], y: List[int]) -> float:
+    """Bytes by which a line through the second half grows."""
+    first = next(i for i, at in enumerate(x) if at > (x[0] + x[-1]) / 2)
+    x, y = x[first:], y[first:]
+    slope = float(np.polyfit(x, y, 1)[0])
     growth = slope * (x[-1] - x[0])
-    print(f"{len(rows)} actions in {rows[-1]['seconds'] / 60:.1f} minutes, {rows[-1]['tokens']} tokens: {counts}")
     print(
-        f"beside the pool: {human(y.min())} to {human(y.max())} in the second half, fitted growth "
+        f"{name}: {human(min(y))} to {human(max(y))} in the second half ({len(y)} samples), fitted growth "
         f"{growth / (1 << 20):+.2f} MiB ({slope * 3600 / (1 << 20):+.1f} MiB/h)"
     )
+    return growth
+
+
+def report(rows: List[Row], closed: List[Tuple[float, int]], counts: Dict[str, int]) -> List[str]:
+    """Prints the figures; what is wrong."""
+    print(f"{len(rows)} actions in {rows[-1]['seconds'] / 60:.1f} minutes, {rows[-1]['tokens']} tokens: {counts}")
+    growth_of("beside the pool", [r["seconds"] for r in rows], [r["beside_pool"] for r in rows])
+    growth = growth_of("without a model", [at for at, _ in closed], [held for _, held in closed])
     over = [r for r in rows if r["budget"] and r["resident"] > r["budget"]]
     print(f"peak {human(max(r['resident'] for r in rows))}, over the budget in {len(over)} of {len(rows)} samples")
-    wrong = [f"memory grew by {human(growth)} in the second half"] if growth > 4 << 20 else []
+    wrong = [f"the process without a model grew by {human(growth)} in the second half"] if growth > 4 << 20 else []
     wrong += [f"{len(over)} samples over the budget"] if over else []
     for name in ("threads", "descriptors"):
         seen = sorted({r[name] for r in rows})
@@ -184,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--reload", type=float, default=60, metavar="SECONDS", help="between two budgets; default: 60")
+    parser.add_argument("--reload", type=float, default=30, metavar="SECONDS", help="between two budgets; default: 30")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("soak"), metavar="PREFIX")
@@ -196,7 +208,7 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(soak.rows)
     plot(soak.rows, args.out.with_suffix(".png"))
-    wrong = report(soak.rows, soak.counts)
+    wrong = report(soak.rows, soak.closed, soak.counts)
     for text in wrong:
         print(f"WRONG: {text}")
     return 1 if wrong else 0

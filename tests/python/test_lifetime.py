@@ -74,9 +74,9 @@ def test_close_while_other_threads_decode(model: Path) -> None:
 def test_one_model_from_several_threads_crashes_nobody(model: Path) -> None:
     run(
         """
-        llm = open_model(model, "hobbit", pool=2 * smallest(model), threads=2)
+        llm = open_model(model, "hobbit", pool=2 * smallest(model))
         def work(i):
-            for n in range(6):
+            for n in range(4):
                 try:
                     if i % 2: llm.create_completion("the expert of the layer", max_tokens=8)
                     else: list(llm.create_completion("the token", max_tokens=8, stream=True))
@@ -110,7 +110,7 @@ AT_EXIT = {
 def test_interpreter_exit(model: Path, how: str) -> None:
     run(
         f"""
-llm = open_model(model, "hobbit", pool=2 * smallest(model), threads=2)
+llm = open_model(model, "hobbit", pool=2 * smallest(model))
 tokens = words(llm, 40)
 logits(llm, tokens[:8], 4)
 def forever():
