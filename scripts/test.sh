@@ -54,7 +54,7 @@ if [ -n "$failed" ]; then
 fi
 say "pytest"
 status=0
-HOBBIT_UNPATCHED_LIB=$BUILD/unpatched HOBBIT_TESTING_LIB=$BUILD/testing "$PY" -m pytest tests/python "$@" || status=$?
+HYPOTHESIS_PROFILE=ci HOBBIT_UNPATCHED_LIB=$BUILD/unpatched HOBBIT_TESTING_LIB=$BUILD/testing "$PY" -m pytest tests/python "$@" || status=$?
 [ -z "$failed" ] || [ "$status" -ne 0 ] || status=1
 
 asan=$("${CXX:-c++}" -print-file-name=libasan.so)

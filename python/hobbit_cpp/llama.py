@@ -360,6 +360,7 @@ class Llama(_Llama):
                 state = copy.copy(state)
                 state.scores = np.zeros((rows, self.n_vocab()), np.single)
             super().load_state(state)
+            _memory.give_back()
 
     @property
     def offloaded(self) -> bool:

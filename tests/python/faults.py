@@ -17,7 +17,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from unpatched import testing_lib
+from unpatched import lib_for_tests
 
 # What programs find ready. `model` and the like are the keyword arguments of run().
 PRELUDE = '''
@@ -58,7 +58,7 @@ def raises(error, call, *args):
 
 def run(program: str, timeout: float = 150, **names: Any) -> str:
     """What the program printed. It must end well, and Python must not complain on stderr (llama.cpp may)."""
-    library = testing_lib("libhobbit-faults.so")
+    library = lib_for_tests("libhobbit-faults.so")
     preload = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = dict(os.environ, HOBBIT_FAULTS=str(library), LD_PRELOAD=preload, PYTHONPATH=path)

@@ -5,7 +5,7 @@ process of its own.
     subprocess.run([sys.executable, "-c", "import llama_cpp; ..."], env=env)
 
 scripts/test.sh builds it beside ours and names the folder in HOBBIT_UNPATCHED_LIB. Without that, it is built here at
-the first call (in the cache folder of hobbit-cpp, outside of the clone; minutes, once). Likewise testing_lib (tests/cpp) and
+the first call (in the cache folder of hobbit-cpp, outside of the clone; minutes, once). Likewise lib_for_tests (tests/cpp) and
 HOBBIT_TESTING_LIB.
 """
 
@@ -36,7 +36,7 @@ def _build(*targets: str) -> Path:
 
 
 @functools.cache
-def testing_lib(name: str) -> Path:
+def lib_for_tests(name: str) -> Path:
     """libhobbit-internals.so or libhobbit-faults.so."""
     named = os.environ.get("HOBBIT_TESTING_LIB")
     beside = os.environ.get("HOBBIT_UNPATCHED_LIB")
