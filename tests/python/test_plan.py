@@ -187,7 +187,7 @@ def test_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_everything_fits() -> None:
-    plan = run_plan(tiny_dual("mixtral"), "--memory", "400MiB")
+    plan = run_plan(tiny_dual("mixtral"), "--memory", "2GiB")
     assert plan["fits"] and plan["experts"]["share_resident"] == 1 and plan["choices"][0]["value"] == "exact"
 
 
