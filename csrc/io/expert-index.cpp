@@ -20,6 +20,8 @@ const char * const LOW_PREFIX           = "hobbit.low.";
 const char * const SIDECAR_ARCHITECTURE = "hobbit-sidecar";
 const char * const FINGERPRINT_KEY      = "hobbit.sidecar.fingerprint";
 
+static const char * const CHUNKED = "_chexps";
+
 namespace {
 
 struct gguf_deleter {
@@ -98,6 +100,8 @@ std::string split_name(const std::string & path, uint32_t no, uint32_t count) {
 }
 
 }  // namespace
+
+bool moe_layer::chunked() const { return projections[0].name.find(CHUNKED) != std::string::npos; }
 
 uint64_t moe_layer::expert_bytes(precision p) const {
     uint64_t n = 0;
@@ -189,6 +193,7 @@ void expert_index::read_model(const std::string & path, bool direct) {
                          (read_string(g, "hobbit.source").empty() ? "" : ", ") + read_string(g, "hobbit.source"));
             }
             n_block       = read_u32(g, arch + ".block_count", 0);
+            n_nextn       = read_u32(g, arch + ".nextn_predict_layers", 0);
             n_expert_used = read_u32(g, arch + ".expert_used_count", 0);
             n_group       = read_u32(g, arch + ".expert_group_count", 0);
             n_group_used  = read_u32(g, arch + ".expert_group_used_count", 0);
@@ -233,9 +238,12 @@ void expert_index::read_sidecar(const std::string & path, bool direct) {
             }
         }
         for (int64_t i = 0; i < gguf_get_n_tensors(g); ++i) {
-            const std::string name = gguf_get_tensor_name(g, i);
-            if (!is_low_copy(name) || find(name.substr(strlen(LOW_PREFIX))).first < 0 ||
-                !add_tensor(part, i, name.substr(strlen(LOW_PREFIX)), true)) {
+            const std::string name  = gguf_get_tensor_name(g, i);
+            const std::string high  = is_low_copy(name) ? name.substr(strlen(LOW_PREFIX)) : "";
+            uint32_t          block = 0;
+            std::string       what;
+            const bool        known = find(high).first >= 0 || (parse_name(high, block, what) && is_nextn(block));
+            if (!known || !add_tensor(part, i, high, true)) {
                 fail(HOBBIT_ERR_SIDECAR,
                      part.path + ": tensor " + name + " is no low-precision copy of an expert tensor of " + path_);
             }
@@ -320,6 +328,9 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
     if (!parse_name(name, block, what) || ne[2] < 2 || ne[3] != 1) {
         return false;
     }
+    if (is_nextn(block)) {
+        return true;
+    }
     if (ne[0] < 1 || ne[1] < 1) {
         fail(HOBBIT_ERR_FORMAT, part.path + ": tensor " + full + " has no elements");
     }
@@ -328,10 +339,10 @@ bool expert_index::add_tensor(const header & part, int64_t i, const std::string 
     }
 
     // Two expert sets in one block (chexps) are two layers to the engine: each has a router call of its own.
-    const bool  ch    = what.find("_chexps") != std::string::npos;
+    const bool  ch    = what.find(CHUNKED) != std::string::npos;
     moe_layer * layer = nullptr;
     for (auto & l : layers_) {
-        if (l.block == block && (l.projections[0].name.find("_chexps") != std::string::npos) == ch) {
+        if (l.block == block && l.chunked() == ch) {
             layer = &l;
         }
     }
@@ -369,8 +380,9 @@ void expert_index::check_layers() {
     if (layers_.empty()) {
         fail(HOBBIT_ERR_NOT_MOE, path_ + " has no routed experts: a dense model has nothing to offload");
     }
+    // In the order in which they are run: of two sets in a block the chunked experts come second.
     std::sort(layers_.begin(), layers_.end(), [](const moe_layer & a, const moe_layer & b) {
-        return a.block != b.block ? a.block < b.block : a.projections[0].name < b.projections[0].name;
+        return a.block != b.block ? a.block < b.block : !a.chunked() && b.chunked();
     });
     has_low = true;
     for (auto & layer : layers_) {
@@ -433,17 +445,21 @@ std::pair<int, int> expert_index::find(const std::string & name) const {
 }
 
 std::string expert_index::tensor_pattern() const {
-    std::set<std::string> kinds;
+    std::set<std::string> blocks, kinds;
     for (const auto & layer : layers_) {
+        blocks.insert(std::to_string(layer.block));
         for (const auto & p : layer.projections) {
-            kinds.insert(p.name.substr(p.name.find('.', 4) + 1));
+            kinds.insert(std::regex_replace(p.name.substr(p.name.find('.', 4) + 1), std::regex("\\."), "\\."));
         }
     }
-    std::string out = "^blk\\.[0-9]+\\.(";
-    for (const auto & kind : kinds) {
-        out += (out.back() == '(' ? "" : "|") + std::regex_replace(kind, std::regex("\\."), "\\.");
-    }
-    return out + ")$";
+    const auto any_of = [](const std::set<std::string> & names) {
+        std::string out;
+        for (const auto & name : names) {
+            out += (out.empty() ? "(" : "|") + name;
+        }
+        return out + ")";
+    };
+    return "^blk\\." + any_of(blocks) + "\\." + any_of(kinds) + "$";
 }
 
 bool expert_index::direct() const {

@@ -51,6 +51,7 @@ struct moe_layer {
     uint32_t                n_expert = 0;
     std::vector<projection> projections;
 
+    bool     chunked() const;                  // the second set of experts of a block (`_chexps`)
     uint64_t expert_bytes(precision p) const;  // to read, without padding
     uint64_t slot_bytes(precision p) const;    // with padding
 };
@@ -74,10 +75,14 @@ class expert_index {
     // {layer, projection} of a tensor, {-1, -1} when it is not a routed expert.
     std::pair<int, int> find(const std::string & tensor_name) const;
 
-    // Regular expressions (ECMAScript) that match all expert tensors and nothing else of the model.
+    // A regular expression (ECMAScript) that matches all expert tensors and nothing else of the model.
     std::string tensor_pattern() const;
 
-    uint32_t n_block                  = 0;
+    uint32_t n_block = 0;  // with those for multi-token prediction
+    uint32_t n_nextn = 0;  // for multi-token prediction: the last ones, which are not run, nor loaded
+
+    bool is_nextn(uint32_t block) const { return block < n_block && block + n_nextn >= n_block; }
+
     uint32_t n_expert                 = 0;  // most of a layer
     uint32_t n_expert_used            = 0;
     uint32_t n_group                  = 0;  // expert groups (DeepSeek), 0: none

@@ -198,9 +198,25 @@ TEST("a fused gate_up comes before down, two expert sets in a block are two laye
     const expert_index index = s.open();
     CHECK_EQ(index.layers().size(), 2u);
     CHECK_EQ(index.n_expert, 3u);
+    CHECK(!index.layers()[0].chunked() && index.layers()[1].chunked());  // as they are run
     for (const moe_layer & layer : index.layers()) {
         CHECK(!layer.projections[0].is_down && layer.projections[1].is_down);
     }
+}
+
+TEST("blocks for multi-token prediction are not run, so not offloaded") {
+    const tiny_model m;
+    const auto       with_mtp = [&](gguf_context * g) {
+        m.meta()(g);
+        gguf_set_val_u32(g, "tiny.nextn_predict_layers", 1);
+    };
+    const model_story  s(m.all(), with_mtp);
+    const expert_index index = s.open();
+    CHECK_EQ(index.layers().size(), 2u);
+    CHECK_EQ(index.layers()[1].block, 2u);
+    CHECK_EQ(index.find("blk.3.ffn_up_exps.weight").first, -1);
+    CHECK(!std::regex_search("blk.3.ffn_up_exps.weight", std::regex(index.tensor_pattern())));
+    CHECK(std::regex_search("blk.2.ffn_up_exps.weight", std::regex(index.tensor_pattern())));
 }
 
 TEST("a split model is one model") {
