@@ -131,7 +131,8 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
             masses.mass_total += 1.0;
             masses.mass_low += low / sum;
             masses.mass_skipped += skipped / sum;
-            if (out_weights != nullptr && renormalize && skipped > 0.0f && sum > skipped) {
+            // What an expert makes of a scaled input is not the scaled output, so gains are left as they are.
+            if (out_weights != nullptr && renormalize && !sel.gains && skipped > 0.0f && sum > skipped) {
                 for (uint32_t j = 0; j < sel.k; ++j) {
                     out_weights[(size_t) token * sel.k + j] *= sum / (sum - skipped);
                 }

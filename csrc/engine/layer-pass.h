@@ -38,6 +38,7 @@ class layer_pass {
         size_t          weights_stride = 0;
         uint32_t        k              = 0;
         uint32_t        n_tokens       = 0;
+        bool            gains          = false;  // weights scale the experts' inputs, not shares of a sum (Llama 4)
     };
 
     explicit layer_pass(expert_store & store, const expert_index & index) : store_(store), index_(index) {}

@@ -44,6 +44,12 @@ void session::start(uint64_t pool_bytes) {
     if (dispatcher_) {
         fail(HOBBIT_ERR_STATE, "the session is started already");
     }
+    {
+        std::lock_guard<std::mutex> lock(failure_mutex_);
+        if (!refusal_.empty()) {
+            fail(HOBBIT_ERR_UNSUPPORTED, refusal_);
+        }
+    }
     dispatcher_parts parts;
     parts.on_arrival = on_arrival_;
     parts.routers    = routers_.get();
@@ -119,6 +125,16 @@ void session::record_failure(std::exception_ptr why) {
 
 void session::cancel() {
     record_failure(std::make_exception_ptr(error(HOBBIT_ERR_CANCELLED, 0, "the evaluation was cancelled")));
+}
+
+void session::refuse(const std::string & why) {
+    {
+        std::lock_guard<std::mutex> lock(failure_mutex_);
+        refusal_ = refusal_.empty() ? why : refusal_;
+    }
+    if (running()) {
+        record_failure(std::make_exception_ptr(error(HOBBIT_ERR_UNSUPPORTED, 0, why)));
+    }
 }
 
 bool session::take_error(std::exception_ptr & out) {

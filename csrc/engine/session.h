@@ -52,6 +52,9 @@ class session : public std::enable_shared_from_this<session> {
     // Fails with HOBBIT_ERR_CANCELLED. Any thread.
     void cancel();
 
+    // The model uses an expert tensor in a way that cannot be offloaded: start() fails, and a running llama_decode.
+    void refuse(const std::string & why);
+
     void stats(hobbit_stats & out);
     void layer_stats(uint32_t layer, hobbit_counts & out);
     void reset_stats();
@@ -82,8 +85,9 @@ class session : public std::enable_shared_from_this<session> {
     // Regular expression for llama_model_params.tensor_buft_overrides.
     const std::string & tensor_pattern() const { return pattern_; }
 
-    // A llama_model_tensor_buft_override array, kept by the seam to ggml.
+    // Of the seam to ggml: a llama_model_tensor_buft_override array, and whether the model's experts have their buffer.
     std::shared_ptr<void> overrides;
+    std::atomic<bool>     has_experts { false };
 
   private:
     void record_trace(uint32_t layer, const layer_pass::selections & sel);
@@ -101,6 +105,7 @@ class session : public std::enable_shared_from_this<session> {
 
     std::mutex         failure_mutex_;
     std::exception_ptr failure_;
+    std::string        refusal_;  // guarded by failure_mutex_, kept for good
     std::atomic<bool>  failed_ { false };
 
     std::mutex            trace_mutex_;

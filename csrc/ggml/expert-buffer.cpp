@@ -8,6 +8,7 @@
 
 // upstream, private
 #include "ggml-backend-impl.h"
+#include "ggml-cpu.h"
 
 #include <array>
 #include <cstring>
@@ -26,25 +27,65 @@ struct expert_buffer {
     std::vector<std::unique_ptr<expert_tensor>> tensors;
 };
 
+// The expert tensor that `op` reads or writes, straight or through a view; `where`: its number among the sources.
+expert_tensor * find_operand(const ggml_tensor * op, int * where) {
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        const ggml_tensor * src = op->src[i];
+        if (src != nullptr) {
+            expert_tensor * found = find_expert_tensor(src->view_src != nullptr ? src->view_src : src);
+            if (found != nullptr) {
+                *where = src->view_src != nullptr ? -1 : i;
+                return found;
+            }
+        }
+    }
+    *where = -1;
+    return op->view_src != nullptr ? find_expert_tensor(op->view_src) : nullptr;
+}
+
+bool is_layout(ggml_op op) {
+    return op == GGML_OP_NONE || op == GGML_OP_VIEW || op == GGML_OP_RESHAPE || op == GGML_OP_PERMUTE ||
+           op == GGML_OP_TRANSPOSE;
+}
+
 class extra_buffers : public ggml::cpu::extra_buffer_type {
   public:
+    // Asked when a graph is planned, long before it runs: the moment to find out what cannot be offloaded. The answer is yes all
+    // the same, since ggml ends the process when nobody supports an op; the session then fails in start(), or at the op.
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
-        // While a model is loaded llama.cpp probes every extra buffer type with empty buffers, for every tensor: those
-        // are not for us.
-        return op->op == GGML_OP_MUL_MAT_ID && find_expert_tensor(op->src[0]) != nullptr &&
-               op->src[1]->type == GGML_TYPE_F32;
+        int             where  = -1;
+        expert_tensor * expert = find_operand(op, &where);
+        if (expert == nullptr) {
+            // While a model is loaded llama.cpp probes every extra buffer type with empty buffers, for every tensor: those
+            // are not for us.
+            return false;
+        }
+        if (!is_product(op, where)) {
+            expert->refuse(op);
+        } else if (op->src[1]->op == GGML_OP_MUL && (is_route(op->src[1]->src[0]) || is_route(op->src[1]->src[1]))) {
+            expert->set_weights_are_gains();
+        }
+        return true;
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        return op->op == GGML_OP_MUL_MAT_ID ? find_expert_tensor(op->src[0]) : nullptr;
+        int where = -1;
+        return is_layout(op->op) ? nullptr : find_operand(op, &where);
     }
 };
 
-void free_buffer(ggml_backend_buffer_t buffer) { delete (expert_buffer *) buffer->context; }
+void free_buffer(ggml_backend_buffer_t buffer) {
+    auto * self              = (expert_buffer *) buffer->context;
+    self->owner->has_experts = false;
+    delete self;
+}
 
 void * get_base(ggml_backend_buffer_t buffer) { return ((expert_buffer *) buffer->context)->addresses.data(); }
 
 ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    if (tensor->view_src != nullptr) {
+        return GGML_STATUS_SUCCESS;
+    }
     auto *     self  = (expert_buffer *) buffer->context;
     const auto where = self->owner->index().find(tensor->name);
     if (where.first < 0) {
@@ -85,8 +126,9 @@ const char * get_name(ggml_backend_buffer_type_t) { return "HOBBIT"; }
 size_t get_alignment(ggml_backend_buffer_type_t) { return 64; }
 
 ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
-    if (!bound_session) {
-        return nullptr;
+    if (!bound_session || bound_session->has_experts) {
+        // Not for the model's experts: a LoRA adapter wants to lie where the tensor lies that it belongs to.
+        return ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     }
     try {
         auto self                         = std::make_unique<expert_buffer>();
@@ -95,6 +137,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
         const ggml_backend_buffer_i iface = {
             free_buffer, get_base, init_tensor, nullptr, set_tensor, get_tensor, nullptr, nullptr, nullptr, clear, nullptr,
         };
+        bound_session->has_experts = true;
         return ggml_backend_buffer_init(buft, iface, self.release(), size);
     } catch (...) {
         return nullptr;
@@ -135,6 +178,19 @@ expert_tensor::expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uin
     owner_(std::move(owner)), layer_(layer), part_(part) {
     const projection & p = owner_->index().layers()[layer].projections[part];
     repacked_            = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
+}
+
+bool is_product(const ggml_tensor * op, int where) {
+    return op->op == GGML_OP_MUL_MAT_ID && where == 0 && op->src[1]->type == GGML_TYPE_F32 &&
+           op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t) && op->src[0]->ne[3] == 1;
+}
+
+void expert_tensor::refuse(const ggml_tensor * op) {
+    const projection & p = owner_->index().layers()[layer_].projections[part_];
+    owner_->refuse(
+        format("%s: this architecture uses the expert tensor %s in %s (%s), not in MUL_MAT_ID alone, so its experts "
+               "cannot stay on disk; load it with offload=None",
+               owner_->index().path().c_str(), p.name.c_str(), ggml_op_name(op->op), op->name));
 }
 
 void arrange_repacking(session & owner) {

@@ -1,8 +1,9 @@
 // The seam to ggml: a buffer type for routed experts whose data stays on disk.
 //
 // Registered as an extra buffer type of the CPU backend, so that MUL_MAT_ID on its tensors comes to us on every compute thread
-// without a patch in ggml. Tensors get addresses in a range without memory behind it: whoever reads them by another way than ours
-// gets SIGSEGV and not wrong numbers.
+// without a patch in ggml. Any other op on them is found when the graph is planned, and the model refused (extra_buffers::supports_op).
+// Tensors get addresses in a range without memory behind it: whoever reads them by another way than ours gets SIGSEGV and not
+// wrong numbers.
 #pragma once
 
 #include "../engine/session.h"
@@ -10,6 +11,7 @@
 
 #include "ggml-backend.h"
 
+#include <atomic>
 #include <memory>
 
 // upstream, private
@@ -34,11 +36,20 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     // Of high-precision slices; NULL: they lie as in the file.
     const repack_kernel * repacked() const { return repacked_; }
 
+    // `op` is not the product that can be offloaded.
+    void refuse(const ggml_tensor * op);
+
+    // Router weights are multiplied into this tensor's input, not its experts' output; learnt when the graph is planned.
+    bool weights_are_gains() const { return weights_are_gains_.load(std::memory_order_relaxed); }
+
+    void set_weights_are_gains() { weights_are_gains_.store(true, std::memory_order_relaxed); }
+
   private:
     std::shared_ptr<session> owner_;
     uint32_t                 layer_;
     uint32_t                 part_;
     const repack_kernel *    repacked_;
+    std::atomic<bool>        weights_are_gains_ { false };
 };
 
 // Registers buffer type and hooks; once, before the first offloaded model.
@@ -52,6 +63,9 @@ void bind_thread(std::shared_ptr<session> owner);
 
 // A llama_model_tensor_buft_override array that sends the session's expert tensors here.
 const void * buft_overrides(session & owner);
+
+// Whether `op`, whose source number `where` is an expert tensor, is what mul-mat-id.cpp computes.
+bool is_product(const ggml_tensor * op, int where);
 
 // NULL when the tensor is not ours.
 expert_tensor * find_expert_tensor(const ggml_tensor * tensor);

@@ -289,7 +289,7 @@ class product {
 }  // namespace
 
 bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & size) {
-    if (op->op != GGML_OP_MUL_MAT_ID) {
+    if (op->op != GGML_OP_MUL_MAT_ID || find_expert_tensor(op->src[0]) != this) {
         return false;
     }
     const ggml_tensor * src1  = op->src[1];
@@ -309,11 +309,18 @@ bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & si
 }
 
 bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
-    if (op->op != GGML_OP_MUL_MAT_ID) {
-        return false;
+    session & owner = *owner_;
+    if (!is_product(op, find_expert_tensor(op->src[0]) == this ? 0 : -1)) {
+        // A graph that came after the session was started (an adapter, another kind of context).
+        if (params->ith == 0) {
+            if (op->view_src == nullptr) {
+                memset(op->data, 0, ggml_nbytes(op));
+            }
+            refuse(op);
+        }
+        return true;
     }
-    session &           owner = *owner_;
-    const ggml_tensor * ids   = op->src[2];
+    const ggml_tensor * ids = op->src[2];
     if (!owner.running()) {
         if (params->ith == 0) {
             memset(op->data, 0, ggml_nbytes(op));

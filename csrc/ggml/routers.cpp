@@ -16,17 +16,19 @@ static const float * host_floats(const ggml_tensor * t, int64_t n) {
     return (const float *) t->data;
 }
 
-void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * input, uint32_t k) {
+void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * product, uint32_t k) {
     router & r = routers_[layer];
     if (r.known.load(std::memory_order_acquire)) {
         return;
     }
-    const ggml_tensor * w = moe.gate_inp;
-    // A router that is computed elsewhere, or lies repacked or on a device, is not predicted from.
-    if (w == nullptr || w->buffer == nullptr || !ggml_backend_buffer_is_host(w->buffer) || w->data == nullptr ||
-        w->ne[0] != input->ne[0] || w->ne[1] < k || w->ne[2] != 1 || ggml_get_type_traits_cpu(w->type)->vec_dot == nullptr) {
+    const ggml_tensor * w     = product->src[0];
+    const ggml_tensor * input = product->src[1];
+    // A router that lies repacked or on a device is not predicted from, and one layer's input must fit the next one's router.
+    if (w->buffer == nullptr || !ggml_backend_buffer_is_host(w->buffer) || w->data == nullptr || w->ne[1] < k ||
+        w->ne[2] != 1 || ggml_get_type_traits_cpu(w->type)->vec_dot == nullptr || (n_embd_ != 0 && w->ne[0] != n_embd_)) {
         return;
     }
+    n_embd_              = w->ne[0];
     r.shape.n_expert     = (uint32_t) w->ne[1];
     r.shape.k            = k;
     r.shape.n_group      = index_.n_group;

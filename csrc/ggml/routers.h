@@ -14,8 +14,9 @@ class ggml_routers : public router_source {
   public:
     explicit ggml_routers(const expert_index & index);
 
-    // Called while a graph is built, once per layer and graph; the first call counts.
-    void learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * input, uint32_t k);
+    // Called while a graph is built, once per layer and graph; the first call counts. `product`: MUL_MAT of the router's
+    // weights [n_embd, n_expert] and its input.
+    void learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * product, uint32_t k);
 
     bool          shape(uint32_t layer, policy::router_shape & out) override;
     bool          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
@@ -33,7 +34,8 @@ class ggml_routers : public router_source {
 
     const expert_index & index_;
     std::vector<router>  routers_;
-    std::vector<float>   scaled_;  // of logits(): one caller at a time
+    int64_t              n_embd_ = 0;  // of the routers' input, 0: none known yet
+    std::vector<float>   scaled_;      // of logits(): one caller at a time
     std::vector<char>    packed_;
 };
 
