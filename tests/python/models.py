@@ -6,32 +6,41 @@ import functools
 import hashlib
 import os
 from pathlib import Path
+from typing import Callable
 
 import gguf
 
 import tiny_models
+from hobbit_cpp._build_info import UPSTREAM_COMMIT
 from hobbit_cpp.convert import convert
 
 
 @functools.cache
 def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # What the models are made by is part of the name: a change of the generator makes new ones.
-    made_by = hashlib.sha256(Path(tiny_models.__file__).read_bytes()).hexdigest()[:12]
-    folder = Path(base) / "hobbit-cpp" / "test-models" / made_by
+    # What the models are made by is part of the name: a change of the generator, or of llama.cpp, makes new ones.
+    made_by = hashlib.sha256(UPSTREAM_COMMIT.encode())
+    for source in sorted(Path(tiny_models.__file__).parent.glob("*.py")):
+        made_by.update(source.read_bytes())
+    folder = Path(base) / "hobbit-cpp" / "test-models" / made_by.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, made if it is not there; it appears whole."""
+    if not path.is_file():
+        partial = path.with_suffix(f".{os.getpid()}")
+        make(partial)
+        partial.rename(path)
+    return path
 
 
 @functools.cache
 def tiny(shape: str, expert_type: str = "F16") -> Path:
     """A random model of a few MB with the routing of `shape`."""
     path = cache_dir() / f"{shape}-{expert_type.lower()}.gguf"
-    if not path.is_file():
-        partial = path.with_suffix(f".{os.getpid()}")
-        tiny_models.write_tiny(partial, shape, expert_type=expert_type)
-        partial.rename(path)
-    return path
+    return _once(path, lambda partial: tiny_models.write_tiny(partial, shape, expert_type=expert_type))
 
 
 @functools.cache
@@ -65,9 +74,19 @@ def tiny_dense() -> Path:
 def tiny_dual(shape: str, high: str = "Q8_0", low: str = "Q4_0") -> Path:
     """The same with a low-precision copy of each expert."""
     path = cache_dir() / f"{shape}-{high.lower()}-{low.lower()}.gguf"
-    if not path.is_file():
-        convert(tiny(shape), path, high=high, low=low, progress=False)
-    return path
+    return _once(path, lambda partial: convert(tiny(shape), partial, high=high, low=low, progress=False))
+
+
+@functools.cache
+def tiny_architecture(name: str, high: str = "F16", low: str = "none") -> Path:
+    """The model of a row of `tiny_models.ARCHITECTURES`, its experts in a type, and copies in a lower one."""
+    path = cache_dir() / f"arch-{name}-{high.lower()}-{low.lower()}.gguf"
+    if (high, low) == ("F16", "none"):
+        return _once(path, lambda partial: tiny_models.write_architecture(partial, name))
+    if high == low:  # which `hobbit convert` would refuse
+        return _once(path, lambda part: tiny_models.write_architecture(part, name, expert_type=high, twice=True))
+    plain = tiny_architecture(name)
+    return _once(path, lambda partial: convert(plain, partial, high=high, low=low, progress=False))
 
 
 _CHAT = (
