@@ -13,7 +13,8 @@ void layer_pass::release() {
         wants_.clear();
     }
     items_.clear();
-    key = nullptr;
+    key        = nullptr;
+    parts_done = 0;
 }
 
 void layer_pass::build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize,

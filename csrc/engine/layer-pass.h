@@ -55,6 +55,9 @@ class layer_pass {
 
     // What this pass was built from, so that a product can tell whether it is the right one.
     const void * key = nullptr;
+    // Projections multiplied since it was built. A graph that does not say when the router speaks comes back with the same
+    // key and other ids: a projection's second product needs another pass.
+    uint32_t parts_done = 0;
 
     const std::vector<pass_item> & items() const { return items_; }
 

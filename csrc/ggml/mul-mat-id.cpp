@@ -146,6 +146,7 @@ class product {
         ggml_barrier(params_->threadpool);
         work(pass);
         if (params_->ith == 0) {
+            pass.parts_done |= 1u << part_;
             hobbit_counts c  = {};
             c.stall_seconds  = stalled_;
             c.expert_seconds = seconds_since(begin) - stalled_;
@@ -331,7 +332,8 @@ bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * 
     }
     // A read can fail at any moment, so nothing before the last barrier may depend on failed(): threads would part ways.
     // A graph without our node before the products (build_route declined): the ids are all there is, so all in high precision.
-    const bool known = owner.pass()->key == ids && owner.pass()->layer() == layer_;
+    const layer_pass & last  = *owner.pass();
+    const bool         known = last.key == ids && last.layer() == layer_ && (last.parts_done & 1u << part_) == 0;
     if (!known) {
         ggml_barrier(params->threadpool);  // all threads have looked
         if (params->ith == 0) {
