@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ N_PREFILL, N_DECODE = 40, 24  # longer than the sliding window of 32
 NOT_PREDICTED = {"grovemoe"}
 #: Router weights are not normalised over the selection: to leave experts out is to leave their weights out.
 NOT_NORMALISED = {
-    "bailingmoe3", "deepseek", "deepseek2-ocr", "jamba", "llada-moe", "llama4", "nomic-bert-moe", "olmoe", "qwen2moe",
+    "deepseek", "jamba", "llada-moe", "llama4", "nomic-bert-moe", "olmoe", "qwen2moe",
 }  # fmt: skip
 
 
@@ -140,26 +141,32 @@ def test_low_copies_are_where_they_belong(name: str) -> None:
     assert stats.skips == 0 and (stats.hits_low > 0) == any(used_in(name, layer.block) > 1 for layer in stats.layers)
 
 
-def has_selection_bias(path: Path) -> bool:
-    return any("exp_probs_b" in t.name for t in gguf.GGUFReader(path).tensors)
+def without_selection_bias(path: Path, target: Path) -> Path:
+    """A copy whose routers rank by weight alone, so that the first is the one of the largest weight."""
+    shutil.copyfile(path, target)
+    reader = gguf.GGUFReader(target, "r+")
+    for tensor in reader.tensors:
+        if "exp_probs_b" in tensor.name:
+            tensor.data[:] = 0
+    reader.data.flush()
+    return target
 
 
-@everyone
-def test_a_skipped_expert_leaves_the_sum(name: str) -> None:
+# Not grovemoe: the weights of its chunked experts are those of other experts than the ranking was made by. Not deepseek4: it
+# has a table with k experts for each token. Not nemotron_h_moe: its k differ, and llama.cpp overrides single values only.
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"grovemoe", "deepseek4", "nemotron_h_moe"}))
+def test_a_skipped_expert_leaves_the_sum(name: str, tmp_path: Path) -> None:
     """To skip all but the first expert is to have a router that chooses one."""
-    path = tiny_architecture(name, "Q8_0", "Q4_0")
+    path = without_selection_bias(tiny_architecture(name, "Q8_0", "Q4_0"), tmp_path / "model.gguf")
     row = ARCHITECTURES[name]
-    if has_selection_bias(path) or name == "grovemoe":
-        pytest.skip("the expert that ranks first is not the one of the largest weight")
-    one = {f"{row.arch or name}.expert_used_count": 1}
-    want = run(path, name, kv_overrides=one)
+    want = run(path, name, kv_overrides={f"{row.arch or name}.expert_used_count": 1})
     normalised = name not in NOT_NORMALISED and row.arch not in NOT_NORMALISED
     params = OffloadParams(precision_rule="weight", t1=0.0, t2=0.0, renormalize=normalised)
     got, stats = offloaded(path, name, offload=params)
     assert (stats.skips > 0) == (used_in(name, 0) > 1) and stats.loads_low == 0
     for a, b in zip(want, got):
-        # Weights that are one, and one but for rounding; a wrong sum is far away (0.2 and more).
-        assert np.abs(a - b).max() < 0.03 * a.std() and np.abs(a - b).mean() < 0.003 * a.std()
+        # Weights that are one, and one but for rounding; a wrong sum is far away (means of 0.1 and more).
+        assert np.abs(a - b).max() < 0.1 * a.std() and np.abs(a - b).mean() < 0.005 * a.std()
 
 
 def test_gains_are_not_renormalised() -> None:
