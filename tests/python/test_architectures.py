@@ -15,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from decode import embeddings, load, logits, words
+from decode import embeddings, load, logits, stock_logits_of, words
 from hobbit_cpp import Llama, OffloadParams, OffloadStats
 from hobbit_cpp._session import Session
 from hobbit_cpp.llama import llama_cpp
 from models import tiny_architecture
 from tiny_models import ARCHITECTURES
-from unpatched import unpatched_env
 
 pytestmark = pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
 everyone = pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -184,14 +183,10 @@ def test_offload_none_is_unpatched(tmp_path: Path) -> None:
     names = [n for n in sorted(ARCHITECTURES) if not ARCHITECTURES[n].embeddings]
     paths = [tiny_architecture(n) for n in names]
     llm = open_model(paths[0], names[0])
-    np.save(tmp_path / "tokens.npy", np.array(words(llm, N_PREFILL)))
+    tokens = words(llm, N_PREFILL)
     llm.close()
-    script = str(Path(__file__).with_name("decode.py"))
-    job = [str(tmp_path / "tokens.npy"), str(tmp_path / "out.npz"), "64", "1"]
-    subprocess.run([sys.executable, script, ",".join(map(str, paths)), *job], env=unpatched_env(), check=True)
-    theirs = np.load(tmp_path / "out.npz")
-    for i, (path, name) in enumerate(zip(paths, names)):
-        assert np.array_equal(theirs[f"arr_{i}"], stock(path, name)[0]), name
+    for path, name, theirs in zip(paths, names, stock_logits_of(paths, tokens, 64, tmp_path, 1)):
+        assert np.array_equal(theirs, stock(path, name)[0]), name
 
 
 # ---- what is added to a model ----------------------------------------------------------------------------------------
