@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import gguf
 import numpy as np
@@ -187,6 +187,14 @@ def test_offload_none_is_unpatched(tmp_path: Path) -> None:
     llm.close()
     for path, name, theirs in zip(paths, names, stock_logits_of(paths, tokens, 64, tmp_path, 1)):
         assert np.array_equal(theirs, stock(path, name)[0]), name
+
+
+@pytest.mark.parametrize("offload", [None, "hobbit"])
+def test_an_architecture_that_llama_cpp_does_not_know(offload: Optional[str], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_architecture("qwen3moe").read_bytes().replace(b"qwen3moe", b"qwen9moe"))
+    with pytest.raises(ValueError, match="Failed to load model"):
+        Llama(str(path), offload=offload, verbose=False)
 
 
 # ---- what is added to a model ----------------------------------------------------------------------------------------
