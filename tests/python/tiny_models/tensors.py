@@ -43,6 +43,7 @@ def tensors_of(metadata: Path) -> List[Tuple[str, Tuple[int, ...]]]:
         n_dims = lib.ggml_n_dims(tensor)
         out.append((lib.ggml_get_name(tensor).decode(), tuple(ne[i] for i in reversed(range(n_dims)))))
 
+    llama_cpp._logger.set_verbose(False)  # errors only
     context = lib.gguf_init_from_file(str(metadata).encode(), _InitParams(True, None))
     params = _c.llama_model_default_params()
     params.load_mtp = True
