@@ -19,15 +19,7 @@ from ._log import errors_explained
 from ._memory import Size
 from ._session import ModelInfo, Session
 from ._sidecar import LowModel
-from .errors import (
-    HobbitWarning,
-    ModelFileError,
-    ModelFormatError,
-    NotMoeError,
-    ParameterError,
-    StateError,
-    UnsupportedModelError,
-)
+from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError, StateError
 from .params import OffloadParams
 from .stats import OffloadStats
 
@@ -43,25 +35,17 @@ else:
 
 
 def _check_lora(path: str) -> None:
-    """Refuses an adapter for experts: their weights are not where llama.cpp would look for them."""
+    """Raises what says more than llama.cpp when an adapter cannot be read."""
     from .convert.errors import ConvertError
     from .convert.header import read_header
-    from .convert.plan import is_expert
 
     try:
         with open(path, "rb") as file:
-            header = read_header(file, path, os.fstat(file.fileno()).st_size)
+            read_header(file, path, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise ModelFileError(f"there is no file {path} (lora_path)") from None
     except ConvertError as e:
         raise ModelFormatError(str(e)) from e
-    for tensor in header.tensors:
-        name = tensor.name.rsplit(".lora_", 1)[0]
-        if is_expert(name, (2, 2, 2)):  # by its name
-            raise UnsupportedModelError(
-                f"{path} changes the experts ({name}), which a LoRA cannot when they are offloaded: merge it into the model "
-                "(llama-export-lora), use offload=None, or an adapter for the other weights only"
-            )
 
 
 # With offload, and not closed yet.
