@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 
 from decode import embeddings, load, logits, stock_logits_of, words
-from hobbit_cpp import Llama, OffloadParams, OffloadStats
+from hobbit_cpp import Llama, ModelFormatError, OffloadParams, OffloadStats
 from hobbit_cpp._session import Session
 from hobbit_cpp.llama import llama_cpp
 from models import tiny_architecture
@@ -193,7 +193,7 @@ def test_offload_none_is_unpatched(tmp_path: Path) -> None:
 def test_an_architecture_that_llama_cpp_does_not_know(offload: Optional[str], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(tiny_architecture("qwen3moe").read_bytes().replace(b"qwen3moe", b"qwen9moe"))
-    with pytest.raises(ValueError, match="Failed to load model"):
+    with pytest.raises(ModelFormatError, match="unknown model architecture: 'qwen9moe'"):
         Llama(str(path), offload=offload, verbose=False)
 
 
