@@ -90,6 +90,7 @@ def test_dual_file_in_exact_mode_is_its_high_precision(shape: str) -> None:
     llm.close()
 
 
+@pytest.mark.no_asan
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_offload_none_is_unpatched(shape: str, tmp_path: Path) -> None:
     """The patches change nothing for whoever does not use them: libllama built without them gives the same logits."""
