@@ -141,10 +141,11 @@ typedef struct hobbit_params {
     uint32_t io_threads;      /* reader threads = queue depth */
     uint32_t io_block;        /* bytes of one prefetch read between two looks at the abort flag */
     uint32_t direct_io;       /* 1: O_DIRECT where the file system has it */
-    float    low_share;       /* share of the pool for low-precision copies, 0..0.9 */
+    float    low_share;       /* share of the pool for low-precision copies, 0..0.9; see fixed_split */
     float    drop_fraction;   /* F of HOBBIT_PRECISION_DROP, which needs no low copies; 0 drops nothing */
     uint32_t max_experts;     /* most experts a token, those of the largest router weights; 0: all that the router selects */
     uint32_t prefetch_extra;  /* experts of a layer that are read ahead beyond the predicted k */
+    uint32_t fixed_split;     /* 1: low_share stays as it is. 0: it is a beginning, the division of the pool follows demand */
 } hobbit_params;
 
 /* Fills `params` with the defaults of a mode: "hobbit", "fate", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
@@ -179,6 +180,11 @@ HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);
 HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
 /* Stops the threads; decoding fails from then on. Call before the llama model is freed. */
 HOBBIT_API void hobbit_session_stop(hobbit_session * session);
+
+/* From now on the expert pool may take `pool_bytes` (at most what is of use): shrinking gives memory back to the system, what is in
+ * use at the moment goes at the next tokens. From any thread. HOBBIT_ERR_BUDGET below hobbit_model_info.pool_min, HOBBIT_ERR_NO_MEMORY
+ * (then it is as before), HOBBIT_ERR_UNSUPPORTED with slots of its own for each layer, HOBBIT_ERR_STATE before the start. */
+HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
 
 /* A new sequence starts: sequence-level statistics (HOBBIT section 3.4) are reset, the cache keeps its contents. */
 HOBBIT_API void hobbit_session_begin_sequence(hobbit_session * session);

@@ -15,29 +15,60 @@ namespace hobbit {
 
 static void touch_pages(std::byte * data, size_t size) {
     for (size_t i = 0; i < size; i += PAGE) {
-        *(volatile std::byte *) (data + i) = std::byte(0);
+        volatile std::byte & page = *(volatile std::byte *) (data + i);
+        page                      = page;
     }
 }
 
-region::region(size_t bytes, bool fault_in) : size_(align_up(bytes, PAGE)) {
-    if (size_ == 0) {
+static std::byte * map(size_t size, int flags) {
+    if (size == 0) {
+        return nullptr;
+    }
+    void * p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    if (p == MAP_FAILED) {
+        fail_os(HOBBIT_ERR_NO_MEMORY, errno, "cannot map " + human_bytes(size));
+    }
+    // A child made by fork() must not double a pool of gigabytes when the parent writes to it.
+    madvise(p, size, MADV_DONTFORK);
+    return (std::byte *) p;
+}
+
+region::region(size_t bytes, bool fault_in) : data_(map(align_up(bytes, PAGE), 0)), size_(align_up(bytes, PAGE)) {
+    if (fault_in) {
+        try {
+            populate(0, size_);
+        } catch (...) {
+            munmap(data_, size_);
+            throw;
+        }
+    }
+}
+
+region region::reserve(size_t bytes) {
+    region r;
+    r.size_ = align_up(bytes, PAGE);
+    r.data_ = map(r.size_, MAP_NORESERVE);
+    return r;
+}
+
+void region::populate(size_t offset, size_t bytes) {
+    const size_t begin = align_down(offset, PAGE);
+    const size_t end   = align_up(offset + bytes, PAGE);
+    if (bytes == 0 || madvise(data_ + begin, end - begin, MADV_POPULATE_WRITE) == 0) {
         return;
     }
-    void * p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) {
-        fail_os(HOBBIT_ERR_NO_MEMORY, errno, "cannot map " + human_bytes(size_));
+    const int err = errno;
+    if (err != EINVAL && err != ENOSYS) {  // these two: a kernel before 5.14
+        fail_os(HOBBIT_ERR_NO_MEMORY, err, "cannot get " + human_bytes(bytes) + " for the expert pool");
     }
-    data_ = (std::byte *) p;
-    // A child made by fork() must not double a pool of gigabytes when the parent writes to it.
-    madvise(data_, size_, MADV_DONTFORK);
-    if (fault_in && madvise(data_, size_, MADV_POPULATE_WRITE) != 0) {
-        const int err = errno;
-        if (err != EINVAL && err != ENOSYS) {  // these two: a kernel before 5.14
-            munmap(data_, size_);
-            data_ = nullptr;
-            fail_os(HOBBIT_ERR_NO_MEMORY, err, "cannot get " + human_bytes(size_) + " for the expert pool");
-        }
-        touch_pages(data_, size_);
+    touch_pages(data_ + begin, end - begin);
+}
+
+void region::release(size_t offset, size_t bytes) {
+    const size_t begin = align_up(offset, PAGE);
+    const size_t end   = align_down(offset + bytes, PAGE);
+    if (end > begin) {
+        madvise(data_ + begin, end - begin, MADV_DONTNEED);
     }
 }
 

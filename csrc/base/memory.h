@@ -18,6 +18,12 @@ class region {
     // Maps `bytes` (rounded up to pages). With `fault_in` every page is made present now: first touch by a direct read is slow,
     // and a budget that cannot be met must fail here and not in the middle of a token. Throws HOBBIT_ERR_NO_MEMORY.
     region(size_t bytes, bool fault_in);
+    // Maps `bytes` that are not counted as used before populate(): room to grow into.
+    static region reserve(size_t bytes);
+    // Makes the pages of [offset, offset + bytes) present. Throws HOBBIT_ERR_NO_MEMORY.
+    void populate(size_t offset, size_t bytes);
+    // Gives back the whole pages inside of [offset, offset + bytes); their contents are lost.
+    void release(size_t offset, size_t bytes);
     ~region();
     region(region && other) noexcept;
     region & operator=(region && other) noexcept;

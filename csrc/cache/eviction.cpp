@@ -75,14 +75,14 @@ std::vector<uint32_t> split_slots(slot_split split, uint32_t n_layer, uint32_t n
 
 // By hobbit_eviction_rule.
 static const eviction_rule RULES[] = {
-    { priority_lru, slot_split::none, nullptr },        // LRU
-    { priority_lfu, slot_split::none, nullptr },        // LFU
-    { priority_hobbit, slot_split::none, nullptr },     // HOBBIT
-    { priority_lcu, slot_split::none, nullptr },        // LCU
-    { priority_foresight, slot_split::none, nullptr },  // FORESIGHT
-    { priority_lru, slot_split::even, nullptr },        // LAYER_LRU
-    { priority_lru, slot_split::even, make_arc },       // LAYER_ARC
-    { priority_lru, slot_split::shallow, make_arc },    // FATE
+    { priority_lru, slot_split::none, nullptr },              // LRU
+    { priority_lfu, slot_split::none, nullptr },              // LFU
+    { priority_hobbit, slot_split::none, nullptr },           // HOBBIT
+    { priority_lcu, slot_split::none, nullptr },              // LCU
+    { priority_foresight, slot_split::none, nullptr, true },  // FORESIGHT
+    { priority_lru, slot_split::even, nullptr },              // LAYER_LRU
+    { priority_lru, slot_split::even, make_arc },             // LAYER_ARC
+    { priority_lru, slot_split::shallow, make_arc },          // FATE
 };
 
 const eviction_rule * find_eviction_rule(int number) {

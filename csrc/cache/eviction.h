@@ -14,6 +14,8 @@ struct use_record {
     uint32_t uses       = 0;  // F_t
     uint32_t high_uses  = 0;  // H_t
     uint32_t low_uses   = 0;  // L_t
+    // Across sequences: the share of its uses that needed high precision, lately.
+    float high_share = 1.0f;
     // Across sequences, kept by class foresight when that rule is in use: expected uses, by token.
     float recent  = 0.0f;
     float rate    = 0.0f;
@@ -64,12 +66,14 @@ struct eviction_rule {
     // `slots`: of each layer.
     using ledger_maker = std::unique_ptr<eviction_ledger> (*)(const std::vector<uint32_t> & slots, uint32_t n_expert);
 
-    eviction_rule(priority_function priority, slot_split split = slot_split::none, ledger_maker make_ledger = nullptr) :
-        priority(priority), split(split), make_ledger(make_ledger) {}
+    eviction_rule(priority_function priority, slot_split split = slot_split::none, ledger_maker make_ledger = nullptr,
+                  bool by_cost = false) :
+        priority(priority), split(split), make_ledger(make_ledger), by_cost(by_cost) {}
 
     priority_function priority;
     slot_split        split;
     ledger_maker      make_ledger;  // NULL: the priority is all
+    bool              by_cost;      // the priority counts uses: what each copy saves of their cost is taken into account
 };
 
 // Least recently used within the sequence. Ties (one token's pass, or no use in this sequence) go by the cache's own clock, as

@@ -1,21 +1,28 @@
 #include "expert-cache.h"
 
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
 namespace hobbit {
 
 expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule) :
     shape_(shape),
+    pool_(pool),
+    room_(std::max(shape.bytes, used_bytes())),
+    limit_(room_),
     rule_(rule),
     table_((size_t) shape.n_layer * shape.n_expert * 2, nullptr),
     uses_((size_t) shape.n_layer * shape.n_expert) {
     for (int p = 0; p < 2; ++p) {
-        slots_[p] = std::make_unique<cache_entry[]>(shape.n_slots[p]);
-        for (uint32_t i = 0; i < shape.n_slots[p]; ++i) {
-            cache_entry & e = slots_[p][i];
-            e.precision     = (uint8_t) p;
-            e.data          = pool;
-            pool += shape.slot_bytes[p];
+        const uint32_t n    = shape.n_slots[p];
+        const uint64_t most = shape.slot_bytes[p] == 0 ? n : std::min<uint64_t>(uses_.size(), room_ / shape.slot_bytes[p]);
+        slots_[p]           = std::make_unique<cache_entry[]>(std::max<uint64_t>(n, most));
+        shape_.n_slots[p]   = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            make_slot(p);
         }
-        for (uint32_t i = shape.n_slots[p]; i > 0; --i) {
+        for (uint32_t i = n; i > 0; --i) {
             free_[p].push_back(&slots_[p][i - 1]);
         }
     }
@@ -26,11 +33,106 @@ expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const ev
     }
 }
 
+// The next slot at the border.
+cache_entry * expert_cache::make_slot(int p) {
+    const uint32_t i = shape_.n_slots[p]++;
+    cache_entry &  e = slots_[p][i];
+    e.precision      = (uint8_t) p;
+    e.now            = cache_entry::state::absent;
+    e.data           = slot(p, i);
+    return &e;
+}
+
+void expert_cache::set_limit(uint64_t bytes) { limit_ = std::min(bytes, room_); }
+
+bool expert_cache::add_slot(int p) {
+    if (!can_add(p)) {
+        return false;
+    }
+    free_[p].push_back(make_slot(p));
+    return true;
+}
+
+bool expert_cache::take_slot(int p, const eviction_context & now, void (*evicted)(void *, const cache_entry &), void * ctx) {
+    if (shape_.n_slots[p] == 0) {
+        return false;
+    }
+    cache_entry * last = &slots_[p][shape_.n_slots[p] - 1];
+    if (last->now == cache_entry::state::in_flight || last->pins > 0) {
+        return false;
+    }
+    if (last->now == cache_entry::state::absent) {
+        free_[p].erase(std::find(free_[p].begin(), free_[p].end(), last));
+        shape_.n_slots[p]--;
+        return true;
+    }
+    cache_entry * to = nullptr;
+    if (free_[p].empty()) {
+        to = victim(0, p, now);
+        if (evicted != nullptr) {
+            evicted(ctx, *to);
+        }
+        leave(to);
+        to->now = cache_entry::state::absent;
+    } else {
+        to = free_[p].back();
+        free_[p].pop_back();
+    }
+    if (to != last) {
+        to->layer           = last->layer;
+        to->expert          = last->expert;
+        to->now             = cache_entry::state::resident;
+        to->tick            = last->tick;
+        to->protected_until = last->protected_until;
+        to->prefetched      = last->prefetched;
+        to->reading         = 0;
+        to->bytes           = last->bytes;
+        to->cancel.store(false, std::memory_order_relaxed);
+        to->demanded.store(last->demanded.load(std::memory_order_relaxed), std::memory_order_relaxed);
+        to->parts.store(last->parts.load(std::memory_order_relaxed), std::memory_order_relaxed);
+        if (!shape_.simulated) {
+            memcpy(to->data, last->data, shape_.slot_bytes[p]);
+        }
+        table_[index(to->layer, to->expert, p)] = to;
+        last->now                               = cache_entry::state::absent;
+        last->protected_until                   = 0;
+        last->prefetched                        = false;
+    }
+    shape_.n_slots[p]--;
+    return true;
+}
+
 float expert_cache::priority(const cache_entry & e, const eviction_context & now) const {
     if (ledger_ && e.precision == 0) {
         return ledger_->priority(e.layer, e.expert);
     }
-    return rule_.priority(uses_[(size_t) e.layer * shape_.n_expert + e.expert], e.layer, now);
+    const use_record & use = uses_[(size_t) e.layer * shape_.n_expert + e.expert];
+    const float        p   = rule_.priority(use, e.layer, now);
+    if (!rule_.by_cost || now.low_cost == 0.0f) {
+        return p;
+    }
+    // What its absence would cost at the next use: a high copy serves every need, a low one the low needs, if no high copy does.
+    const bool twice = table_[index(e.layer, e.expert, 1 - e.precision)] != nullptr;
+    if (e.precision == 1) {
+        return twice ? 0.0f : p * (1.0f - use.high_share) * now.low_cost;
+    }
+    return p * (use.high_share + (twice ? 0.0f : (1.0f - use.high_share) * now.low_cost));
+}
+
+float expert_cache::margin(int precision, uint32_t n, const eviction_context & now) const {
+    std::vector<float> priorities;
+    for (uint32_t i = 0; i < shape_.n_slots[precision]; ++i) {
+        const cache_entry & e = slots_[precision][i];
+        if (e.now == cache_entry::state::resident && e.pins == 0) {
+            priorities.push_back(priority(e, now));
+        }
+    }
+    n = std::min(n, (uint32_t) priorities.size());
+    if (n == 0) {
+        return 0.0f;
+    }
+    std::nth_element(priorities.begin(), priorities.begin() + (n - 1), priorities.end());
+    return std::accumulate(priorities.begin(), priorities.begin() + n, 0.0f) / (float) n;
 }
 
 cache_entry * expert_cache::victim(uint32_t layer, int precision, const eviction_context & now) {

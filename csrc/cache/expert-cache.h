@@ -7,9 +7,10 @@
 // In 2 and 3 it can be pinned (counted): a pinned copy is never evicted. An in-flight copy is never evicted either.
 // A copy that was predicted is protected until the layer has passed: it is evicted only when nothing else can be.
 //
-// High and low precision copies have slots of their own, since their sizes differ; within a precision the entry of lowest
-// priority goes (eviction.h), ties by the clock of this cache: least recently used first. A rule that splits the high-precision
-// slots among the layers evicts within the layer once that has all of its share.
+// High and low precision copies have slots of their own, since their sizes differ: high ones from the beginning of the pool, low ones
+// from its end, and the border between them moves (add_slot, take_slot). Within a precision the entry of lowest priority goes
+// (eviction.h), ties by the clock of this cache: least recently used first. A rule that splits the high-precision slots among
+// the layers evicts within the layer once that has all of its share.
 //
 // Not thread-safe: the expert store holds its lock around every call. `data` and `parts` of a pinned entry may be read
 // without it.
@@ -48,7 +49,9 @@ struct cache_shape {
     uint32_t n_expert      = 0;
     uint32_t n_slots[2]    = { 0, 0 };  // by precision
     uint64_t slot_bytes[2] = { 0, 0 };
-    uint32_t k             = 0;  // experts of a token, for rules that split the slots
+    uint64_t bytes         = 0;      // of the pool; 0: what the slots take
+    uint32_t k             = 0;      // experts of a token, for rules that split the slots
+    bool     simulated     = false;  // there is no memory behind the pool: nothing is copied
 };
 
 class expert_cache {
@@ -75,6 +78,30 @@ class expert_cache {
     // Resident, not pinned: gives the slot back.
     void drop(cache_entry * entry);
 
+    // The pool may use `bytes` from now on, at most the room it was made with. Slots beyond that go by take_slot().
+    void set_limit(uint64_t bytes);
+
+    uint64_t limit() const { return limit_; }
+
+    uint64_t used_bytes() const {
+        return shape_.n_slots[0] * shape_.slot_bytes[0] + shape_.n_slots[1] * shape_.slot_bytes[1];
+    }
+
+    std::byte * slot(int precision, uint32_t i) const {
+        return precision == 0 ? pool_ + i * shape_.slot_bytes[0] : pool_ + room_ - (i + 1) * shape_.slot_bytes[1];
+    }
+
+    // One slot more, at the border: slot(precision, n_slots). False when there is no room below the limit, or a slot for every expert.
+    bool can_add(int precision) const {
+        return used_bytes() + shape_.slot_bytes[precision] <= limit_ && shape_.n_slots[precision] < uses_.size();
+    }
+
+    bool add_slot(int precision);
+    // One slot fewer: the one at the border. What lies there takes the place of the evictable entry of lowest priority. False when
+    // nothing can go: it is pinned or in flight. Not for rules that split the slots.
+    bool take_slot(int precision, const eviction_context & now, void (*evicted)(void * ctx, const cache_entry &) = nullptr,
+                   void * ctx = nullptr);
+
     // The router selected it in high precision: for rules with a ledger. Before room is made for it.
     void used(uint32_t layer, uint32_t expert, bool resident) {
         if (ledger_) {
@@ -91,6 +118,9 @@ class expert_cache {
     bool full(int precision) const {
         return shape_.n_slots[precision] > 0 && free_[precision].empty() && shape_.n_slots[precision] < uses_.size();
     }
+
+    // Mean priority of the `n` entries that would be evicted next.
+    float margin(int precision, uint32_t n, const eviction_context & now) const;
 
     // Copies that could be inserted now: free slots and evictable entries.
     uint32_t available(int precision) const;
@@ -112,11 +142,16 @@ class expert_cache {
 
     bool is_split(int precision) const { return precision == 0 && rule_.split != slot_split::none; }
 
+    cache_entry * make_slot(int precision);
+
     cache_shape                      shape_;
+    std::byte *                      pool_;
+    uint64_t                         room_;
+    uint64_t                         limit_;
     eviction_rule                    rule_;
     std::vector<cache_entry *>       table_;
     std::vector<use_record>          uses_;
-    std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot, for ever; `absent` ones are free
+    std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot that there can be, for ever; `absent` ones are free
     std::vector<cache_entry *>       free_[2];
     std::vector<uint32_t>            share_;  // slots of each layer, when they are split
     std::vector<uint32_t>            taken_;  // and how many of these are taken

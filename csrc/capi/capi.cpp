@@ -85,6 +85,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.drop_fraction   = 0.0f;
     p.max_experts     = 0;
     p.prefetch_extra  = mode.prefetch_extra;
+    p.fixed_split     = 0;
     return p;
 }
 
@@ -213,6 +214,13 @@ void hobbit_session_stop(hobbit_session * s) {
     if (s != nullptr) {
         s->core->stop();
     }
+}
+
+hobbit_status hobbit_session_resize(hobbit_session * s, uint64_t pool_bytes, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "session is NULL");
+        s->core->resize(pool_bytes);
+    });
 }
 
 void hobbit_session_begin_sequence(hobbit_session * s) {

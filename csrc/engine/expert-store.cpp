@@ -1,5 +1,7 @@
 #include "expert-store.h"
 
+#include "../base/error.h"
+
 #include <algorithm>
 #include <cmath>
 #include <thread>
@@ -12,30 +14,56 @@ static constexpr uint32_t STREAM_PART = 1u << 16;
 // Times that a waiting thread steps aside before it sleeps.
 static constexpr int N_YIELD = 100;
 
+// The border between high and low slots is looked at every so many tokens, and moves when the other side is worth so much more.
+static constexpr uint32_t BORDER_TOKENS = 4;
+static constexpr double   BORDER_CLEAR  = 1.25;
+
+// How fast use_record::high_share follows, a use each.
+static constexpr float HIGH_SHARE_STEP = 0.1f;
+
 expert_store::expert_store(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
                            arrival_hook on_arrival, const reader_factory & make_reader) :
     index_(index), params_(params), on_arrival_(std::move(on_arrival)), counts_(index.layers().size()) {
-    const pool_plan plan = plan_pool(index, params, pool_bytes);
-    std::byte *     room = nullptr;
+    pool_plan plan   = plan_pool(index, params, pool_bytes);
+    stream_bytes_    = plan.stream_bytes;
+    with_low_        = plan.with_low;
+    plan.cache.bytes = plan.cache_bytes();
+    std::byte * room = nullptr;
     if (make_reader) {
-        no_pool_ = address_range(plan.bytes());
-        room     = no_pool_.data();
+        no_pool_             = address_range(plan.bytes());
+        room                 = no_pool_.data();
+        plan.cache.simulated = true;
     } else {
-        pool_ = region(plan.bytes(), true);
-        room  = pool_.data();
+        // Address space for all experts, so that the pool can grow; where that is refused, just what it takes now.
+        const uint64_t most = std::max(pool_max(index, params), plan.bytes());
+        try {
+            pool_            = region::reserve(most);
+            plan.cache.bytes = most - plan.stream_bytes;
+        } catch (const error &) {
+            pool_ = region::reserve(plan.bytes());
+        }
+        room = pool_.data();
+        pool_.populate(0, plan.stream_bytes + plan.cache.n_slots[0] * plan.cache.slot_bytes[0]);
+        const uint64_t low = plan.cache.n_slots[1] * plan.cache.slot_bytes[1];
+        pool_.populate(plan.stream_bytes + plan.cache.bytes - low, low);
     }
-    pool_bytes_ = align_up(plan.bytes(), PAGE);
     for (uint32_t i = 0; i < plan.n_stream; ++i) {
         stream_slots_.push_back(std::make_unique<stream_slot>());
         stream_slots_.back()->room = room + i * index.max_segment;
     }
-    holds_all_high_ = plan.holds_all_high;
+    for (const auto & layer : index.layers()) {
+        n_experts_ += layer.n_expert;
+    }
     uses_.resize(counts_.size() * index.n_expert);
     loads_.resize(uses_.size());
     asked_[0].resize(counts_.size());
     asked_[1].resize(counts_.size());
-    cache_ = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, *find_eviction_rule(params.eviction_rule));
-    now_.n_layer = plan.cache.n_layer;
+    const eviction_rule & rule = *find_eviction_rule(params.eviction_rule);
+    cache_                     = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, rule);
+    cache_->set_limit(plan.cache_bytes());
+    // Only priorities that count the cost of an absence compare between the precisions.
+    border_moves_ = with_low_ && params.fixed_split == 0 && rule.by_cost && rule.split == slot_split::none;
+    now_.n_layer  = plan.cache.n_layer;
     if (params.eviction_rule == HOBBIT_EVICT_FORESIGHT) {
         foresight_ = std::make_unique<foresight>(*cache_, plan.cache.n_layer, plan.cache.n_expert,
                                                  (float) index.n_expert_used / (float) plan.cache.n_expert);
@@ -161,7 +189,8 @@ void expert_store::resume(cache_entry & entry) {
 
 // Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
 bool expert_store::only_high(policy::precision_rule rule) const {
-    return holds_all_high_ && (rule == policy::precision_rule::miss || rule == policy::precision_rule::demand);
+    return cache_->shape().n_slots[0] == n_experts_ &&
+           (rule == policy::precision_rule::miss || rule == policy::precision_rule::demand);
 }
 
 void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
@@ -199,6 +228,9 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                : e->now == cache_entry::state::in_flight ? copy_state::in_flight
                                                          : copy_state::resident;
     };
+    if (n_tokens > 0) {
+        move_border();
+    }
     hobbit_counts & c = counts_[layer];
     note_asked(true, layer);
 
@@ -213,6 +245,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         if (w.need != policy::need::never) {
             use.last_token = now_.token;
             use.uses += w.count;
+            use.high_share += HIGH_SHARE_STEP * ((w.need == policy::need::high ? 1.0f : 0.0f) - use.high_share);
         }
         switch (w.action) {
             case action::use_high:
@@ -464,6 +497,115 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     return n_missing;
 }
 
+// The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product.
+uint32_t expert_store::fewest(int precision) const {
+    const cache_shape & shape = cache_->shape();
+    if (precision == 0) {
+        return index_.n_expert_used;
+    }
+    return with_low_ && shape.n_slots[0] < n_experts_ ? std::min(index_.n_expert_used, shape.n_slots[1]) : 0;
+}
+
+// A slot fewer; its pages go back to the system.
+bool expert_store::take_slot(int p) {
+    if (cache_->shape().n_slots[p] <= fewest(p) || !cache_->take_slot(p, now_, on_evicted, this)) {
+        return false;
+    }
+    if (pool_.data() != nullptr) {
+        std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
+        pool_.release((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
+    }
+    return true;
+}
+
+// A slot more, its pages present. Throws HOBBIT_ERR_NO_MEMORY.
+bool expert_store::add_slot(int p) {
+    if (!cache_->can_add(p)) {
+        return false;
+    }
+    if (pool_.data() != nullptr) {
+        std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
+        pool_.populate((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
+    }
+    return cache_->add_slot(p);
+}
+
+// Gives slots to the precision whose copies are worth more a byte at the margin, where they are evicted next.
+void expert_store::move_border() {
+    shrink_to_limit();
+    const cache_shape & shape = cache_->shape();
+    if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token % BORDER_TOKENS != 0 ||
+        !(cache_->full(0) || cache_->full(1))) {
+        return;
+    }
+    const uint64_t step = std::max<uint64_t>(cache_->limit() / 128, shape.slot_bytes[0] + shape.slot_bytes[1]);
+    double         worth[2];
+    for (int p = 0; p < 2; ++p) {
+        const auto n = (uint32_t) (step / shape.slot_bytes[p]);
+        worth[p]     = cache_->full(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
+    }
+    const int to = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
+    if (to < 0) {
+        return;
+    }
+    const int from  = 1 - to;
+    uint64_t  freed = 0;
+    while (freed + shape.slot_bytes[from] <= step && take_slot(from)) {
+        freed += shape.slot_bytes[from];
+    }
+    while (add_slot(to)) {
+    }
+    while (add_slot(from)) {
+    }
+}
+
+void expert_store::shrink_to_limit() {
+    const cache_shape & shape = cache_->shape();
+    if (cache_->used_bytes() <= cache_->limit()) {
+        return;
+    }
+    // In proportion: what the border was right for is right for a smaller pool, or it moves again.
+    const auto   low_bytes = [&] { return (double) (shape.n_slots[1] * shape.slot_bytes[1]); };
+    const double low_share = low_bytes() / (double) cache_->used_bytes();
+    while (cache_->used_bytes() > cache_->limit()) {
+        const int p = low_bytes() > low_share * (double) cache_->used_bytes() && shape.n_slots[1] > fewest(1) ? 1 : 0;
+        if (!take_slot(p)) {
+            return;  // in use: at the next token
+        }
+    }
+    // Where every expert had a slot in high precision until now there are no low ones yet.
+    while (with_low_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
+    }
+}
+
+void expert_store::resize(uint64_t pool_bytes) {
+    if (find_eviction_rule(params_.eviction_rule)->split != slot_split::none) {
+        fail(HOBBIT_ERR_UNSUPPORTED,
+             "with slots of its own for each layer (layer-lru, layer-arc, fate) a pool keeps its size");
+    }
+    // Throws below the floor.
+    const pool_plan             plan = plan_pool(index_, params_, std::min(pool_bytes, pool_max(index_, params_)));
+    std::lock_guard<std::mutex> lock(mutex_);
+    const uint64_t              before = cache_->limit();
+    const cache_shape &         shape  = cache_->shape();
+    const uint64_t              low    = shape.n_slots[1] * shape.slot_bytes[1];
+    const double                share  = (double) low / (double) std::max<uint64_t>(cache_->used_bytes(), 1);
+    cache_->set_limit(plan.cache_bytes());
+    if (cache_->limit() <= before) {
+        return shrink_to_limit();
+    }
+    try {
+        while ((double) (shape.n_slots[1] * shape.slot_bytes[1]) < share * (double) cache_->limit() && add_slot(1)) {
+        }
+        while (add_slot(0)) {
+        }
+    } catch (...) {
+        cache_->set_limit(before);
+        shrink_to_limit();
+        throw;
+    }
+}
+
 void expert_store::begin_sequence() {
     std::lock_guard<std::mutex> lock(mutex_);
     cache_->reset_uses();
@@ -497,7 +639,7 @@ void expert_store::stats(hobbit_stats & out) {
         hobbit::add_counts(out.total, c);
     }
     out.n_tokens      = n_tokens_;
-    out.pool_bytes    = pool_bytes_;
+    out.pool_bytes    = align_up(stream_bytes_ + cache_->limit(), PAGE);
     out.slots_high    = cache_->shape().n_slots[0];
     out.slots_low     = cache_->shape().n_slots[1];
     out.resident_high = cache_->resident(0);

@@ -97,6 +97,11 @@ class expert_store {
 
     void begin_sequence();
 
+    // From now on the pool may take `pool_bytes`, at least pool_min() and at most pool_max(). Growing takes effect at once (throws
+    // HOBBIT_ERR_NO_MEMORY, then it is as before), shrinking as far as nothing is in use, the rest at the next tokens. Not for eviction
+    // rules that split the slots among the layers: HOBBIT_ERR_UNSUPPORTED.
+    void resize(uint64_t pool_bytes);
+
     // Counters.
     void add_counts(uint32_t layer, const hobbit_counts & more);
     void layer_counts(uint32_t layer, hobbit_counts & out);
@@ -126,6 +131,11 @@ class expert_store {
     void        note_arrival(hobbit_event_kind kind, uint32_t layer, timeline::clock::time_point asked, uint64_t bytes);
     void        count_hit(cache_entry & entry, bool was_in_flight);
     void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    void        move_border();
+    void        shrink_to_limit();
+    bool        take_slot(int precision);
+    bool        add_slot(int precision);
+    uint32_t    fewest(int precision) const;
     static void on_evicted(void * self, const cache_entry & entry);
 
     const expert_index & index_;
@@ -136,7 +146,7 @@ class expert_store {
     std::vector<timeline::clock::time_point>  asked_[2];
     region                                    pool_;
     address_range                             no_pool_;  // in place of it
-    uint64_t                                  pool_bytes_ = 0;
+    uint64_t                                  stream_bytes_ = 0;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
     std::mutex                    mutex_;
@@ -148,8 +158,10 @@ class expert_store {
     std::vector<uint64_t>         loads_;
     std::vector<cache_entry *>    prefetching_;
     eviction_context              now_;
-    uint64_t                      n_tokens_       = 0;
-    bool                          holds_all_high_ = false;  // every expert has a high-precision slot
+    uint64_t                      n_tokens_     = 0;
+    uint32_t                      n_experts_    = 0;
+    bool                          with_low_     = false;  // pool_plan::with_low
+    bool                          border_moves_ = false;  // with what high and low copies are worth
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

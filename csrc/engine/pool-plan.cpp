@@ -65,6 +65,7 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     plan.cache.n_slots[0] = (uint32_t) high;
     plan.cache.n_slots[1] = (uint32_t) low;
     plan.holds_all_high   = high == n_experts;
+    plan.with_low         = with_low;
     return plan;
 }
 

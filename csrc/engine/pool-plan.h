@@ -12,10 +12,11 @@ struct pool_plan {
     uint64_t    stream_bytes = 0;
     cache_shape cache;
     bool        holds_all_high = false;  // every expert has a high-precision slot
+    bool        with_low       = false;  // low copies are of use as long as not every expert has a high-precision slot
 
-    uint64_t bytes() const {
-        return stream_bytes + cache.n_slots[0] * cache.slot_bytes[0] + cache.n_slots[1] * cache.slot_bytes[1];
-    }
+    uint64_t cache_bytes() const { return cache.n_slots[0] * cache.slot_bytes[0] + cache.n_slots[1] * cache.slot_bytes[1]; }
+
+    uint64_t bytes() const { return stream_bytes + cache_bytes(); }
 };
 
 // Smallest pool: one token's layer in high precision, and the streaming slots.

@@ -68,6 +68,13 @@ void session::start(uint64_t pool_bytes) {
 
 void session::stop() { dispatcher_.reset(); }
 
+void session::resize(uint64_t pool_bytes) {
+    if (!dispatcher_) {
+        fail(HOBBIT_ERR_STATE, "there is no expert pool before the session is started");
+    }
+    store()->resize(pool_bytes);
+}
+
 void session::begin_sequence() {
     if (dispatcher_) {
         store()->begin_sequence();

@@ -32,6 +32,8 @@ class session : public std::enable_shared_from_this<session> {
 
     bool running() const { return dispatcher_ != nullptr; }
 
+    // See expert_store::resize. HOBBIT_ERR_STATE before start().
+    void resize(uint64_t pool_bytes);
     void begin_sequence();
 
     // The router of a layer has spoken: decides, requests, predicts. Compute thread 0 only. `ids`: those of `sel`, overwritten while

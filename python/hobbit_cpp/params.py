@@ -39,7 +39,7 @@ class OffloadParams:
         prefetch_extra: experts read ahead in a layer beyond the k that are predicted.
         norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
         expert_cache: the expert pool in bytes or as text; None: what `memory` leaves.
-        low_share: share of the pool for low-precision copies, 0 to 0.9.
+        low_share: share of the pool for low-precision copies, 0 to 0.9. Default: it follows demand.
         io_threads: reader threads, that is, the queue depth.
         io_block: bytes of a prefetch read between two looks at the abort flag.
         direct_io: read past the page cache where the file system can.
@@ -136,3 +136,4 @@ class OffloadParams:
                     setattr(c, name, value)
                 except (OverflowError, TypeError) as e:
                     raise ParameterError(f"{name}={value!r} is out of range") from e
+        c.fixed_split = self.low_share is not None

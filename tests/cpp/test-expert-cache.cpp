@@ -247,7 +247,7 @@ class random_run {
         now_.layer = below(N_LAYER);
         const copy_key key { below(N_LAYER), below(N_EXPERT), (int) below(2) };
         const auto     at = model_.find(key);
-        switch (below(8)) {
+        switch (below(9)) {
             case 0:
             case 1:
             case 2:
@@ -268,6 +268,12 @@ class random_run {
             case 7:
                 below(2) ? void(cache_.pass++) : at != model_.end() ? protect(key, at->second) : use(key);
                 break;
+            case 8:
+                if (below(8) == 0) {
+                    cache_.set_limit(POOL / 2 + below(POOL));
+                }
+                below(2) ? take(key.precision) : add(key.precision);
+                break;
         }
         compare();
     }
@@ -284,8 +290,12 @@ class random_run {
         s.n_slots[1]    = N_LOW;
         s.slot_bytes[0] = 16;
         s.slot_bytes[1] = 8;
+        s.bytes         = POOL;
         return s;
     }
+
+    // What lies in the slot of a resident copy.
+    static std::byte mark(const copy_key & k) { return (std::byte)(1 + k.precision + 2 * (k.expert + N_EXPERT * k.layer)); }
 
     uint32_t below(uint32_t n) { return (uint32_t) (random_() % n); }
 
@@ -317,7 +327,7 @@ class random_run {
     }
 
     void insert(const copy_key & key) {
-        const bool full = count(key.precision) == (key.precision == HIGH ? N_HIGH : N_LOW);
+        const bool full = count(key.precision) == cache_.shape().n_slots[key.precision];
         const auto goes = full ? victim(key.precision) : model_.end();
         evicted_.clear();
         cache_entry * e = cache_.insert(key.layer, key.expert, key.precision, now_, note, this);
@@ -333,8 +343,34 @@ class random_run {
         model_[key].tick = ++clock_;
     }
 
+    // The border moves a slot at a time, either way.
+    void take(int precision) {
+        const uint32_t before = cache_.shape().n_slots[precision];
+        const bool     full   = count(precision) == before;
+        const auto     goes   = full ? victim(precision) : model_.end();
+        evicted_.clear();
+        if (!cache_.take_slot(precision, now_, note, this)) {
+            CHECK_EQ(cache_.shape().n_slots[precision], before);
+            CHECK(evicted_.empty());
+            return;
+        }
+        CHECK_EQ(cache_.shape().n_slots[precision], before - 1);
+        if (evicted_.empty()) {
+            return;
+        }
+        CHECK(full && goes != model_.end() && !(evicted_[0] < goes->first) && !(goes->first < evicted_[0]));
+        model_.erase(goes);
+    }
+
+    void add(int precision) {
+        const uint32_t before = cache_.shape().n_slots[precision];
+        const bool     room   = cache_.used_bytes() + cache_.shape().slot_bytes[precision] <= cache_.limit();
+        CHECK_EQ(cache_.add_slot(precision), room && before < N_LAYER * N_EXPERT);
+    }
+
     void fulfil(const copy_key & key, copy_model & copy) {
         if (!copy.resident) {
+            *entry(key)->data = mark(key);
             cache_.fulfil(entry(key));
             copy.resident = true;
         }
@@ -388,6 +424,7 @@ class random_run {
                     CHECK(e->now == (copy.resident ? state::resident : state::in_flight));
                     CHECK(e->pins == copy.pins && e->tick == copy.tick && e->protected_until == copy.protected_until);
                     CHECK(slots.insert(e->data).second);
+                    CHECK(!copy.resident || *e->data == mark({ layer, expert, p }));
                     n[p]++;
                     resident[p] += copy.resident;
                     stuck[p] += !copy.resident || copy.pins > 0;
@@ -397,7 +434,7 @@ class random_run {
         for (const int p : { HIGH, LOW }) {
             CHECK_EQ(n[p], count(p));
             CHECK_EQ(cache_.resident(p), resident[p]);
-            CHECK_EQ(cache_.available(p), (p == HIGH ? N_HIGH : N_LOW) - stuck[p]);
+            CHECK_EQ(cache_.available(p), cache_.shape().n_slots[p] - stuck[p]);
         }
     }
 
@@ -415,6 +452,23 @@ class random_run {
 };
 
 }  // namespace
+
+TEST("a slot fewer: what lay in it takes the place of what has the lowest priority") {
+    cache_story s(3);
+    for (const uint32_t expert : { 1u, 2u, 3u }) {
+        *s.load(expert)->data = (std::byte) expert;
+    }
+    s.uses(1, 1), s.uses(2, 5), s.uses(3, 9);  // 3 lies at the border
+    CHECK(s.cache.take_slot(HIGH, s.now));
+    CHECK(!s.has(1) && s.has(2) && s.has(3));
+    CHECK(*s.cache.find(0, 3, HIGH)->data == (std::byte) 3 && *s.cache.find(0, 2, HIGH)->data == (std::byte) 2);
+    CHECK(s.load(4) != nullptr && !s.has(2));  // two slots are left
+    s.cache.pin(s.cache.find(0, 4, HIGH));
+    s.cache.pin(s.cache.find(0, 3, HIGH));
+    CHECK(!s.cache.take_slot(HIGH, s.now));  // in use
+    CHECK(s.cache.add_slot(HIGH) && s.load(5) != nullptr && s.has(3) && s.has(4));
+    CHECK(!s.cache.add_slot(HIGH));  // the pool has no more
+}
 
 TEST("random operations do what a plain map does") {
     for (const uint32_t seed : { 1u, 2u, 3u, 4u }) {

@@ -147,6 +147,49 @@ TEST("a pool below the smallest is refused, the smallest works") {
     CHECK(stats.pool_bytes <= min + hobbit::PAGE);
 }
 
+TEST("a pool shrinks and grows while it is used, and the floor holds") {
+    tiny_store                  s(slots(6, 2));
+    const uint64_t              full = s.stats().pool_bytes;
+    const uint64_t              slot = s.index().max_slot[0];
+    const std::vector<uint16_t> experts { 0, 1, 2, 3, 4, 5 };
+    for (const uint16_t e : experts) {
+        s.pass(0, { want(e) });
+    }
+    CHECK_EQ(s.stats().resident_high, 6u);
+    const wants held = s.acquire(0, { want(5) });
+    s.store().resize(full - 4 * slot);
+    CHECK(s.stats().pool_bytes <= full - 4 * slot + hobbit::PAGE);
+    s.store().release(held);
+    s.pass(0, { want(5) });  // what was in use goes at the next token
+    const hobbit_stats small = s.stats();
+    CHECK(small.slots_high * slot + small.slots_low * s.index().max_slot[1] <= 8 * slot - 4 * slot);
+    CHECK(small.slots_high >= s.index().n_expert_used && small.resident_high <= small.slots_high);
+    s.store().resize(full);
+    CHECK_EQ(s.stats().pool_bytes, full);
+    for (const uint16_t e : experts) {
+        s.pass(0, { want(e) });
+    }
+    CHECK(s.stats().resident_high > small.resident_high);
+    CHECK_THROWS(s.store().resize(pool_min(s.index()) - 1));
+    CHECK_EQ(s.stats().pool_bytes, full);
+}
+
+TEST("slots follow what the copies are worth: low needs alone turn the pool over to low copies") {
+    store_setup setup          = slots(6, 2);
+    setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
+    setup.moving_border        = true;
+    tiny_store s(setup);
+    for (uint32_t i = 0; i < 400; ++i) {
+        const auto e = (uint16_t) (i % 8);
+        for (uint32_t layer = 0; layer < 3; ++layer) {
+            const int32_t id = e;
+            s.store().observe(layer, &id, 1, 1, 1);
+            s.pass(layer, { want(e, need::low) });
+        }
+    }
+    CHECK(s.stats().slots_low > 4 && s.stats().slots_high < 5);
+}
+
 TEST("a prefetch that is whole when its expert is asked for was useful") {
     tiny_store s;
     CHECK_EQ(s.store().prefetch(0, 1, { want(5) }), 1u);

@@ -29,9 +29,10 @@ inline hobbit_params tiny_params() {
 }
 
 struct store_setup {
-    uint32_t      slots_high = 4;
-    uint32_t      slots_low  = 0;
-    hobbit_params params     = tiny_params();
+    uint32_t      slots_high    = 4;
+    uint32_t      slots_low     = 0;
+    bool          moving_border = false;
+    hobbit_params params        = tiny_params();
 
     hobbit::expert_store::arrival_hook on_arrival = {};
 };
@@ -89,6 +90,7 @@ class tiny_store {
         p.low_share           = setup_.slots_low == 0
                                     ? 0.0f
                                     : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
+        p.fixed_split         = !setup_.moving_border;
         const uint64_t stream = hobbit::pool_min(*index_) - index_->n_expert_used * index_->max_slot[0];
         store_.reset();
         store_ = std::make_unique<hobbit::expert_store>(*index_, p, high + low + stream, setup_.on_arrival);
