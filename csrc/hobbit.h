@@ -145,7 +145,8 @@ typedef struct hobbit_params {
     float    drop_fraction;   /* F of HOBBIT_PRECISION_DROP, which needs no low copies; 0 drops nothing */
     uint32_t max_experts;     /* most experts a token, those of the largest router weights; 0: all that the router selects */
     uint32_t prefetch_extra;  /* experts of a layer that are read ahead beyond the predicted k */
-    uint32_t fixed_split;     /* 1: low_share stays as it is. 0: it is a beginning, the division of the pool follows demand */
+    uint32_t prefetch_always; /* 1: a single token's layers are read ahead whether it pays or not. 0: as trials say */
+    uint32_t fixed_split; /* 1: low_share stays as it is. 0: it is a beginning, the division of the pool follows demand */
 } hobbit_params;
 
 /* Fills `params` with the defaults of a mode: "hobbit", "fate", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */
@@ -236,6 +237,8 @@ typedef struct hobbit_stats {
     uint64_t      resident_high;
     uint64_t      resident_low;
     uint32_t      direct_io;
+    uint32_t      prefetch_on;    /* 1: single tokens are decoded with prefetch at the moment */
+    double        prefetch_ratio; /* time of a token with prefetch over that without, in the last trial; 0: none yet */
 } hobbit_stats;
 
 HOBBIT_API hobbit_status hobbit_session_stats(hobbit_session * session, hobbit_stats * stats, hobbit_error * error);

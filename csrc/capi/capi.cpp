@@ -79,12 +79,13 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.prefetch_reads  = 2;
     p.norm_correction = 1;
     p.io_threads      = 8;
-    p.io_block        = 128 * 1024;
+    p.io_block        = 512 * 1024;
     p.direct_io       = 1;
     p.low_share       = mode.low_share;
     p.drop_fraction   = 0.0f;
     p.max_experts     = 0;
     p.prefetch_extra  = mode.prefetch_extra;
+    p.prefetch_always = 0;
     p.fixed_split     = 0;
     return p;
 }

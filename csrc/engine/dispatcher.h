@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layer-pass.h"
+#include "prefetch-trial.h"
 #include "prefetcher.h"
 #include "recorded-routing.h"
 
@@ -41,12 +42,16 @@ class dispatcher {
 
     prefetcher * prefetching() { return prefetcher_.get(); }
 
+    // A compute thread has nothing to do: predicts what comes, if that is still to be done. True when it did.
+    bool idle() { return prefetcher_ && prefetcher_->run_pending(); }
+
     void stats(hobbit_stats & out);
     void reset_stats();
 
   private:
     void replace(uint32_t layer, layer_pass::selections & sel, int32_t * ids);
     void make_prefetcher();
+    void time_token(uint32_t layer, uint32_t n_tokens);
 
     const expert_index & index_;
     const hobbit_params  params_;
@@ -60,9 +65,12 @@ class dispatcher {
     recorded_routing *          routing_ = nullptr;
     std::vector<float>          routed_weights_;
 
-    policy::threshold_profile profile_;
-    policy::serving           how_;
-    size_t                    n_quiet_ = 0;  // layer passes since something had to be read
+    policy::threshold_profile   profile_;
+    policy::serving             how_;
+    prefetch_trial              trial_;
+    timeline::clock::time_point token_began_;
+    uint64_t                    token_loads_ = 0;
+    size_t                      n_quiet_     = 0;  // layer passes since something had to be read
 };
 
 }  // namespace hobbit

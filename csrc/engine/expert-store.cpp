@@ -217,7 +217,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                            std::vector<expert_want> & wants) {
     using policy::action;
     using policy::copy_state;
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     now_.layer = layer;
     now_.token += n_tokens;
     n_tokens_ += n_tokens;
@@ -312,7 +312,9 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
             }
         }
     }
+    lock.unlock();  // what was asked for is pinned: nobody else touches it
     io_->demand(requests);
+    lock.lock();
     // After the token's last requests have left, and only where anything is evicted.
     if (foresight_ && layer + 1 == index_.layers().size() && (cache_->full(0) || cache_->full(1))) {
         foresight_->refresh();

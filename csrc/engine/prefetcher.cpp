@@ -42,11 +42,31 @@ void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t str
         }
         has_mail_ = thread_.joinable();
     }
-    if (thread_.joinable()) {
-        posted_.notify_one();
-    } else {
+    if (!thread_.joinable()) {
         predict(mail_);
+    } else if (n_tokens > 1) {
+        posted_.notify_one();
     }
+}
+
+bool prefetcher::run_pending() {
+    if (!has_mail_.load(std::memory_order_relaxed)) {
+        return false;
+    }
+    std::unique_lock<std::mutex> work(work_mutex_, std::try_to_lock);
+    if (!work.owns_lock()) {
+        return false;
+    }
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!has_mail_ || mail_.n_tokens != 1) {
+            return false;
+        }
+        std::swap(now_, mail_);
+        has_mail_ = false;
+    }
+    predict(now_);
+    return true;
 }
 
 void prefetcher::run() {
@@ -55,13 +75,14 @@ void prefetcher::run() {
     while (true) {
         {
             std::unique_lock<std::mutex> lock(mutex_);
-            posted_.wait(lock, [this] { return has_mail_ || stop_; });
+            posted_.wait(lock, [this] { return (has_mail_ && mail_.n_tokens > 1) || stop_; });
             if (stop_) {
                 return;
             }
             std::swap(now, mail_);
             has_mail_ = false;
         }
+        std::lock_guard<std::mutex> work(work_mutex_);
         predict(now);
     }
 }

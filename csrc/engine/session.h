@@ -32,6 +32,9 @@ class session : public std::enable_shared_from_this<session> {
 
     bool running() const { return dispatcher_ != nullptr; }
 
+    // A compute thread has nothing to do but wait: see dispatcher::idle.
+    bool idle() { return dispatcher_->idle(); }
+
     // See expert_store::resize. HOBBIT_ERR_STATE before start().
     void resize(uint64_t pool_bytes);
     void begin_sequence();

@@ -147,6 +147,9 @@ class product {
         work(pass);
         if (params_->ith == 0) {
             pass.parts_done |= 1u << part_;
+            if (pass.parts_done + 1 == 1u << layer_.projections.size()) {
+                owner_.idle();  // the disk has nothing to do until the next router has spoken
+            }
             hobbit_counts c  = {};
             c.stall_seconds  = stalled_;
             c.expert_seconds = seconds_since(begin) - stalled_;
@@ -265,6 +268,9 @@ class product {
                 break;
             }
             if (left.size() == before) {
+                if (owner_.idle()) {
+                    continue;
+                }
                 const auto begin = steady::now();
                 store.wait(seen);
                 stalled_ += seconds_since(begin);

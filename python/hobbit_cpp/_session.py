@@ -309,6 +309,8 @@ class Session:
             pool_bytes=c.pool_bytes,
             slots_high=c.slots_high,
             slots_low=c.slots_low,
+            prefetch_on=bool(c.prefetch_on),
+            prefetch_ratio=c.prefetch_ratio or None,
             resident_high=c.resident_high,
             resident_low=c.resident_low,
             recall=recall,

@@ -36,6 +36,7 @@ class OffloadParams:
         eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.
+        prefetch_always: read ahead for single tokens even where trials at run time say that it does not pay.
         prefetch_extra: experts read ahead in a layer beyond the k that are predicted.
         norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
         expert_cache: the expert pool in bytes or as text; None: what `memory` leaves.
@@ -60,6 +61,7 @@ class OffloadParams:
     prefetch_depth: Optional[int] = None
     prefetch_reads: Optional[int] = None
     prefetch_extra: Optional[int] = None
+    prefetch_always: bool = False
     norm_correction: bool = True
     expert_cache: Optional[Size] = None
     low_share: Optional[float] = None
@@ -137,3 +139,4 @@ class OffloadParams:
                 except (OverflowError, TypeError) as e:
                     raise ParameterError(f"{name}={value!r} is out of range") from e
         c.fixed_split = self.low_share is not None
+        c.prefetch_always = self.prefetch_always

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class OffloadStats(OffloadCounts):
         memory_budget: what `memory=` came to; pool_bytes: the expert pool in it.
         recall: share of the selections that were predicted 1, 2, ... layers ahead, of those predicted at all.
         direct_io: reads go past the page cache.
+        prefetch_on: single tokens are decoded with prefetch at the moment; prefetch_ratio: time of a token with it over that
+            without, in the last trial, None before the first. Above 1 it does not pay here, and is off until the next trial.
     """
 
     n_tokens: int = 0
@@ -77,6 +79,8 @@ class OffloadStats(OffloadCounts):
     resident_low: int = 0
     recall: Dict[int, float] = field(default_factory=dict)
     direct_io: bool = True
+    prefetch_on: bool = False
+    prefetch_ratio: Optional[float] = None
     layers: List[LayerCounts] = field(default_factory=list)
 
     @property

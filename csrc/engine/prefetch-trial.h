@@ -1,0 +1,38 @@
+// Whether reading ahead pays on this machine, with this model, now: it is tried.
+//
+// A trial decodes some tokens with and some without, alternating, and compares the medians of their times. On a disk that is
+// busy all the time a prefetch only takes bandwidth from demand reads, and its prediction time from the compute threads; then it stays
+// off until the next trial. Ties go to off: what does not gain is not worth the reads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace hobbit {
+
+class prefetch_trial {
+  public:
+    static constexpr uint32_t N_EACH = 12;   // tokens of a trial with, and as many without
+    static constexpr uint32_t PERIOD = 512;  // tokens from one trial to the next
+    static constexpr uint32_t FIRST  = 32;   // tokens before the first: a cold cache says nothing
+
+    // Whether the next token is decoded with prefetch.
+    bool on() const { return trying() ? n_ % 2 == 0 : on_; }
+
+    // A token was decoded, as on() said. Without a read there is nothing to compare.
+    void measured(double seconds, bool anything_read);
+
+    bool trying() const { return n_ < 2 * N_EACH; }
+
+    // Time with over time without, by the last trial; 0: none yet.
+    double ratio() const { return ratio_; }
+
+  private:
+    bool                on_    = false;
+    uint32_t            n_     = 2 * N_EACH;      // of the trial
+    uint32_t            since_ = PERIOD - FIRST;  // tokens since it
+    double              ratio_ = 0.0;
+    std::vector<double> times_[2];  // without, with
+};
+
+}  // namespace hobbit
