@@ -63,10 +63,11 @@ class Server:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
 
-    def begin(self, path: str, body: Any = None, key: str = KEY) -> http.client.HTTPConnection:
+    def begin(self, path: str, body: Any = None, key: str = KEY, data: str | None = None) -> http.client.HTTPConnection:
         connection = self.connect()
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+        data = json.dumps(body) if body is not None else data
+        connection.request("GET" if data is None else "POST", path, data, headers)
         return connection
 
     def ask(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
@@ -168,10 +169,69 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
     (chunk,) = server.stream(COMPLETIONS, too_long)
     assert chunk["error"]["code"] == "context_length_exceeded"
     status, answer = server.ask(COMPLETIONS, {"prompt": "x", "logprobs": 2})
-    assert status == 400 and "logits_all" in answer["error"]["message"]
+    assert status == 400 and "--logprobs" in answer["error"]["message"]
     status, answer = server.ask("/v1/embeddings", {"input": "x"})
     assert status == 400 and "--embedding" in answer["error"]["message"]
+    for path, body, says in (
+        (CHAT, {"messages": "x"}, "messages"),
+        (CHAT, {"messages": [{"role": "nobody", "content": "x"}]}, "messages"),
+        (CHAT, [1], "dict"),
+        (CHAT, {**chat("x"), "max_tokens": "many"}, "max_tokens"),
+        (CHAT, chat("x", response_format={"type": "json_schema"}), "json_schema"),
+        (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, "temperature"),
+        ("/v1/embeddings", {"input": 5}, "input"),
+    ):
+        status, answer = server.ask(path, body)
+        assert status == 400 and answer["error"]["type"] == "invalid_request_error", (path, body, answer)
+        assert says in answer["error"]["message"] and "\n" not in answer["error"]["message"], answer
+    for path in (CHAT, COMPLETIONS):
+        connection = server.begin(path, data='{"prompt": ')
+        response = connection.getresponse()
+        assert response.status == 400 and "not JSON" in json.loads(response.read())["error"]["message"]
     assert server.ask(COMPLETIONS, {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["fox", "dog"]}, "tame": {"type": "boolean"}},
+    "required": ["kind", "tame"],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": SCHEMA}},
+        {"type": "json_object", "schema": SCHEMA},
+    ],
+    ids=["OpenAI", "llama-cpp-python"],
+)
+def test_answers_follow_a_schema(server: Server, form: dict[str, Any], stream: bool) -> None:
+    body = chat("which animal?", 200, response_format=form)
+    if stream:
+        text = "".join(c["choices"][0]["delta"].get("content", "") for c in server.stream(CHAT, body))
+    else:
+        text = server.ask(CHAT, body)[1]["choices"][0]["message"]["content"]
+    said = json.loads(text)
+    assert set(said) == {"kind", "tame"} and said["kind"] in ("fox", "dog") and isinstance(said["tame"], bool)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_called(server: Server, stream: bool) -> None:
+    parameters = {"type": "object", "properties": {"kind": {"enum": ["fox", "dog"]}}, "required": ["kind"]}
+    tools = [{"type": "function", "function": {"name": "feed", "parameters": parameters}}]
+    body = chat("feed them", 100, tools=tools, tool_choice={"type": "function", "function": {"name": "feed"}})
+    if stream:
+        deltas = [c["choices"][0]["delta"].get("tool_calls") for c in server.stream(CHAT, body)]
+        calls = [d[0]["function"] for d in deltas if d]
+        assert {c["name"] for c in calls} == {"feed"}
+        arguments = "".join(c["arguments"] for c in calls)
+    else:
+        (call,) = server.ask(CHAT, body)[1]["choices"][0]["message"]["tool_calls"]
+        assert call["function"]["name"] == "feed"
+        arguments = call["function"]["arguments"]
+    assert json.loads(arguments)["kind"] in ("fox", "dog")
 
 
 def test_many_clients_are_all_served(server: Server) -> None:

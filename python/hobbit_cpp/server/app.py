@@ -4,7 +4,9 @@ Routes, schemas and authentication are upstream's (llama_cpp.server.app, pinned)
 
 - a request whose client goes away is cancelled, also while its prompt is processed or while it waits for its turn;
 - requests take turns in the order they came; none interrupts another;
-- what fails in the middle of a stream is told as an event, and an error of ours as one line, not as a traceback;
+- what fails in the middle of a stream is told as an event, an error of ours as one line, not as a traceback, and a request
+  that is wrong is answered with 400 and the reason;
+- OpenAI's `response_format` of type json_schema, which upstream knows under another name;
 - /metrics, /health, and a /v1/models that does not wait for a running answer.
 """
 
@@ -25,8 +27,12 @@ import llama_cpp.server.app
 import llama_cpp.server.errors
 import llama_cpp.server.model
 import llama_cpp.server.settings
+import llama_cpp.server.types
+import pydantic
 import uvicorn
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from .._calls import OWNER, Owner
@@ -41,11 +47,27 @@ upstream_settings: Any = llama_cpp.server.settings
 _Proxy: Any = llama_cpp.server.model.LlamaProxy
 _ErrorHandler: Any = llama_cpp.server.errors.RouteErrorHandler
 _upstream_error_message = _ErrorHandler.error_message_wrapper
+_ChatRequest: Any = llama_cpp.server.types.CreateChatCompletionRequest
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 SHUTTING_DOWN = 503
 # How long a running answer may take to end after Ctrl-C; it is cancelled, so this is for what hangs.
 _SHUTDOWN_SECONDS = 10
+
+
+class ChatRequest(_ChatRequest):  # type: ignore[misc]
+    """Takes {"type": "json_schema", "json_schema": {"schema": ...}}, as OpenAI has it: upstream's json_object with a schema."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _json_schema(cls, data: Any) -> Any:
+        form = data.get("response_format") if isinstance(data, dict) else None
+        if not isinstance(form, dict) or form.get("type") != "json_schema":
+            return data
+        given = form.get("json_schema")
+        if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+            raise ValueError("response_format of type json_schema needs a json_schema with a schema")
+        return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
 
 
 class App:
@@ -67,12 +89,16 @@ class App:
         self._app.router.routes[:0] = self._routes(name).routes
 
     def _routes(self, name: str) -> APIRouter:
-        router = APIRouter()
+        router = APIRouter(route_class=_ErrorHandler)
         protected = [Depends(upstream.authenticate)]
 
         @router.get("/v1/models", dependencies=protected)
         async def models() -> Any:
             return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "me", "permissions": []}]}
+
+        @router.post("/v1/chat/completions", dependencies=protected, response_model=None)
+        async def chat(request: Request, body: ChatRequest) -> Any:
+            return await upstream.create_chat_completion(request, body)
 
         @router.get("/metrics", dependencies=protected)
         async def metrics() -> Any:
@@ -162,7 +188,13 @@ def _upstream_app(llm: Llama, name: str, api_key: str | None) -> Any:
     os.environ.pop("CONFIG_FILE", None)
     server = upstream_settings.ServerSettings.model_construct(api_key=api_key, interrupt_requests=False)
     model = upstream_settings.ModelSettings.model_construct(model=name, model_alias=name)
-    return upstream.create_app(server_settings=server, model_settings=[model])
+    app = upstream.create_app(server_settings=server, model_settings=[model])
+    app.add_exception_handler(json.JSONDecodeError, _not_json)
+    return app
+
+
+async def _not_json(request: Request, error: Exception) -> Any:
+    return JSONResponse({"error": _error("invalid_request_error", f"the request is not JSON: {error}")}, 400)
 
 
 def _error_message(self: Any, error: Exception, body: Any = None) -> tuple[int, Any]:
@@ -176,6 +208,11 @@ def _error_message(self: Any, error: Exception, body: Any = None) -> tuple[int, 
         print(f"hobbit: {' '.join(str(error).split())}", file=sys.stderr)
     elif "embedding=True" in str(error):
         return 400, _error("invalid_request_error", "this server gives no embeddings: start it with --embedding")
+    elif "logits_all=False" in str(error):
+        return 400, _error("invalid_request_error", "this server gives no logprobs: start it with --logprobs")
+    elif isinstance(error, RequestValidationError):
+        reasons = (f"{'.'.join(str(at) for at in e['loc'] if at != 'body')}: {e['msg']}".lstrip(": ") for e in error.errors())
+        return 400, _error("invalid_request_error", "; ".join(reasons))
     elif isinstance(error, ValueError) and not known:
         code, kind = 400, "invalid_request_error"
     else:
