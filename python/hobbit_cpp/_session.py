@@ -166,6 +166,7 @@ class Session:
 
     def plan(self, memory: Optional[Size]) -> bool:
         """Fixes the budget. False: the dense weights and the smallest pool alone are too much for it."""
+        _memory.large_blocks_apart()
         _memory.give_back()
         if memory is not None:
             self._base_budget = _memory.parse_size(memory, of=_memory.total())
