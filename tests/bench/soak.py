@@ -47,7 +47,9 @@ class Soak:
         self.llm: Any = self._load(expert_cache="10%")
         first = self.llm.offload_stats()
         span = self.llm.offload_info.pool_max
-        self.budgets = [first.memory_budget + int(span * share) for share in (0.0, 0.1, 0.25, 0.5)]
+        # what Python and its modules come to hold after the first model, and the share that a budget keeps back
+        least = int(first.memory_budget * 1.02) + (16 << 20)
+        self.budgets = [least + int(span * share) for share in (0.0, 0.1, 0.25, 0.5)]
 
     def _load(self, **size: Any) -> Any:
         with warnings.catch_warnings():
