@@ -58,9 +58,9 @@ class Calls:
         self._clear = weakref.WeakMethod(clear)
         self._closed = False
         self._make_locks()
+        _all.add(self)
 
     def _make_locks(self) -> None:
-        self._pid = os.getpid()
         # Held while something is computed.
         self._lock = threading.RLock()
         # Guards _current and its flag, and keeps the model from being freed while another thread talks to it. Held for moments;
@@ -101,8 +101,6 @@ class Calls:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other threads out. Does not begin a call: for what leaves the text in the context as it is."""
-        if self._pid != os.getpid():
-            self._make_locks()  # a child made by fork: whoever held them stayed in the parent
         with self._lock:
             self.check_open()
             self._depth += 1
@@ -118,8 +116,6 @@ class Calls:
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
         """Cancels the current call and waits for its end; no call begins any more."""
-        if self._pid != os.getpid():
-            self._make_locks()
         self.cancel()
         with self._lock:
             self._closed = True
@@ -167,3 +163,15 @@ class Calls:
             inner.close()
             if call is not None:
                 self._end(call)
+
+
+_all: weakref.WeakSet[Calls] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child made by fork: whoever held the locks stayed in the parent."""
+    for calls in list(_all):
+        calls._make_locks()
+
+
+os.register_at_fork(after_in_child=_after_fork)

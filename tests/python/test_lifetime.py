@@ -93,6 +93,36 @@ def test_one_model_from_several_threads_crashes_nobody(model: Path) -> None:
     )
 
 
+def test_a_fork_while_another_thread_uses_the_model(model: Path) -> None:
+    """The child is told to load its own; it does not wait for locks of threads that stayed in the parent."""
+    run(
+        """
+        llm = open_model(model, "hobbit", pool=2 * smallest(model))
+        taken, leave = threading.Event(), threading.Event()
+        def hold():
+            with llm._calls._lock, llm._calls.gate:
+                taken.set()
+                leave.wait()
+        holder = threading.Thread(target=hold, daemon=True)
+        holder.start()
+        taken.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            for call in (llm.offload_stats, lambda: llm.eval([1]), lambda: llm.create_completion("the")):
+                raises(StateError, call)
+            llm.cancel()
+            llm.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        leave.set()
+        holder.join()
+        llm.eval([1])
+        """,
+        model=model,
+    )
+
+
 AT_EXIT = {
     "open": "",
     "closed": "llm.close()",
