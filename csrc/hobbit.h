@@ -285,6 +285,23 @@ HOBBIT_API uint64_t hobbit_session_timeline_read(hobbit_session * session, bool 
 HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);
 HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids, float * weights);
 
+/* ---- inputs of the experts, for importance matrices ---- */
+
+typedef struct hobbit_inputs {
+    uint32_t         struct_size;
+    uint32_t         n_expert;
+    uint64_t         n_in;   /* columns of the tensor */
+    const char *     name;   /* of the tensor */
+    const float *    sums;   /* [n_expert][n_in]: of the squares of the inputs; NULL while they are not collected */
+    const uint64_t * counts; /* [n_expert]: inputs */
+} hobbit_inputs;
+
+/* Collects from now on, starting at zero, or ends and frees. Not during llama_decode. It takes 4 bytes for each expert and column. */
+HOBBIT_API hobbit_status hobbit_session_collect_inputs(hobbit_session * session, bool on, hobbit_error * error);
+/* Of projection `part` (from 0) of a MoE layer. The arrays live until hobbit_session_collect_inputs is called again, and change with each
+ * llama_decode. False: there is no such layer or projection. */
+HOBBIT_API bool hobbit_session_inputs(const hobbit_session * session, uint32_t layer, uint32_t part, hobbit_inputs * inputs);
+
 /* ---- probes: what this machine can give ---------------------------------------------------------------- */
 
 typedef struct hobbit_read_probe {

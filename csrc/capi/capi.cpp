@@ -334,6 +334,31 @@ uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16
     return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
 }
 
+hobbit_status hobbit_session_collect_inputs(hobbit_session * s, bool on, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        s->core->inputs().enable(s->core->index(), on);
+    });
+}
+
+bool hobbit_session_inputs(const hobbit_session * s, uint32_t layer, uint32_t part, hobbit_inputs * inputs) {
+    return guarded(nullptr, [&] {
+               require(s != nullptr && inputs != nullptr && layer < s->core->index().layers().size() &&
+                           part < s->core->index().layers()[layer].projections.size(),
+                       "no such projection");
+               const auto &  of   = s->core->index().layers()[layer];
+               const auto &  p    = of.projections[part];
+               const auto *  data = s->core->inputs().find(layer, part);
+               hobbit_inputs out  = {};
+               out.n_expert       = of.n_expert;
+               out.n_in           = (uint64_t) p.n_in;
+               out.name           = p.name.c_str();
+               out.sums           = data == nullptr ? nullptr : data->sums.data();
+               out.counts         = data == nullptr ? nullptr : data->counts.data();
+               copy_out(inputs, out);
+           }) == HOBBIT_OK;
+}
+
 hobbit_status hobbit_probe_read(hobbit_session * s, bool low, uint32_t depth, double seconds, hobbit_read_probe * probe,
                                 hobbit_error * error) {
     return guarded(error, [&] {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dispatcher.h"
+#include "input-statistics.h"
 
 #include <algorithm>
 #include <memory>
@@ -67,6 +68,8 @@ class session : public std::enable_shared_from_this<session> {
 
     timeline & times() { return times_; }
 
+    input_statistics & inputs() { return inputs_; }
+
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
     // With what the routers of the layers after predict from each layer's router input, up to `depth` layers ahead. Throws
@@ -103,6 +106,7 @@ class session : public std::enable_shared_from_this<session> {
     std::string         pattern_;
 
     timeline                          times_;
+    input_statistics                  inputs_;
     expert_store::arrival_hook        on_arrival_;
     std::unique_ptr<router_source>    routers_;
     std::unique_ptr<recorded_routing> routing_;

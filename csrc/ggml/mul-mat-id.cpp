@@ -150,6 +150,7 @@ class product {
             if (pass.parts_done + 1 == 1u << layer_.projections.size()) {
                 owner_.idle();  // the disk has nothing to do until the next router has spoken
             }
+            collect_inputs(pass);
             hobbit_counts c  = {};
             c.stall_seconds  = stalled_;
             c.expert_seconds = seconds_since(begin) - stalled_;
@@ -161,6 +162,13 @@ class product {
     }
 
   private:
+    void collect_inputs(const layer_pass & pass) {
+        const ggml_tensor * x = op_->src[1];
+        if (owner_.inputs().on()) {
+            owner_.inputs().add(expert_.layer(), part_, pass, x->data, x->ne[1], x->nb[1], x->nb[2]);
+        }
+    }
+
     void prepare(layer_pass & pass) {
         const ggml_tensor * src1 = op_->src[1];
         char *              w    = (char *) params_->wdata;

@@ -397,6 +397,38 @@ class Session:
         self._check(self._lib.hobbit_session_set_routing(self._alive(), routing, error), error)
         del keep  # copied
 
+    # ---- importance ----
+
+    def collect_inputs(self, on: bool) -> None:
+        """Starts collecting what `inputs` gives, from zero, or ends it and frees the memory. Not while a batch is computed."""
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_collect_inputs(self._alive(), on, error), error)
+
+    def inputs(self) -> Iterator[Tuple[str, Any, Any]]:
+        """For each expert tensor its name, the sums of the squares of its inputs, float32 [experts, columns], and their numbers,
+        uint64 [experts]. Views of what goes on changing; of nothing while `collect_inputs` is off.
+        """
+        import numpy as np
+
+        buffer, null = self._ffi.buffer, self._ffi.NULL
+        for c in self._input_structs():
+            n, n_in = (int(c.n_expert), int(c.n_in)) if c.sums != null else (0, int(c.n_in))
+            sums = np.frombuffer(buffer(c.sums, 4 * n * n_in), np.float32) if n else np.empty(0, np.float32)
+            counts = np.frombuffer(buffer(c.counts, 8 * n), np.uint64) if n else np.empty(0, np.uint64)
+            yield self._ffi.string(c.name).decode(), sums.reshape(n, n_in), counts
+
+    def inputs_bytes(self) -> int:
+        """Memory that `collect_inputs` takes."""
+        return sum(int(c.n_expert) * (4 * int(c.n_in) + 8) for c in self._input_structs())
+
+    def _input_structs(self) -> Iterator[Any]:
+        handle, c = self._alive(), self._new_struct("hobbit_inputs")
+        for layer in range(self.info.n_moe_layer):
+            part = 0
+            while self._lib.hobbit_session_inputs(handle, layer, part, c):
+                yield c
+                part += 1
+
     def stop(self) -> None:
         """Ends the threads. Before the llama model is freed: they look at its routers."""
         if self._ours():

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(f"{args.output} exists: --force replaces it")
     if not args.output.resolve().parent.is_dir():
         raise FileNotFoundError(f"{args.output.parent} is not a folder")
-    text = _read(args.text)
+    text = read_text(args.text)
     from hobbit_cpp.trace import record
 
     from .progress import make_progress
@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, of stdin for "-"; ValueError when it is none."""
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
         text = data.decode("utf-8")

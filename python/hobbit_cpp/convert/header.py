@@ -22,6 +22,7 @@ __all__ = [
     "pad",
     "read_header",
     "string_value",
+    "strings_value",
     "u16_value",
     "u32_value",
     "write_header",
@@ -92,6 +93,11 @@ def string_value(text: str) -> Value:
     """A string."""
     data = text.encode()
     return Value(_T_STRING, _U64.pack(len(data)) + data)
+
+
+def strings_value(texts: Sequence[str]) -> Value:
+    """An array of strings."""
+    return Value(_T_ARRAY, _U32.pack(_T_STRING) + _U64.pack(len(texts)) + b"".join(string_value(text).raw for text in texts))
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hobbit_cpp._split import base_name
+
 from .errors import ConvertError
 from .header import Header, read_header
 from .plan import Tensor
 
-__all__ = ["Imatrix", "Importance"]
+__all__ = ["Imatrix", "Importance", "imatrix_path"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -30,6 +32,11 @@ _I32 = struct.Struct("<i")
 _MAX_NAME_BYTES = 1024
 # Of the mean. Zero weights (a column that was never used) leave ggml's quantisers for few bits without a choice, and they abort.
 _LEAST = 1e-6
+
+
+def imatrix_path(model: Path) -> Path:
+    """The name that the importance matrix of a model has: `model.imatrix.gguf` beside `model.gguf`, or beside its parts."""
+    return model.with_name(f"{base_name(model)}.imatrix.gguf")
 
 
 @dataclass(frozen=True)

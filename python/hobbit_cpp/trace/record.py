@@ -27,7 +27,7 @@ def documents_of(text: str) -> List[str]:
     return ["\n".join(p) for p in parts if p]
 
 
-def _sequences(llm: Any, text: str, context: int, documents: bool, n_tokens: Optional[int]) -> List[List[int]]:
+def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: Optional[int]) -> List[List[int]]:
     """Token ids of each sequence, none longer than the context, together at most n_tokens."""
     bos = llm.token_bos()
     add_bos = bool(llm._model.add_bos_token()) and bos >= 0
@@ -101,7 +101,7 @@ def record(
     )
     try:
         session = llm._offloaded()
-        sequences = _sequences(llm, text, context, documents, n_tokens)
+        sequences = sequences_of(llm, text, context, documents, n_tokens)
         total = sum(map(len, sequences))
         if total == 0:
             raise ParameterError("the text is empty")
@@ -109,7 +109,7 @@ def record(
         done = 0
         for tokens in sequences:
             session.trace(True, predictions)
-            for n in _decode(llm, tokens, batch):
+            for n in decode_sequence(llm, tokens, batch):
                 done += n
                 if progress is not None:
                     progress(done, total)
@@ -139,7 +139,7 @@ def record(
     )
 
 
-def _decode(llm: Any, tokens: Sequence[int], batch: int) -> Iterator[int]:
+def decode_sequence(llm: Any, tokens: Sequence[int], batch: int) -> Iterator[int]:
     """Computes a sequence from its beginning, and yields how many tokens have been added.
 
     Not by `llm.eval`: that keeps the logits of a whole context. All of a batch's are asked for, or the last layer would

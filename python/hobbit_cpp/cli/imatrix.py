@@ -1,0 +1,85 @@
+"""hobbit imatrix: an importance matrix of the experts, for hobbit convert --imatrix."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .options import _size, positive
+from .trace import read_text
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "imatrix",
+        help="collect an importance matrix, for better low-precision copies",
+        description="Runs a model over a text in exact mode, without generating anything, and writes what its routers send to "
+        "each expert: the sums of squares of the inputs by column, as llama.cpp's llama-imatrix writes them. `hobbit convert "
+        "--imatrix` and llama-quantize read it. The file appears whole or not at all.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
+    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="the text; - reads it from stdin")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", type=Path, help="the new file (default: MODEL.imatrix.gguf, where convert finds it)"
+    )
+    parser.add_argument("-n", "--tokens", metavar="N", type=positive, help="stop after N tokens (default: all of the text)")
+    parser.add_argument("-c", "--ctx", metavar="N", type=positive, default=512, help="tokens of a sequence (default: 512)")
+    parser.add_argument(
+        "-b", "--batch-size", metavar="N", type=positive, default=512,
+        help="tokens computed at once (default: 512); fewer take less memory, and more reads",
+    )  # fmt: skip
+    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
+    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
+    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    parser.set_defaults(function=run, when_interrupted="; no file was left")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Collects."""
+    if not args.model.exists():
+        raise FileNotFoundError(f"{args.model}: no such file")
+    text = read_text(args.text)
+    from hobbit_cpp.imatrix import imatrix_path, record_imatrix
+
+    from .progress import make_progress
+
+    out = imatrix_path(args.model) if args.output is None else args.output
+    if out.exists() and not args.force:
+        raise FileExistsError(f"{out} exists: --force replaces it")
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is not a folder")
+    begin = time.monotonic()
+    progress = make_progress("collecting", "tokens", show=not args.quiet)
+    try:
+        report = record_imatrix(
+            args.model,
+            text,
+            out,
+            n_tokens=args.tokens,
+            context=args.ctx,
+            batch=args.batch_size,
+            memory=args.memory,
+            expert_cache=args.expert_cache,
+            threads=args.threads,
+            dataset="stdin" if str(args.text) == "-" else args.text.name,
+            progress=progress.update,
+        )
+    finally:
+        progress.close()
+    if not args.quiet:
+        unused = f"; {report.n_unused} of {report.n_experts} experts have no data: a longer text" if report.n_unused else ""
+        print(
+            f"{out}: {report.n_tensors} tensors, {report.n_tokens} tokens, at least {report.fewest} for an expert that was used"
+            f"{unused}; {time.monotonic() - begin:.1f} s",
+            file=sys.stderr,
+        )
+    return 0
