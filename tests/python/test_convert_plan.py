@@ -104,6 +104,42 @@ def test_without_low_precision_there_are_no_copies() -> None:
         assert plan.low_type == "none"
 
 
+@pytest.mark.parametrize(
+    ("high", "row", "low"),
+    [
+        ("Q8_0", 768, "Q4_0"),
+        ("Q8_0", 96, "Q4_0"),
+        ("F16", 768, "Q4_0"),
+        ("Q6_K", 768, "Q3_K"),
+        ("Q5_0", 768, "Q3_K"),
+        ("Q5_0", 576, None),  # blocks of 256 do not divide it, and Q4_0 is too large beside Q5_0
+        ("Q4_K", 768, "Q2_K"),
+        ("MXFP4", 2880, None),  # gpt-oss
+        ("Q2_K", 768, None),
+        ("Q8_0", 100, None),
+    ],
+)
+def test_the_default_low_precision_follows_from_the_high_one(high: str, row: int, low: str | None) -> None:
+    plan = make_plan([up(row, high)], TYPES, "keep", "auto")
+    assert plan.low_type == (low or "none")
+    assert bool(low) is not any("--low TYPE" in note for note in plan.notes)
+
+
+def test_without_a_low_precision_for_every_tensor_there_is_none() -> None:
+    tensors = [experts("blk.0.ffn_up_exps.weight", 768, "Q4_K"), experts("blk.0.ffn_down_exps.weight", 576, "Q4_0")]
+    plan = make_plan(tensors, TYPES, "keep", "AUTO")
+    assert plan.low_type == "none" and not any(o.role == "low" for o in plan.outputs)
+    with pytest.raises(ConvertError, match=r"Q4_0 in rows of 576 .*sidecar would be empty"):
+        make_plan(tensors, TYPES, "keep", "auto", sidecar=True)
+
+
+def test_each_tensor_of_a_mixture_gets_its_own_default() -> None:
+    tensors = [experts("blk.0.ffn_up_exps.weight", 256, "Q4_K"), experts("blk.0.ffn_down_exps.weight", 256, "Q6_K")]
+    plan = make_plan(tensors, TYPES, "keep", "auto")
+    assert types_of(plan)[LOW_PREFIX + "blk.0.ffn_up_exps.weight"] == "Q2_K"
+    assert types_of(plan)[LOW_PREFIX + "blk.0.ffn_down_exps.weight"] == "Q3_K"
+
+
 def test_types_are_found_in_any_case() -> None:
     assert make_plan([up(256)], TYPES, "q6_k", "q4_K").high_type == "Q6_K"
 
@@ -170,7 +206,7 @@ def test_a_converted_file_gets_new_copies_from_its_high_precision_experts() -> N
 @given(
     rows=st.lists(st.sampled_from([1, 32, 48, 64, 100, 256, 576, 768]), min_size=1, max_size=6),
     high=st.sampled_from([*sorted(KINDS), "keep"]),
-    low=st.sampled_from([*sorted(KINDS), "none"]),
+    low=st.sampled_from([*sorted(KINDS), "none", "auto"]),
     n_rows=st.integers(1, 50),
     part=st.integers(1, 100_000),
 )

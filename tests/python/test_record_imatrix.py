@@ -15,7 +15,7 @@ import pytest
 
 import hobbit_cpp
 from hobbit_cpp.cli import main
-from hobbit_cpp.convert import convert
+from hobbit_cpp.convert import ConvertError, convert
 from hobbit_cpp.errors import HobbitError, MemoryBudgetError, ParameterError
 from hobbit_cpp.imatrix import imatrix_path, record_imatrix
 from models import tiny, tiny_architecture
@@ -174,6 +174,27 @@ def test_convert_uses_it(recorded: Path, tmp_path: Path) -> None:
     name = "hobbit.low.blk.0.ffn_down_exps.weight"
     one, other = (next(t.data for t in gguf.GGUFReader(p).tensors if t.name == name) for p in (plain, better))
     assert not np.array_equal(one, other)
+
+
+def test_convert_finds_it_beside_the_model(recorded: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "m.gguf", tmp_path / "out.gguf"
+    model.symlink_to(tiny("mixtral"))
+    matrix = imatrix_path(model)
+    matrix.write_bytes(recorded.read_bytes())
+
+    def used(**options: Any) -> bool:
+        report = convert(model, out, force=True, progress=False, **options)
+        written = "hobbit.imatrix" in gguf.GGUFReader(out).fields
+        assert written is any(str(matrix) in note for note in report.fallbacks)
+        return written
+
+    assert used(high="Q8_0", low="Q4_0") and used(low="Q4_0") and used(high="Q8_0", low=None)
+    assert not used(low="Q4_0", imatrix="none")
+    assert not used(low=None)  # nothing is quantised
+    matrix.write_bytes(b"GGUF")
+    with pytest.raises(ConvertError, match="--imatrix none ignores it"):
+        used(low="Q4_0")
+    assert not used(low=None)
 
 
 def test_collecting_ends_and_begins_anew() -> None:

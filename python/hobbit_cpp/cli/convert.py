@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", type=Path, help="the new file (--sidecar: default IN.low.gguf)")
     parser.add_argument("--high", metavar="TYPE", default="keep", help="type of the experts; keep: as in IN (default)")
     low = parser.add_mutually_exclusive_group()
-    low.add_argument("--low", metavar="TYPE", help="type of the low-precision copies; none: no copies (default: Q4_0)")
+    low.add_argument("--low", metavar="TYPE", help="type of the low-precision copies; none: no copies; default: by the high one")
     low.add_argument(
         "--low-from",
         metavar="FILE",
@@ -37,7 +37,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--sidecar", action="store_true", help="write only the low-precision copies, to use beside IN as it is")
     parser.add_argument(
-        "--imatrix", metavar="FILE", type=Path, help="importance matrix of llama.cpp, for all experts that are quantised"
+        "--imatrix",
+        metavar="FILE",
+        help="importance matrix of llama.cpp, for all experts that are quantised; none: none (default: IN.imatrix.gguf if it is "
+        "there, which `hobbit imatrix` makes)",
     )
     parser.add_argument(
         "--split-max-size",
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             args.input,
             args.output,
             high=args.high,
-            low="Q4_0" if args.low is None else args.low,
+            low="auto" if args.low is None else args.low,
             low_from=args.low_from,
             sidecar=args.sidecar,
             imatrix=args.imatrix,

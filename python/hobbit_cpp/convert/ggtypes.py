@@ -21,6 +21,11 @@ _FALLBACK_ORDER = (
     "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ1_M",
 )  # fmt: skip
 
+# Low-precision copies by the bits per weight of the high precision, the better first: measured for Q8_0 and Q4_K, see
+# docs/low-types.md, in between by the share of the bytes. What is hardly smaller than the high precision saves too little.
+_LOW = ((8.0, ("Q4_0",)), (5.0, ("Q3_K", "Q4_0")), (4.0, ("Q2_K",)))
+_MOST_OF_HIGH = 0.7
+
 
 @dataclass(frozen=True)
 class TypeInfo:
@@ -64,7 +69,7 @@ class TypeTable:
             raise ConvertError(f"unknown type {name!r}: use one of {usable}")
         if info.needs_imatrix and not imatrix:
             raise ConvertError(
-                f"{info.name} needs an importance matrix: give one with --imatrix (llama.cpp's llama-imatrix makes it), "
+                f"{info.name} needs an importance matrix: give one with --imatrix (`hobbit imatrix` makes it), "
                 f"or use one of {usable}"
             )
         if info not in self.targets(imatrix):
@@ -87,6 +92,12 @@ class TypeTable:
             if t is not None and t.computable and not t.needs_imatrix and row % t.block == 0
         ]
         return min(candidates, key=lambda t: abs(t.bits - wanted.bits), default=None)
+
+    def default_low(self, high: TypeInfo, row: int) -> TypeInfo | None:
+        """What low-precision copies of experts of type `high` are worth reading as; None: nothing that `row` allows is."""
+        names = next((names for least, names in _LOW if high.bits >= least), ())
+        fitting = (self.by_name[name] for name in names if row % self.by_name[name].block == 0)
+        return next((t for t in fitting if t.bits <= _MOST_OF_HIGH * high.bits), None)
 
 
 def load_types() -> TypeTable:

@@ -14,7 +14,7 @@ from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
 from .errors import ConvertError
 from .ggtypes import TypeTable, load_types
 from .header import ALIGNMENT_KEY, Value, string_value, u32_value
-from .imatrix import Imatrix
+from .imatrix import Imatrix, imatrix_path
 from .layout import make_layout
 from .pairing import check_same_model, check_same_weights
 from .plan import ALIGNMENT, LOW_PREFIX, Plan, counterparts, is_expert, make_plan
@@ -30,7 +30,7 @@ __all__ = ["FORMAT_VERSION", "ConvertReport", "convert"]
 FORMAT_VERSION = 1
 # GGML_QNT_VERSION: readers expect it beside quantised tensors.
 _QUANTISATION_VERSION = 2
-_DEFAULT_LOW = "Q4_0"
+_DEFAULT_LOW = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def convert(
     low: str | None = _DEFAULT_LOW,
     low_from: Path | None = None,
     sidecar: bool = False,
-    imatrix: Path | None = None,
+    imatrix: Path | str | None = None,
     split_max_bytes: int | None = None,
     threads: int | None = None,
     force: bool = False,
@@ -81,10 +81,12 @@ def convert(
         dst: The new file. It appears whole or not at all. With `sidecar` it may be left out: `model.low.gguf` beside
             `model.gguf`, where it is found when the model is loaded.
         high: Type of the experts, "keep" for that of the source.
-        low: Type of the low-precision copies, None for no copies.
+        low: Type of the low-precision copies, None for no copies; "auto": what is worth reading beside the high precision
+            (docs/low-types.md), for some types nothing.
         low_from: Another checkpoint of the same model, in a smaller precision: its experts are the copies, as they are.
         sidecar: Write only the low-precision copies, bound to `src` by a hash of its experts; `src` stays as it is.
-        imatrix: An importance matrix of llama.cpp, used for all experts that are quantised.
+        imatrix: An importance matrix of llama.cpp, used for all experts that are quantised. None: `model.imatrix.gguf` beside
+            `model.gguf` (`hobbit imatrix`), if it is there; "none": none.
         split_max_bytes: Write parts of at most this size, `dst-00001-of-0000N.gguf`. A tensor is never divided.
         threads: How many; all cores by default.
         force: Replace `dst` if it exists.
@@ -97,6 +99,9 @@ def convert(
     src = Path(src)
     _check_options(high, low, low_from, sidecar, dst, split_max_bytes, threads)
     dst = sidecar_path(src) if dst is None else Path(dst)
+    quantises = high.lower() != "keep" or (low_from is None and low is not None and low.lower() != "none")
+    found = imatrix is None and quantises and imatrix_path(src).is_file()
+    matrix = imatrix_path(src) if found else None if imatrix in (None, "none") else Path(str(imatrix))
     types = load_types()
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(Source(src, types))
@@ -106,9 +111,10 @@ def convert(
         if low_from is not None:
             others.append(stack.enter_context(_open_low(Path(low_from), source, types)))
         sources = Sources(source, *others)
-        weights = None if imatrix is None else stack.enter_context(Imatrix(Path(imatrix)))
-
-        notes = _check_imatrix(weights, source)
+        weights: Imatrix | None = None
+        notes: list[str] = []
+        if matrix is not None:
+            weights, notes = _open_imatrix(stack, matrix, source, found)
         plan = make_plan(
             source.tensors,
             types,
@@ -126,7 +132,7 @@ def convert(
         layout = make_layout(plan.outputs, _metadata(source, others, weights, plan, sidecar), split_max_bytes)
         paths = target_paths(dst, layout)
         inputs = [path for one in (source, *others) for path in one.paths]
-        check_targets(paths, inputs if imatrix is None else [*inputs, Path(imatrix)], force)
+        check_targets(paths, inputs if matrix is None else [*inputs, matrix], force)
         bytes_source = sum(t.n_bytes for t in {o.source for o in plan.outputs})
         with writing(paths, layout, force) as files:
             bar = make_progress(progress, bytes_source)
@@ -191,10 +197,18 @@ def _open_low(path: Path, source: Source, types: TypeTable) -> Source:
     return low
 
 
-def _check_imatrix(weights: Imatrix | None, source: Source) -> list[str]:
-    if weights is None:
-        return []
-    return weights.check(t for t in source.tensors if is_expert(t.name, t.shape))
+def _open_imatrix(stack: contextlib.ExitStack, path: Path, source: Source, found: bool) -> tuple[Imatrix, list[str]]:
+    """An importance matrix, and what the user should know. `found`: nobody named it."""
+    try:
+        weights = stack.enter_context(Imatrix(path))
+        notes = weights.check(t for t in source.tensors if is_expert(t.name, t.shape))
+    except ConvertError as e:
+        if found:
+            raise ConvertError(f"{e} (it lies beside the model: --imatrix none ignores it)") from e
+        raise
+    if found:
+        notes.append(f"{path} is used, the importance matrix that lies beside the model (--imatrix none: not)")
+    return weights, notes
 
 
 def _metadata(source: Source, others: list[Source], weights: Imatrix | None, plan: Plan, sidecar: bool) -> dict[str, Value]:

@@ -117,7 +117,8 @@ def make_plan(
         tensors: Of the source.
         types: What ggml knows.
         high: Type of the experts; "keep": as they are.
-        low: Type of the low-precision copies; None: no copies.
+        low: Type of the low-precision copies; None: no copies; "auto": for each tensor what is worth reading beside its high
+            precision (`TypeTable.default_low`), or no copies where there is nothing for one of them.
         low_from: Tensors of another checkpoint, whose experts are the copies; `low` is not used then.
         imatrix: Names of the tensors that an importance matrix has data for.
         sidecar: Only the low-precision copies.
@@ -137,11 +138,16 @@ def make_plan(
 
     with_imatrix = imatrix is not None
     high_target = None if keep else types.target(high, with_imatrix)
-    low_target = types.target(low, with_imatrix) if low else None
+    auto = low is not None and low.lower() == "auto"
+    low_target = types.target(low, with_imatrix) if low and not auto else None
     highs = {t.name: t.type if high_target is None else _fit(types, high_target, t, notes) for t in experts}
     lows: dict[str, tuple[Tensor, TypeInfo]] = {}
     if low_from is not None:
         lows = {t.name: (t, t.type) for t in counterparts(experts, low_from)}
+    elif auto:
+        lows = _worthwhile(types, experts, highs, notes)
+        if sidecar and not lows:
+            raise ConvertError(f"{notes[-1]}; a sidecar would be empty")
     elif low_target is not None:
         lows = {t.name: (t, _fit(types, low_target, t, notes)) for t in experts}
     for t in experts:
@@ -265,6 +271,24 @@ def _fit(types: TypeTable, wanted: TypeInfo, tensor: Tensor, notes: list[str]) -
             f"{fitted.name} instead ({fitted.bits:g} bits per weight for {wanted.bits:g})"
         )
     return fitted
+
+
+def _worthwhile(
+    types: TypeTable, experts: Sequence[Tensor], highs: dict[str, TypeInfo], notes: list[str]
+) -> dict[str, tuple[Tensor, TypeInfo]]:
+    """The default low precision of each tensor; none at all when one has none, since copies are of use only together."""
+    lows: dict[str, tuple[Tensor, TypeInfo]] = {}
+    for t in experts:
+        high = highs[t.name]
+        low = types.default_low(high, t.row)
+        if low is None:
+            notes.append(
+                f"no low-precision copies: beside {high.name} in rows of {t.row} (of {t.name}) no smaller type is worth reading; "
+                "--low TYPE makes copies all the same"
+            )
+            return {}
+        lows[t.name] = (t, low)
+    return lows
 
 
 def _check_high(tensor: Tensor, high: TypeInfo, notes: list[str]) -> None:
