@@ -187,6 +187,10 @@ HOBBIT_API void hobbit_session_stop(hobbit_session * session);
  * (then it is as before), HOBBIT_ERR_UNSUPPORTED with slots of its own for each layer, HOBBIT_ERR_STATE before the start. */
 HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
 
+/* Other thresholds (hobbit_params.t1, t2) from the next batch on, for a session that is started; t1 < 0: the paper's quantiles of the
+ * scores seen. Not during llama_decode. */
+HOBBIT_API hobbit_status hobbit_session_set_thresholds(hobbit_session * session, float t1, float t2, hobbit_error * error);
+
 /* A new sequence starts: sequence-level statistics (HOBBIT section 3.4) are reset, the cache keeps its contents. */
 HOBBIT_API void hobbit_session_begin_sequence(hobbit_session * session);
 

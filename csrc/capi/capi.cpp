@@ -405,6 +405,13 @@ hobbit_status hobbit_session_set_routing(hobbit_session * s, const hobbit_routin
     });
 }
 
+hobbit_status hobbit_session_set_thresholds(hobbit_session * s, float t1, float t2, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        s->core->set_thresholds(t1, t2);
+    });
+}
+
 struct hobbit_replay {
     std::unique_ptr<hobbit::expert_index> index;
     std::unique_ptr<hobbit::replay>       core;

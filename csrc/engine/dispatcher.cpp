@@ -30,7 +30,8 @@ dispatcher::dispatcher(const expert_index & index, const hobbit_params & params,
     times_(parts.times),
     store_(index, params, pool_bytes, parts.on_arrival, parts.make_reader),
     pass_(store_, index),
-    how_(serving_of(index, params)) {
+    how_(serving_of(index, params)),
+    thresholds_given_(params.t1 >= 0.0f) {
     store_.set_timeline(times_);
     make_prefetcher();
 }
@@ -47,6 +48,11 @@ void dispatcher::set_routing(recorded_routing * routing) {
     prefetcher_.reset();  // its thread may be looking at what is replaced
     routing_ = routing;
     make_prefetcher();
+}
+
+void dispatcher::set_thresholds(policy::thresholds t) {
+    thresholds_given_ = t.t1 >= 0.0f;
+    how_.t            = thresholds_given_ ? t : policy::default_thresholds(index_.n_expert_used);
 }
 
 void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t * ids) {
@@ -88,7 +94,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
     }
     // Thresholds that are not given follow the model's own distribution of scores, as long as the cache may have a say at
     // all: the weight rule promises the same text for the same prompt.
-    const bool adaptive = params_.t1 < 0.0f && how_.rule == policy::precision_rule::miss;
+    const bool adaptive = !thresholds_given_ && how_.rule == policy::precision_rule::miss;
     if (adaptive && layer == 0) {
         how_.t = profile_.at_quantiles(how_.t);
     }

@@ -36,6 +36,9 @@ class dispatcher {
     // Not while a batch is computed. NULL: the routers' own again. `routing` must outlive its use.
     void set_routing(recorded_routing * routing);
 
+    // Not while a batch is computed. t1 < 0: at the paper's quantiles of the scores seen.
+    void set_thresholds(policy::thresholds t);
+
     layer_pass & pass() { return pass_; }
 
     expert_store & store() { return store_; }
@@ -67,6 +70,7 @@ class dispatcher {
 
     policy::threshold_profile   profile_;
     policy::serving             how_;
+    bool                        thresholds_given_;
     prefetch_trial              trial_;
     timeline::clock::time_point token_began_;
     uint64_t                    token_loads_ = 0;

@@ -97,6 +97,16 @@ void session::set_routing(const hobbit_routing * routing) {
     routing_ = std::move(now);
 }
 
+void session::set_thresholds(float t1, float t2) {
+    if (!(t1 <= t2)) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, "t1 must not be above t2");
+    }
+    if (!dispatcher_) {
+        fail(HOBBIT_ERR_STATE, "the session is not started");
+    }
+    dispatcher_->set_thresholds({ t1, t2 });
+}
+
 void session::route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const float * x,
                     size_t n_embd, size_t x_stride, float * out_weights) {
     try {

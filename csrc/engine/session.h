@@ -84,6 +84,10 @@ class session : public std::enable_shared_from_this<session> {
     // computed. Throws HOBBIT_ERR_INVALID_ARGUMENT when it does not fit the model.
     void set_routing(const hobbit_routing * routing);
 
+    // From the next batch on; t1 < 0: the paper's quantiles of the scores seen. Not while a batch is computed. Throws HOBBIT_ERR_STATE
+    // before start.
+    void set_thresholds(float t1, float t2);
+
     void set_arrival_hook(expert_store::arrival_hook hook) { on_arrival_ = std::move(hook); }
 
     void set_routers(std::unique_ptr<router_source> routers) { routers_ = std::move(routers); }
