@@ -74,19 +74,26 @@ class Trace:
 
     def head(self, n_tokens: int) -> Trace:
         """The first tokens; the last sequence may be cut."""
-        n = min(n_tokens, self.n_tokens)
-        if n < 1:
-            raise ParameterError(f"a trace of {n_tokens} tokens is none")
-        ends = np.minimum(np.cumsum(self.lens, dtype=np.int64), n)
-        lens = np.diff(ends, prepend=0)
+        return self._cut(0, min(n_tokens, self.n_tokens))
+
+    def tail(self, n_tokens: int) -> Trace:
+        """The last tokens; the first sequence may be cut."""
+        return self._cut(max(0, self.n_tokens - n_tokens), self.n_tokens)
+
+    def _cut(self, begin: int, end: int) -> Trace:
+        if end <= begin:
+            raise ParameterError(f"a trace of {end - begin} tokens is none")
+        edges = np.clip(np.cumsum(self.lens, dtype=np.int64), begin, end)
+        lens = np.diff(edges, prepend=begin)
+        part = slice(begin, end)
         guess, guess_weights = self.predicted_ids, self.predicted_weights
         return replace(
             self,
-            ids=self.ids[:n],
-            weights=self.weights[:n],
+            ids=self.ids[part],
+            weights=self.weights[part],
             lens=lens[lens > 0].astype(np.int32),
-            predicted_ids=None if guess is None else guess[:n],
-            predicted_weights=None if guess_weights is None else guess_weights[:n],
+            predicted_ids=None if guess is None else guess[part],
+            predicted_weights=None if guess_weights is None else guess_weights[part],
         )
 
     def with_predictions(self, recall: float, depth: int = 1, seed: int = 0) -> Trace:
