@@ -15,6 +15,7 @@ from . import _lib
 
 if TYPE_CHECKING:
     from .errors import (
+        CalibrationError,
         EvaluationCancelled,
         HobbitError,
         HobbitWarning,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = _lib.version
 
 __all__ = [
+    "CalibrationError",
     "EvaluationCancelled",
     "HobbitError",
     "HobbitWarning",

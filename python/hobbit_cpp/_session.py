@@ -17,6 +17,7 @@ from .params import OffloadParams
 from .stats import LayerCounts, OffloadStats
 
 if TYPE_CHECKING:
+    from .calibrate.dial import Feedback
     from .trace import Trace
 
 # What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
@@ -94,6 +95,8 @@ class Session:
         self._base_budget: Optional[int] = None
         self._pid = os.getpid()
         self._recorded: Optional[_recording.MemorySamples] = None
+        self.feedback: Optional[Feedback] = None
+        self._thresholds = None if params.t1 is None or params.t2 is None or params.exact else (params.t1, params.t2)
         self._handle = self._ffi.NULL
         error = self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_params")
@@ -254,6 +257,18 @@ class Session:
 
     # ---- running ----
 
+    def set_thresholds(self, t1: float, t2: float) -> None:
+        """Other T1, T2 from the next batch on."""
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_set_thresholds(self._alive(), t1, t2, error), error)
+        self._thresholds = (t1, t2)
+
+    def _tokens_and_bytes(self) -> Tuple[int, int]:
+        """Tokens computed and bytes read, as in `stats`."""
+        error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
+        self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
+        return int(c.n_tokens), int(c.total.bytes_demand + c.total.bytes_prefetch)
+
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
 
@@ -266,6 +281,8 @@ class Session:
         try:
             yield
             self._lib.hobbit_session_decode_end(handle)
+            if self.feedback is not None:
+                self.feedback.after_decode(self._tokens_and_bytes)
         except RuntimeError as e:
             pending = self.pending_error()
             if pending is not None:
@@ -317,6 +334,7 @@ class Session:
             recall=recall,
             direct_io=bool(c.direct_io),
             layers=layers,
+            thresholds=self._thresholds,
         )
 
     def expert_uses(self) -> Dict[str, Any]:

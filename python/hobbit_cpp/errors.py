@@ -46,6 +46,10 @@ class TraceFormatError(HobbitError, ValueError):
     """Not a trace of routing, or one that contradicts itself."""
 
 
+class CalibrationError(HobbitError, ValueError):
+    """Not a calibration (`hobbit calibrate`), a damaged one, or one of another model."""
+
+
 class ReadError(HobbitError, OSError):
     """Expert data could not be read while the model was running. The object stays usable."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ._session import ModelInfo, Session
 from ._sidecar import ARCHITECTURE, LowModel, low_path
+from .calibrate.store import calibration_path, load_for
 from .convert.ggtypes import load_types
 from .convert.header import Header, pad
 from .convert.plan import LOW_PREFIX, Tensor, is_expert
@@ -50,6 +51,9 @@ def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None)
         types: for "dense", "high" and "low" a list of {type, tensors, bytes, share}, largest first.
         low: where the low-precision copies are: "none", "file" or "sidecar".
         sidecar: None, or {path, belongs, reason}: a sidecar that does not belong to the model says why not.
+        calibration: None, or {path, belongs, reason, qualities}: the calibration beside the model (`hobbit calibrate`);
+            `qualities`: for "0.5%" and so on the shares `high`, `low`, `skipped` of all selections, `bytes` asked by those of
+            exact mode, t1, t2.
         offload: {possible, reason}: whether offload="hobbit" takes the model, and if not, why.
         direct_io: None, or {alignment, slices, slices_aligned, read_beyond}: `alignment` of direct reads where the file lies (1:
             buffered), expert slices in all, those that begin and end at a multiple of it, and what is read beyond the
@@ -93,6 +97,7 @@ def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None)
         if info is None:
             info, reason = _offload_info(first, False)
     out["low"] = where
+    out["calibration"] = None if is_sidecar else _calibration(first, low_model)
     out["offload"] = {"possible": info is not None, "reason": reason}
     out.update(_sizes(dense, high, low, info, header))
     out["types"] = {"dense": _types(dense), "high": _types(high), "low": _types(low)}
@@ -133,6 +138,15 @@ def _offload_info(path: str, low_model: LowModel) -> tuple[Optional[ModelInfo], 
 def _with_sidecar(path: str, beside: Path) -> tuple[Dict[str, Any], Optional[ModelInfo]]:
     info, reason = _offload_info(path, beside)
     return {"path": str(beside), "belongs": info is not None, "reason": reason}, info
+
+
+def _calibration(path: str, low_model: LowModel) -> Optional[Dict[str, Any]]:
+    name = str(calibration_path(path))
+    try:
+        found = load_for(path, OffloadParams(low_model=low_model))
+    except HobbitError as e:
+        return {"path": name, "belongs": False, "reason": str(e), "qualities": {}}
+    return None if found is None else {"path": name, "belongs": True, "reason": None, "qualities": found.curve.plain()}
 
 
 def _sizes(

@@ -19,6 +19,8 @@ from ._log import errors_explained
 from ._memory import Size
 from ._session import ModelInfo, Session
 from ._sidecar import LowModel
+from .calibrate.dial import Feedback, resolve
+from .calibrate.quality import CalibrationFile, parse_quality
 from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError, StateError
 from .params import OffloadParams
 from .stats import OffloadStats
@@ -75,6 +77,10 @@ class Llama(_Llama):
         precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
         low_model: a file with low-precision copies of the experts (`hobbit convert --sidecar`); None: `model.low.gguf` beside
             `model.gguf` if it is there; False or "none": none.
+        quality: how much may be lost: "exact", "1%" (perplexity above that of exact mode, at most, by the model's calibration:
+            `hobbit calibrate`), "40MB/token" (read, on average), or "paper"; see `OffloadParams`, also for the default.
+        calibration: the file of `hobbit calibrate`; None: `model.calibration.json` beside `model.gguf` if it is there; False or
+            "none": none.
         progress: called while the weights that stay in memory are read, with the share of them that is there, 0 to 1. What
             it returns says whether to go on; False ends the loading with an exception. Must not raise.
 
@@ -102,6 +108,8 @@ class Llama(_Llama):
         exact: Optional[bool] = None,
         precision_rule: Optional[str] = None,
         low_model: LowModel = None,
+        quality: Optional[str] = None,
+        calibration: CalibrationFile = None,
         progress: Optional[Callable[[float], bool]] = None,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +118,7 @@ class Llama(_Llama):
         if offload is None:
             given: Dict[str, Any] = {"memory": memory, "expert_cache": expert_cache, "exact": exact}
             given.update(precision_rule=precision_rule, low_model=None if low_model in (False, "none") else low_model)
+            given.update(quality=quality, calibration=None if calibration in (False, "none") else calibration)
             set_ = [name for name, value in given.items() if value is not None]
             if set_:
                 raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
@@ -119,7 +128,13 @@ class Llama(_Llama):
             return
 
         params = OffloadParams.of(
-            offload, exact=exact, precision_rule=precision_rule, expert_cache=expert_cache, low_model=low_model
+            offload,
+            exact=exact,
+            precision_rule=precision_rule,
+            expert_cache=expert_cache,
+            low_model=low_model,
+            quality=quality,
+            calibration=calibration,
         )
         for name, why in (
             ("use_mlock", "the expert pool and the dense weights are in anonymous memory already"),
@@ -135,6 +150,7 @@ class Llama(_Llama):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
             kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
         try:
+            params, calibrated = resolve(path, params)
             session = Session(path, params)
         except NotMoeError:
             limit = "" if memory is None and params.expert_cache is None else "; no memory limit is applied"
@@ -159,6 +175,9 @@ class Llama(_Llama):
                 super().__init__(path, **kwargs)
             self._fit_arrays()
             session.start(self._context_address(), self._memory_to_come())
+            if calibrated is not None and params.quality is not None:
+                target = parse_quality(params.quality).bytes_per_token or 0.0
+                session.feedback = Feedback(calibrated.curve, session.info.bytes_cycle, target, session.set_thresholds)
         except BaseException:
             self.close()
             raise

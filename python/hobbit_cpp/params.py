@@ -7,6 +7,7 @@ from typing import Any, Optional, Tuple, Union
 
 from ._memory import Size
 from ._sidecar import LowModel
+from .calibrate.quality import CalibrationFile, parse_quality
 from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
@@ -28,12 +29,18 @@ class OffloadParams:
         drop_fraction: F of the rule "drop", more than 0; it needs that rule.
         max_experts: most experts a token, those of the largest router weights, by any rule and in exact mode; None: all.
         t1, t2: thresholds on the unimportance score s in [0, 1] (HOBBIT eq. 2): s <= t1 high, s <= t2 low, else skip.
-            None: at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores.
+            None: what `quality` comes to.
+        quality: how much may be lost: "exact"; "1%": perplexity at most 1 % above that of exact mode, by the model's calibration
+            (`hobbit calibrate`); "40MB/token": as little loss as reading so much a token allows, by the same; "paper": thresholds
+            at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores. None: "1%" for a model with a
+            calibration, "paper" for others.
+        calibration: the file of `hobbit calibrate`; None: `model.calibration.json` beside `model.gguf` if it is there; False or
+            "none": none.
         renormalize: scale up the surviving router weights of a token after a skip.
         eviction: "lru", "lfu", "hobbit" (eq. 3), "lcu" (MoE-APEX) or "foresight" (expected uses, from what
             followed similar tokens: the default of "hobbit"); with slots of its own for each layer "layer-lru",
             "layer-arc", or "fate" (ARC; the first four layers are held whole).
-        eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1.
+        eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1. None: those of the calibration, or even ones.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.
         prefetch_always: read ahead for single tokens even where trials at run time say that it does not pay.
@@ -69,8 +76,11 @@ class OffloadParams:
     io_block: Optional[int] = None
     direct_io: bool = True
     low_model: LowModel = None
+    quality: Optional[str] = None
+    calibration: CalibrationFile = None
 
     def __post_init__(self) -> None:
+        self._check_quality()
         if self.precision_rule not in ("miss", "weight", "drop"):
             raise ParameterError(f"precision_rule must be 'miss', 'weight' or 'drop', not {self.precision_rule!r}")
         if (self.precision_rule == "drop") != (self.drop_fraction is not None):
@@ -88,6 +98,22 @@ class OffloadParams:
         if self.eviction_weights is not None and len(self.eviction_weights) != 4:
             raise ParameterError("eviction_weights are four: w_lru, w_lfu, w_lhu, w_fld")
 
+    def _check_quality(self) -> None:
+        """Also turns "exact" into `exact`."""
+        if self.quality is None:
+            return
+        quality = parse_quality(self.quality)
+        if quality.exact:
+            object.__setattr__(self, "exact", True)
+            object.__setattr__(self, "quality", None)
+            return
+        given = {"exact": self.exact, "t1 and t2": self.t1 is not None, "precision_rule='drop'": self.precision_rule == "drop"}
+        given[f"mode {self.mode!r}"] = self.mode != "hobbit"
+        given["precision_rule='weight'"] = self.precision_rule == "weight" and quality.bytes_per_token is not None
+        clash = [name for name, is_set in given.items() if is_set]
+        if clash:
+            raise ParameterError(f"quality={self.quality!r} does not go with {', '.join(clash)}: leave one out")
+
     @classmethod
     def of(
         cls,
@@ -97,6 +123,8 @@ class OffloadParams:
         precision_rule: Optional[str] = None,
         expert_cache: Optional[Size] = None,
         low_model: LowModel = None,
+        quality: Optional[str] = None,
+        calibration: CalibrationFile = None,
     ) -> OffloadParams:
         """From what `Llama(offload=...)` takes; the other arguments override."""
         if isinstance(offload, cls):
@@ -113,6 +141,10 @@ class OffloadParams:
             params = replace(params, expert_cache=expert_cache)
         if low_model is not None:
             params = replace(params, low_model=low_model)
+        if quality is not None:
+            params = replace(params, quality=quality)
+        if calibration is not None:
+            params = replace(params, calibration=calibration)
         return params
 
     def apply_to(self, c: Any) -> None:

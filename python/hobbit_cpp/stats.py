@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class OffloadStats(OffloadCounts):
         direct_io: reads go past the page cache.
         prefetch_on: single tokens are decoded with prefetch at the moment; prefetch_ratio: time of a token with it over that
             without, in the last trial, None before the first. Above 1 it does not pay here, and is off until the next trial.
+        thresholds: T1, T2 in use; None: at the paper's quantiles of the scores seen so far, or no use for them.
     """
 
     n_tokens: int = 0
@@ -82,6 +83,7 @@ class OffloadStats(OffloadCounts):
     prefetch_on: bool = False
     prefetch_ratio: Optional[float] = None
     layers: List[LayerCounts] = field(default_factory=list)
+    thresholds: Optional[Tuple[float, float]] = None
 
     @property
     def compute_seconds(self) -> float:

@@ -107,6 +107,13 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     sidecar = facts["sidecar"]
     if sidecar is not None:
         rows.append(("sidecar", sidecar["path"] + ("" if sidecar["belongs"] else f": refused: {sidecar['reason']}")))
+    calibration = facts["calibration"]
+    if calibration is not None:
+        why = "" if calibration["belongs"] else f": not used: {calibration['reason']}"
+        rows.append(("calibration", calibration["path"] + why))
+        for name, q in calibration["qualities"].items():
+            served = f"{q['high']:.2f} high, {q['low']:.2f} low, {q['skipped']:.2f} skipped"
+            rows.append(("", f"{name:>4}: {served}, {q['bytes']:.0%} of the bytes"))
     io = facts["direct_io"]
     if io is not None:
         how = f"aligned to {io['alignment']}" if io["alignment"] > 1 else "through the page cache"

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from . import bench, chat, convert, evaluate, imatrix, inspect, plan, replay, report, run, serve, trace
+from . import bench, calibrate, chat, convert, evaluate, imatrix, inspect, plan, replay, report, run, serve, trace
 from .output import one_line
 
 __all__ = ["build_parser", "main"]
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hobbit", description="Runs Mixture-of-Experts GGUF models larger than memory.")
     parser.add_argument("--version", action=_VersionAction, nargs=0, help="versions of the package and of llama.cpp")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for module in (chat, convert, imatrix, inspect, run, serve, plan, bench, evaluate, trace, replay, report):
+    for module in (chat, convert, imatrix, inspect, run, serve, plan, bench, evaluate, calibrate, trace, replay, report):
         module.add_parser(commands)
     return parser
 

@@ -49,6 +49,15 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
         metavar="FILE",
         help="sidecar with the low-precision copies; none: no sidecar (default: MODEL.low.gguf if it is there)",
     )
+    group.add_argument(
+        "--quality",
+        metavar="Q",
+        help="exact; 1%%: perplexity at most 1 %% above exact, by the model's calibration (hobbit calibrate); 40MB/token: read, "
+        "on average; paper: thresholds as HOBBIT has them (default: 1%% with a calibration, else paper)",
+    )
+    group.add_argument(
+        "--calibration", metavar="FILE", help="of hobbit calibrate; none: none (default: MODEL.calibration.json if it is there)"
+    )
     context = f"default: {ctx_size}; 0: the model's"
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
     group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
@@ -102,6 +111,8 @@ def offload_of(args: argparse.Namespace) -> Any:
         "max_experts": args.max_experts,
         "expert_cache": args.expert_cache,
         "low_model": args.low_model,
+        "quality": args.quality,
+        "calibration": args.calibration,
     }
     return OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
 

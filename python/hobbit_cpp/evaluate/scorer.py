@@ -20,7 +20,9 @@ BATCH_WIDTH = 64
 class Scorer(Protocol):
     """What the evaluation needs of a model."""
 
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int:
+        """Words."""
 
     def words(self, text: str, begin: bool) -> List[int]:
         """Tokens; `begin`: with the token that begins a text, when the model has one."""

@@ -49,7 +49,9 @@ class Setting:
 
 def exact_setting(base: OffloadParams) -> Setting:
     """The reference: everything as in `base`, but in high precision."""
-    params = replace(base, exact=True, precision_rule="miss", drop_fraction=None, max_experts=None, t1=None, t2=None)
+    params = replace(
+        base, exact=True, quality=None, precision_rule="miss", drop_fraction=None, max_experts=None, t1=None, t2=None
+    )
     return Setting("exact", "exact", params)
 
 
@@ -79,7 +81,8 @@ def parse_setting(text: str, base: OffloadParams) -> Setting:
             t1, t2 = _thresholds(value)
             rule = "miss" if kind == "low" else "weight"
             mode = "hobbit" if base.mode == "lru" else base.mode
-            params = replace(exact.params, mode=mode, exact=False, precision_rule=rule, t1=t1, t2=t2)
+            quality = base.quality if t1 is None else None
+            params = replace(exact.params, mode=mode, exact=False, precision_rule=rule, t1=t1, t2=t2, quality=quality)
             return Setting(text, kind, params)
         if kind in ("drop", "topk"):
             setting = Setting(text, kind, exact.params, tuned=not value)

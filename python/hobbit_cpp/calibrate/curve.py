@@ -1,0 +1,199 @@
+"""The quality curve: what it costs to serve less in high precision, as a function of how much.
+
+A point of the plane is (low, skipped): `skipped`, the share of all selections that is left out; `low`, the share of the others
+beyond the top-1 that is served in low precision, those of little weight first. (0, 0) is exact, (1, 0) serves all but the top-1
+low. Thresholds T1, T2 (HOBBIT, arXiv 2411.01433, eq. 2) of a point are quantiles of the model's own unimportance scores s.
+
+Measured is a small grid, with the rule "weight", which decides by router weight alone. The default rule "miss" serves in high
+precision whatever is cached, so it loses less: the curve is an upper bound for it. How the loss at a point is estimated: the
+Kullback-Leibler divergence from exact mode has far less noise than a change of perplexity, and for a model whose
+probabilities are right the two are the same in the mean. So one ratio of loss to divergence is fitted to all points, and the
+loss of a point is its divergence times that ratio (with its standard error on top; never taken as less than `RATIO_FLOOR`). In
+between the points it is bilinear, and it never falls as less is served in high precision.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, Sequence, Tuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+LOW_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SKIPPED_SHARES = (0.0, 0.05, 0.15)
+"""The grid. With top-2 routing 0.15 of the selections are 0.3 of those beyond the top-1."""
+PAPER_SHARES = (0.67, 0.30, 0.03)
+"""High, low, skipped of all selections (HOBBIT, section 3.2)."""
+PAPER_THRESHOLDS = (0.6, 0.9)
+RATIO_FLOOR = 0.5
+_LATTICE = (101, 61)
+_N_QUANTILES = 401
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the grid, measured on the calibration text against exact mode on the same tokens.
+
+    Attributes:
+        low, skipped: where it stands in the plane, see the module.
+        t1, t2: its thresholds.
+        served: shares of all selections served high, low and not at all, as counted.
+        loss: mean log-likelihood lost a token, in nats; exp(loss) - 1 is the change of perplexity. loss_se: its standard error.
+        kl: mean divergence from exact mode, nats a token. top1: share of the tokens with the same likeliest next one.
+    """
+
+    low: float
+    skipped: float
+    t1: float
+    t2: float
+    served: Tuple[float, float, float]
+    loss: float
+    loss_se: float
+    kl: float
+    top1: float
+
+
+def scores_beyond_first(weights: npt.NDArray[Any]) -> Floats:
+    """Unimportance scores s[1] ... s[k-1] (eq. 2) of all selections but the top-1 of each token and layer.
+
+    Args:
+        weights: router weights [tokens, layers, k], in any order, any sum above 0.
+    """
+    w = -np.sort(-weights.astype(np.float64), axis=-1)
+    w /= np.maximum(w.sum(-1, keepdims=True), 1e-30)
+    out: Floats = np.cumsum(w, axis=-1)[..., :-1].ravel()
+    return out
+
+
+def score_quantiles(weights: npt.NDArray[Any]) -> Tuple[float, ...]:
+    """Quantiles of `scores_beyond_first` at even steps from 0 to 1."""
+    found = np.quantile(scores_beyond_first(weights), np.linspace(0, 1, _N_QUANTILES))
+    return tuple(round(float(x), 6) for x in found)
+
+
+def thresholds_at(quantiles: Sequence[float], high: float, skipped: float) -> Tuple[float, float]:
+    """T1, T2.
+
+    Args:
+        high, skipped: shares of the selections beyond the top-1, together at most 1.
+    """
+    at = np.linspace(0, 1, len(quantiles))
+    t1 = 0.0 if high <= 0 else 1.0 if high >= 1 else float(np.interp(high, at, quantiles))
+    t2 = 1.0 if skipped <= 0 else float(np.interp(1 - skipped, at, quantiles))
+    return min(t1, t2), t2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        k: experts a token.
+        low_cost: bytes of a low-precision copy by those of a high one.
+        quantiles: of the scores, see `score_quantiles`.
+        points: the grid without (0, 0); a row for each value of `skipped`.
+    """
+
+    k: int
+    low_cost: float
+    quantiles: Tuple[float, ...]
+    points: Tuple[Point, ...]
+
+    def thresholds(self, low: float, skipped: float) -> Tuple[float, float]:
+        """T1, T2 of a point of the plane."""
+        beyond = 1 - 1 / self.k
+        left_out = min(1.0, skipped / beyond)
+        return thresholds_at(self.quantiles, (1 - low) * (1 - left_out), left_out)
+
+    def shares(self, low: Any, skipped: Any) -> Tuple[Any, Any, Any]:
+        """Of all selections: served high, low, skipped."""
+        kept = np.maximum(1 - 1 / self.k - skipped, 0)
+        return 1 / self.k + (1 - low) * kept, low * kept, skipped
+
+    def asked(self, low: Any, skipped: Any) -> Any:
+        """Bytes a token needs, cached or not, by those of exact mode."""
+        high, lower, _ = self.shares(low, skipped)
+        return high + self.low_cost * lower
+
+    @functools.cached_property
+    def ratio(self) -> Tuple[float, float]:
+        """Loss by divergence, over all points, and its standard error.
+
+        Fitted by least squares, each point by its own noise. All points are of the same text, so their errors go the same way:
+        the error is that of one point, the best.
+        """
+        kl = np.array([p.kl for p in self.points])
+        loss = np.array([p.loss for p in self.points])
+        se = np.maximum(np.array([p.loss_se for p in self.points]), 1e-9)
+        if not kl.any():
+            return 1.0, 0.0
+        weight = (kl / se) ** 2
+        ratio = float((kl * loss / se**2).sum() / weight.sum())
+        return ratio, float(1 / math.sqrt(weight.max()))
+
+    @functools.cached_property
+    def _fitted(self) -> Tuple[Floats, Floats, Floats]:
+        """The grid: values of `low` and of `skipped`, and the loss at each pair of them, which rises along both."""
+        at = {(p.low, p.skipped): p.kl for p in self.points}
+        at[0.0, 0.0] = 0.0
+        low = np.array(sorted({x for x, _ in at}))
+        skipped = np.array(sorted({x for _, x in at}))
+        kl = np.array([[at[float(a), float(s)] for s in skipped] for a in low])
+        ratio, error = self.ratio
+        scale = max(ratio + error, RATIO_FLOOR)
+        return low, skipped, scale * np.maximum.accumulate(np.maximum.accumulate(kl, 0), 1)
+
+    def loss(self, low: Any, skipped: Any) -> Any:
+        """Estimated loss at points of the plane, nats a token."""
+        xs, ys, z = self._fitted
+        low, skipped = np.broadcast_arrays(np.asarray(low, float), np.asarray(skipped, float))
+        i, u = _cell(xs, low)
+        j, v = _cell(ys, skipped)
+        lower = z[i, j] * (1 - u) + z[i + 1, j] * u
+        upper = z[i, j + 1] * (1 - u) + z[i + 1, j + 1] * u
+        return lower * (1 - v) + upper * v
+
+    @functools.cached_property
+    def frontier(self) -> List[Tuple[float, float, float, float]]:
+        """(loss, bytes asked by those of exact mode, low, skipped): from exact on, each with fewer bytes than what loses less."""
+        xs, ys, _ = self._fitted
+        low, skipped = np.meshgrid(np.linspace(0, xs[-1], _LATTICE[0]), np.linspace(0, ys[-1], _LATTICE[1]), indexing="ij")
+        loss, asked = self.loss(low, skipped).ravel(), self.asked(low, skipped).ravel()
+        order = np.lexsort((asked, loss))
+        out: List[Tuple[float, float, float, float]] = []
+        for i in order:
+            if not out or asked[i] < out[-1][1] - 1e-9:
+                out.append((float(loss[i]), float(asked[i]), float(low.flat[i]), float(skipped.flat[i])))
+        return out
+
+    def at_change(self, change: float) -> Tuple[float, float]:
+        """(low, skipped): the fewest bytes at a change of perplexity of at most `change` (0.01: 1 %)."""
+        limit = math.log1p(change) + 1e-12
+        return next((p[2], p[3]) for p in reversed(self.frontier) if p[0] <= limit)
+
+    def at_asked(self, share: float) -> Tuple[float, float]:
+        """(low, skipped): the least loss at bytes asked of at most `share` of exact mode's; if none is, the fewest bytes."""
+        return next(((p[2], p[3]) for p in self.frontier if p[1] <= share), self.frontier[-1][2:])
+
+    def plain(self) -> Dict[str, Any]:
+        """A few qualities and what they come to, for people and JSON."""
+        out: Dict[str, Any] = {}
+        for percent in (0.5, 1.0, 2.0, 5.0):
+            low, skipped = self.at_change(percent / 100)
+            high, lower, left_out = self.shares(low, skipped)
+            t1, t2 = self.thresholds(low, skipped)
+            asked = float(self.asked(low, skipped))
+            served = {"high": float(high), "low": float(lower), "skipped": float(left_out)}
+            out[f"{percent:g}%"] = {**served, "bytes": asked, "t1": t1, "t2": t2}
+        return out
+
+
+def _cell(edges: Floats, at: Floats) -> Tuple[npt.NDArray[np.int64], Floats]:
+    """Index of the interval that holds each value, and how far into it, 0 to 1."""
+    i = np.clip(np.searchsorted(edges, at, side="right") - 1, 0, len(edges) - 2)
+    return i, np.clip((at - edges[i]) / (edges[i + 1] - edges[i]), 0, 1)

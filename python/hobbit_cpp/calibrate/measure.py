@@ -1,0 +1,197 @@
+"""The measuring behind `hobbit calibrate`: one pass over the text in exact mode, one for each point of the grid."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+
+from .. import __version__
+from .._memory import Size
+from .._session import fingerprint
+from .._sidecar import LowModel
+from ..errors import ParameterError
+from ..evaluate import text as t
+from ..evaluate.scorer import LlamaScorer
+from ..evaluate.statistics import mean_of_blocks
+from ..params import OffloadParams
+from ..trace import Trace
+from . import curve as cv
+from . import weights as wt
+from .store import Calibration, low_types
+
+# A batch wants about every low-precision copy of a layer, so the larger it is the less is read for a token; llama.cpp keeps
+# the logits of all of it.
+_WIDTH = 256
+_HELD_OUT = 1 / 3
+_Z95 = 1.96
+
+# (doing what, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+__all__ = ["Measured", "calibrate", "measure"]
+
+
+@dataclass
+class Measured:
+    """Exact mode on the text: its routing (weights as the model gives them) and perplexity; and the points of the grid."""
+
+    trace: Trace
+    perplexity: float
+    points: List[cv.Point]
+    quantiles: Tuple[float, ...]
+
+
+def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progress, scratch: Optional[Path] = None) -> Measured:
+    """Runs exact mode and the grid over a passage.
+
+    Args:
+        model: loaded with the rule "weight".
+        width: tokens a llama_decode.
+        scratch: folder for the predictions of exact mode (2 bytes a token and word); None: the system's.
+    """
+    info, session = model.offload_info, model._offloaded()
+    points = [(low, skipped) for skipped in cv.SKIPPED_SHARES for low in cv.LOW_SHARES if low or skipped]
+    total, done = passage.n_fed * (1 + len(points)), 0
+
+    def step(n: int) -> None:
+        nonlocal done
+        done += n
+        progress("measuring", done, total)
+
+    log_probs = t.LogProbs(scratch)
+    try:
+        session.set_thresholds(1.0, 1.0)  # all high
+        session.trace(True)
+        exact = t.score_text(model, passage, width, step, keep=log_probs)
+        ids, weights = session.trace_read()
+        session.trace(False)
+        lens = np.array([len(w) - 1 for w in passage.windows], np.int32)
+        trace = Trace(ids=ids, weights=weights, lens=lens, n_experts=info.n_expert)
+        plane = cv.Curve(info.n_expert_used, info.bytes_expert_low / info.bytes_expert_high, cv.score_quantiles(weights), ())
+        out = []
+        for low, skipped in points:
+            t1, t2 = plane.thresholds(low, skipped)
+            session.set_thresholds(t1, t2)
+            model.forget_counts()
+            out.append(_point(low, skipped, t1, t2, exact, t.score_text(model, passage, width, step, against=log_probs)))
+    finally:
+        log_probs.close()
+    return Measured(trace, float(np.exp(-exact.log_likelihood.mean())), out, plane.quantiles)
+
+
+def _point(low: float, skipped: float, t1: float, t2: float, exact: t.TextScores, scores: t.TextScores) -> cv.Point:
+    loss = mean_of_blocks(exact.log_likelihood - scores.log_likelihood, scores.group)
+    spread = (loss.high - loss.low) / (2 * _Z95)
+    c = scores.counts
+    n = max(c.selections, 1)
+    return cv.Point(
+        low=low,
+        skipped=skipped,
+        t1=t1,
+        t2=t2,
+        served=((c.hits_high + c.loads_high) / n, (c.hits_low + c.loads_low) / n, c.skips / n),
+        loss=loss.value,
+        loss_se=spread if np.isfinite(spread) else 1.0,
+        kl=float(scores.kl.mean()),
+        top1=float((scores.best == exact.best).mean()),
+    )
+
+
+def calibrate(
+    model: Union[str, os.PathLike[str]],
+    text: Union[str, os.PathLike[str]],
+    *,
+    n_tokens: int = 2048,
+    window: int = 512,
+    paper: bool = False,
+    memory: Optional[Size] = None,
+    expert_cache: Optional[Size] = None,
+    low_model: LowModel = None,
+    threads: Optional[int] = None,
+    scratch: Optional[Path] = None,
+    progress: Progress = lambda doing, done, total: None,
+) -> Calibration:
+    """Measures a model on a text.
+
+    Args:
+        n_tokens: predictions scored, from the beginning of the text; window: tokens of context.
+        paper: keep the paper's thresholds 0.6 and 0.9 under "thresholds" instead of its quantiles.
+        memory, expert_cache, low_model, threads: as for `hobbit_cpp.Llama`.
+        scratch: folder for 2 bytes a token and word of the vocabulary.
+
+    Raises:
+        ParameterError: a model without low-precision copies or with top-1 routing, a text that is too short.
+    """
+    path = os.fspath(model)
+    params = OffloadParams(
+        precision_rule="weight", prefetch_depth=0, calibration=False, expert_cache=expert_cache, low_model=low_model
+    )
+    types = low_types(path, params)
+    if not types:
+        raise ParameterError(
+            f"{path} has no low-precision copies, so there is nothing to calibrate: make them with `hobbit convert {path} "
+            "--sidecar --low Q4_0`"
+        )
+    width = min(_WIDTH, window)
+    sizes = {"n_ctx": window, "n_batch": width, "n_ubatch": width, "n_threads": threads, "n_threads_batch": threads}
+    scorer = LlamaScorer(path, offload=params, memory=memory, verbose=False, **sizes)
+    try:
+        info = scorer.offload_info
+        if info.n_expert_used < 2:
+            raise ParameterError(f"{path} uses one expert a token, always in high precision: nothing to calibrate")
+        passage = t.read_passage(scorer, Path(text), n_tokens, 0, window, 0)
+        measured = measure(scorer, passage, width, progress, scratch)
+    finally:
+        scorer.close()
+    low_cost = info.bytes_expert_low / info.bytes_expert_high
+    curve = cv.Curve(info.n_expert_used, low_cost, measured.quantiles, tuple(measured.points))
+    thresholds = cv.PAPER_THRESHOLDS if paper else _paper_quantiles(curve)
+    found, report = _weights(measured.trace, info, thresholds, progress)
+    text_facts: Dict[str, Any] = {
+        "name": os.path.basename(os.fspath(text)),
+        "tokens": passage.n_scored,
+        "window": window,
+        "perplexity": measured.perplexity,
+    }
+    return Calibration(
+        fingerprint=fingerprint(path),
+        low_types=types,
+        curve=curve,
+        thresholds=thresholds,
+        thresholds_are="the paper's" if paper else "at the paper's quantiles",
+        eviction_weights=found,
+        eviction=report,
+        text=text_facts,
+        hobbit=__version__,
+    )
+
+
+def _paper_quantiles(curve: cv.Curve) -> Tuple[float, float]:
+    """T1, T2 with 67 % of all selections high, 30 % low, 3 % skipped, as far as the top-1 leaves so many."""
+    high, _, skipped = cv.PAPER_SHARES
+    first = 1 / curve.k
+    beyond = 1 - first
+    return cv.thresholds_at(curve.quantiles, max(0.0, high - first) / beyond, skipped / beyond)
+
+
+def _weights(
+    trace: Trace, info: Any, thresholds: Tuple[float, float], progress: Progress
+) -> Tuple[Optional[wt.Weights], Dict[str, Any]]:
+    """Found on the first two thirds of the routing, checked on the last."""
+    cut = max(1, int(trace.n_tokens * (1 - _HELD_OUT)))
+    parts = [
+        wt.Penalties(part, info.bytes_expert_high, info.bytes_expert_low, thresholds)
+        for part in (trace.head(cut), trace.tail(trace.n_tokens - cut))
+    ]
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("finding eviction weights", done, max(wt.EXPECTED_STEPS, done))
+
+    return wt.find_weights(parts[0], parts[1], step)
