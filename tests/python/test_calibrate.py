@@ -69,11 +69,11 @@ def test_loss_is_that_of_the_points_and_never_falls() -> None:
     low, skipped = np.meshgrid(np.linspace(0, 1, 41), np.linspace(0, 0.15, 31), indexing="ij")
     loss = curve.loss(low, skipped)
     assert (np.diff(loss, axis=0) >= -1e-12).all() and (np.diff(loss, axis=1) >= -1e-12).all()
-    smooth = made_up_curve(ratio=0.8)
+    smooth = made_up_curve(ratio=1.25)
     for p in smooth.points:
         assert smooth.loss(p.low, p.skipped) == pytest.approx(p.loss, rel=1e-3)
     assert smooth.loss(0, 0) == 0
-    assert smooth.loss(0.6, 0.02) == pytest.approx(0.8 * (0.012 + 0.008), rel=1e-3)
+    assert smooth.loss(0.6, 0.02) == pytest.approx(1.25 * (0.012 + 0.008), rel=1e-3)
 
 
 def test_one_ratio_for_all_points() -> None:
