@@ -28,7 +28,7 @@ KEYS = {
     "format", "kind", "files", "bytes", "name", "architecture", "layers", "context_length", "moe", "moe_layers", "experts",
     "experts_used", "shared_experts", "bytes_dense", "bytes_high", "bytes_low", "bytes_expert_high", "bytes_expert_low",
     "bytes_cycle_high", "bytes_cycle_low", "types", "low", "sidecar", "offload", "direct_io", "kv_bytes_per_1k_tokens",
-    "budgets",
+    "budgets", "calibration",
 }  # fmt: skip
 
 
