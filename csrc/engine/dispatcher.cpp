@@ -115,7 +115,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
     n_quiet_ = pass_.n_loads() > 0 ? 0 : n_quiet_ + 1;
     time_token(layer, sel.n_tokens);
     if (!prefetcher_ || layer + 1 >= index_.layers().size() || n_quiet_ >= index_.layers().size() ||
-        (sel.n_tokens == 1 && params_.prefetch_always == 0 && !trial_.on())) {
+        (sel.n_tokens == 1 && threads_ && params_.prefetch_always == 0 && !trial_.on())) {
         return;
     }
     // A sample of a large batch tells its popular experts well enough.
@@ -135,7 +135,7 @@ void dispatcher::stats(hobbit_stats & out) {
     store_.stats(out);
     if (prefetcher_) {
         prefetcher_->recall(out.predicted, out.predicted_right, false);
-        out.prefetch_on    = params_.prefetch_always != 0 || trial_.on();
+        out.prefetch_on    = params_.prefetch_always != 0 || !threads_ || trial_.on();
         out.prefetch_ratio = trial_.ratio();
     }
 }

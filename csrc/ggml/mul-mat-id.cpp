@@ -239,7 +239,7 @@ class product {
         layer_pass::progress & progress = pass.at(part_, i);
         const operand &        o        = operands_[(int) item.prec];
         if (multiply_tiled(pass, item, slice)) {
-            if (progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == params_->nth) {
+            if (item.entry == nullptr && progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == params_->nth) {
                 pass.item_done(part_, i);
             }
             return true;
@@ -255,7 +255,8 @@ class product {
             const int64_t c0 = piece / pieces.n_row_pieces * pieces.cols;
             multiply(o, op_, (const char *) slice, &pass.rows()[item.first_row], r0,
                      std::min(r0 + pieces.rows, o.weights.ne[1]), c0, std::min<int64_t>(c0 + pieces.cols, item.n_rows));
-            if (progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces.n) {
+            // Only a streamed item has a slot to hand on.
+            if (item.entry == nullptr && progress.finished.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces.n) {
                 pass.item_done(part_, i);
             }
         }

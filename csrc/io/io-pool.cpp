@@ -50,11 +50,7 @@ void io_pool::demand(const std::vector<io_request> & requests) {
         demand_.insert(demand_.end(), requests.begin(), requests.end());
         n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
     }
-    if (requests.size() == 1) {
-        work_.notify_one();
-    } else {
-        work_.notify_all();
-    }
+    work_.notify_one();  // who comes wakes the next, as long as there is work: a caller with many requests is not kept by it
 }
 
 void io_pool::prefetch(const std::vector<io_request> & requests) {
@@ -148,7 +144,11 @@ void io_pool::run() {
         queue.pop_front();
         n_prefetching_ += is_demand ? 0 : 1;
         n_running_++;
+        const bool more = !demand_.empty();
         lock.unlock();
+        if (more) {
+            work_.notify_one();
+        }
 
         io_outcome         outcome = io_outcome::done;
         std::exception_ptr why;

@@ -263,11 +263,18 @@ class Session:
         self._check(self._lib.hobbit_session_set_thresholds(self._alive(), t1, t2, error), error)
         self._thresholds = (t1, t2)
 
-    def _tokens_and_bytes(self) -> Tuple[int, int]:
-        """Tokens computed and bytes read, as in `stats`."""
+    def _served(self) -> Served:
+        """As in `stats`."""
         error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
         self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
-        return int(c.n_tokens), int(c.total.bytes_demand + c.total.bytes_prefetch)
+        t = c.total
+        return Served(
+            tokens=int(c.n_tokens),
+            n_bytes=int(t.bytes_demand + t.bytes_prefetch),
+            selections=int(t.selections),
+            low=int(t.hits_low + t.loads_low),
+            skipped=int(t.skips),
+        )
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
@@ -282,7 +289,7 @@ class Session:
             yield
             self._lib.hobbit_session_decode_end(handle)
             if self.feedback is not None:
-                self.feedback.after_decode(self._tokens_and_bytes)
+                self.feedback.after_decode(self._served)
         except RuntimeError as e:
             pending = self.pending_error()
             if pending is not None:

@@ -19,8 +19,8 @@ from ._log import errors_explained
 from ._memory import Size
 from ._session import ModelInfo, Session
 from ._sidecar import LowModel
-from .calibrate.dial import Feedback, resolve
-from .calibrate.quality import CalibrationFile, parse_quality
+from .calibrate.dial import feedback_for, resolve
+from .calibrate.quality import CalibrationFile
 from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError, StateError
 from .params import OffloadParams
 from .stats import OffloadStats
@@ -176,8 +176,7 @@ class Llama(_Llama):
             self._fit_arrays()
             session.start(self._context_address(), self._memory_to_come())
             if calibrated is not None and params.quality is not None:
-                target = parse_quality(params.quality).bytes_per_token or 0.0
-                session.feedback = Feedback(calibrated.curve, session.info.bytes_cycle, target, session.set_thresholds)
+                session.feedback = feedback_for(calibrated, params, session.info.bytes_cycle, session.set_thresholds)
         except BaseException:
             self.close()
             raise

@@ -17,7 +17,7 @@ from decode import load, logits, words
 from hobbit_cpp import CalibrationError, HobbitWarning, Llama, ModelFileError, OffloadParams, ParameterError
 from hobbit_cpp.calibrate import curve as cv
 from hobbit_cpp.calibrate import weights as wt
-from hobbit_cpp.calibrate.dial import Feedback, resolve
+from hobbit_cpp.calibrate.dial import BytesFeedback, LossFeedback, Served, resolve
 from hobbit_cpp.calibrate.quality import parse_quality
 from hobbit_cpp.calibrate.store import Calibration, calibration_path
 from hobbit_cpp.cli import main
@@ -158,13 +158,13 @@ class FakeEngine:
         self.tokens += n
         self.read += round(n * self.asked * self.misses * 1e8)
 
-    def counts(self) -> Tuple[int, int]:
-        return self.tokens, self.read
+    def counts(self) -> Served:
+        return Served(tokens=self.tokens, n_bytes=self.read)
 
 
 def test_feedback_holds_the_bytes_while_the_cache_changes() -> None:
     engine = FakeEngine(made_up_curve(), misses=0.6)
-    feedback = Feedback(engine.curve, 100_000_000, 40e6, engine.apply)
+    feedback = BytesFeedback(engine.curve, 100_000_000, 40e6, engine.apply)
     assert engine.losses[0] > 0, "a cold cache: little is asked for"
     for misses in (0.6, 0.45, 0.55):
         engine.misses = misses
@@ -179,9 +179,51 @@ def test_feedback_holds_the_bytes_while_the_cache_changes() -> None:
     assert engine.losses[-1] == 0 and engine.asked == 1
 
 
+class FakeCache:
+    """Serves high what is cached; told its thresholds."""
+
+    def __init__(self, curve: cv.Curve, misses: float) -> None:
+        self.curve, self.misses = curve, misses
+        self.served = Served()
+        self.at = (0.0, 0.0)
+
+    def apply(self, t1: float, t2: float) -> None:
+        self.at = next(p[2:] for p in self.curve.frontier if self.curve.thresholds(*p[2:]) == (t1, t2))
+
+    def decode(self) -> None:
+        s, n = self.served, 10_000
+        _, low, skipped = self.curve.shares(*self.at)
+        self.served = Served(
+            s.tokens + 1, s.n_bytes + 1, s.selections + n, s.low + int(n * self.misses * low), s.skipped + int(n * self.misses * skipped)
+        )
+
+    def counts(self) -> Served:
+        return self.served
+
+    def loss(self) -> float:
+        _, low, skipped = self.curve.shares(*self.at)
+        low, skipped = self.misses * low, self.misses * skipped
+        return float(self.curve.loss(low / (1 - 1 / self.curve.k - skipped), skipped))
+
+
+@pytest.mark.parametrize("misses", [1.0, 0.5, 0.2])
+def test_what_the_cache_serves_high_leaves_room_for_more_in_low_precision(misses: float) -> None:
+    engine = FakeCache(made_up_curve(), misses)
+    feedback = LossFeedback(engine.curve, 0.01, engine.apply)
+    by_weight_alone = float(engine.curve.loss(*engine.at))
+    assert by_weight_alone <= math.log(1.01) + 1e-9
+    for _ in range(400):
+        engine.decode()
+        feedback.after_decode(engine.counts)
+    most = float(engine.curve.frontier[-1][0])
+    assert engine.loss() <= math.log(1.01) * 1.05
+    assert engine.loss() >= math.log(1.01) * 0.9 or engine.curve.loss(*engine.at) == pytest.approx(most)
+    assert float(engine.curve.loss(*engine.at)) >= by_weight_alone
+
+
 def test_feedback_lets_batches_and_resets_be() -> None:
     engine = FakeEngine(made_up_curve(), misses=0.6)
-    feedback = Feedback(engine.curve, 100_000_000, 40e6, engine.apply)
+    feedback = BytesFeedback(engine.curve, 100_000_000, 40e6, engine.apply)
     for _ in range(40):
         engine.decode(64)
         feedback.after_decode(engine.counts)

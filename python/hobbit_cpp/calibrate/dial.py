@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Callable, Optional, Tuple
 
 from ..errors import CalibrationError, HobbitWarning, ParameterError
@@ -18,12 +19,33 @@ DEFAULT = "1%"
 # Tokens between two looks at what was read, and over how many it is averaged.
 _EVERY = 8
 _MEMORY = 64
+_MOST_LOSS = 5.0  # nats
+
+
+@dataclass(frozen=True)
+class Served:
+    """Totals: tokens computed, bytes read; selections, and those of them that were served in low precision or skipped."""
+
+    tokens: int = 0
+    n_bytes: int = 0
+    selections: int = 0
+    low: int = 0
+    skipped: int = 0
+
+    def __sub__(self, o: Served) -> Served:
+        return Served(
+            self.tokens - o.tokens,
+            self.n_bytes - o.n_bytes,
+            self.selections - o.selections,
+            self.low - o.low,
+            self.skipped - o.skipped,
+        )
 
 
 def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[Calibration]]:
     """Parameters with what `quality` and the calibration say filled in, and the calibration, if there is one that is of use.
 
-    A quality in bytes is left to `Feedback`.
+    A quality in bytes, and with the rule "miss" one in per cent, is left to `Feedback`.
 
     Raises:
         ParameterError: a quality that needs a calibration, and there is none; it says what to run.
@@ -55,6 +77,9 @@ def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[
 def _with_thresholds(params: OffloadParams, quality: Quality, found: Calibration) -> OffloadParams:
     if quality.bytes_per_token is not None:
         return params
+    if quality.change is not None and params.precision_rule == "miss":
+        # The cache spares a part of the loss: how much is known when the model runs.
+        return replace(params, quality=f"{100 * quality.change:.6g}%")
     if quality.change is not None:
         t1, t2 = found.curve.thresholds(*found.curve.at_change(quality.change))
     else:
@@ -73,37 +98,95 @@ def _what_to_run(model: str, params: OffloadParams) -> str:
 
 
 class Feedback:
-    """Holds the bytes read a token at a target, by moving along the frontier of the curve as the cache serves more or less.
+    """Holds a figure at a target, by moving along the frontier of the curve as the cache serves more or less.
 
-    The bytes that a token reads are those it asks for (known for each point of the frontier) times a share that is measured,
-    about that of the misses: 1 for a cold cache, then the mean over some 64 tokens. What comes next asks for target / share.
+    By router weight alone, a point of the frontier would cost what the curve says. With the rule "miss" the cache spares a part of it.
+    The share that is left is measured over some 64 tokens, 1 before the first: what comes next asks for target / share.
+
+    Args:
+        apply: sets T1, T2 from the next token on.
+    """
+
+    def __init__(self, curve: Curve, apply: Callable[[float, float], None]) -> None:
+        self._curve, self._apply = curve, apply
+        self._share = 1.0
+        self._decodes = 0
+        self._updates = 0
+        self._last = Served()
+        self._move()
+
+    def _aim(self, share: float) -> Tuple[float, float]:
+        """The point of the frontier to go to."""
+        raise NotImplementedError
+
+    def _cost(self, served: Served) -> Tuple[float, float]:
+        """What these tokens cost, and what they would have cost by router weight alone."""
+        raise NotImplementedError
+
+    def _move(self) -> None:
+        self._at = self._aim(max(self._share, 1e-6))
+        self._apply(*self._curve.thresholds(*self._at))
+
+    def after_decode(self, counts: Callable[[], Served]) -> None:
+        """After each llama_decode. `counts`: totals since any moment."""
+        self._decodes += 1
+        if self._decodes % _EVERY:
+            return
+        now, last = counts(), self._last
+        self._last = now
+        if now.tokens - last.tokens != _EVERY or now.n_bytes < last.n_bytes:
+            return  # batches, which share what they read, or counts that were reset
+        cost, asked = self._cost(now - last)
+        if asked > 0:
+            self._updates += 1
+            self._share += max(_EVERY / _MEMORY, 1 / self._updates) * (cost / asked - self._share)
+        self._move()
+
+
+class BytesFeedback(Feedback):
+    """Holds the bytes read a token.
 
     Args:
         cycle: bytes that a token asks for in exact mode.
         target: bytes that a token shall read.
-        apply: sets T1, T2 from the next token on.
     """
 
     def __init__(self, curve: Curve, cycle: int, target: float, apply: Callable[[float, float], None]) -> None:
-        self._curve, self._cycle, self._target, self._apply = curve, cycle, target, apply
-        self._read_share = 1.0
-        self._decodes = 0
-        self._last = (0, 0)
-        self._move()
+        self._cycle, self._target = cycle, target
+        super().__init__(curve, apply)
 
-    def _move(self) -> None:
-        self._at = self._curve.at_asked(self._target / max(self._read_share, 1e-6) / self._cycle)
-        self._apply(*self._curve.thresholds(*self._at))
+    def _aim(self, share: float) -> Tuple[float, float]:
+        return self._curve.at_asked(self._target / share / self._cycle)
 
-    def after_decode(self, counts: Callable[[], Tuple[int, int]]) -> None:
-        """After each llama_decode. `counts`: tokens computed and bytes read since any moment."""
-        self._decodes += 1
-        if self._decodes % _EVERY:
-            return
-        (tokens, n_bytes), last = counts(), self._last
-        self._last = (tokens, n_bytes)
-        if tokens - last[0] != _EVERY or n_bytes < last[1]:
-            return  # batches, which share what they read, or counts that were reset
-        asked = float(self._curve.asked(*self._at)) * self._cycle * _EVERY
-        self._read_share += _EVERY / _MEMORY * ((n_bytes - last[1]) / asked - self._read_share)
-        self._move()
+    def _cost(self, served: Served) -> Tuple[float, float]:
+        return served.n_bytes, float(self._curve.asked(*self._at)) * self._cycle * served.tokens
+
+
+class LossFeedback(Feedback):
+    """Holds the loss: that of the point of the plane where the shares served low and skipped are those that were counted.
+
+    Args:
+        change: of perplexity, that is asked for (0.01: 1 %).
+    """
+
+    def __init__(self, curve: Curve, change: float, apply: Callable[[float, float], None]) -> None:
+        self._target = math.log1p(change)
+        super().__init__(curve, apply)
+
+    def _aim(self, share: float) -> Tuple[float, float]:
+        # Beyond the frontier's end there is nothing to be had.
+        return self._curve.at_change(math.expm1(min(self._target / share, _MOST_LOSS)))
+
+    def _cost(self, served: Served) -> Tuple[float, float]:
+        skipped = served.skipped / served.selections
+        beyond = 1 - 1 / self._curve.k - skipped
+        low = min(1.0, served.low / served.selections / beyond) if beyond > 0 else 1.0
+        return float(self._curve.loss(low, skipped)), float(self._curve.loss(*self._at))
+
+
+def feedback_for(calibrated: Calibration, params: OffloadParams, cycle: int, apply: Callable[[float, float], None]) -> Feedback:
+    """What `params.quality`, left by `resolve`, asks for while the model runs. `cycle`: bytes that a token asks for in exact mode."""
+    quality = parse_quality(params.quality or DEFAULT)
+    if quality.bytes_per_token is not None:
+        return BytesFeedback(calibrated.curve, cycle, quality.bytes_per_token, apply)
+    return LossFeedback(calibrated.curve, quality.change or 0.0, apply)
