@@ -19,7 +19,17 @@ from ._session import Session
 from .errors import HobbitError
 from .params import OffloadParams
 
-__all__ = ["DEPTHS", "DiskProbe", "cache_file", "cpu_name", "probe_compute", "probe_disk", "recall_floor", "remember_floor"]
+__all__ = [
+    "DEPTHS",
+    "DiskProbe",
+    "cache_file",
+    "cpu_name",
+    "is_busy",
+    "probe_compute",
+    "probe_disk",
+    "recall_floor",
+    "remember_floor",
+]
 
 DEPTHS = (1, 2, 4, 8, 16)
 """Reads under way at a time, for which a disk is probed."""
@@ -61,15 +71,20 @@ class DiskProbe:
         return min(depth for depth, rate in self.bandwidth.items() if rate >= 0.95 * self.best)
 
     def at(self, depth: float) -> float:
-        """Bytes a second at a depth between those that were measured."""
+        """Bytes a second at a depth between those that were measured.
+
+        A disk gives no less at a greater depth, and at a smaller one at least that share of it. What a busy machine measures
+        otherwise is noise, by which more memory would be slower.
+        """
         known = sorted(self.bandwidth)
+        rates = {d: max(rate * min(1.0, d / at) for at, rate in self.bandwidth.items()) for d in known}
         if depth <= known[0]:
-            return self.bandwidth[known[0]] * depth / known[0]
+            return rates[known[0]] * depth / known[0]
         for low, high in zip(known, known[1:]):
             if depth <= high:
                 part = (depth - low) / (high - low)
-                return self.bandwidth[low] * (1 - part) + self.bandwidth[high] * part
-        return self.bandwidth[known[-1]]
+                return rates[low] * (1 - part) + rates[high] * part
+        return rates[known[-1]]
 
 
 def probe_disk(model: Pathlike, *, low: bool = False, fresh: bool = False, seconds: float = _DISK_SECONDS) -> Optional[DiskProbe]:
@@ -203,7 +218,7 @@ def _recall(key: str) -> Optional[Dict[str, Any]]:
     return dict(value)
 
 
-def _is_busy() -> bool:
+def is_busy() -> bool:
     """Other programs want all of the cores: figures of now are not those of this machine."""
     with contextlib.suppress(OSError):
         return os.getloadavg()[0] > (os.cpu_count() or 1) + 1
@@ -211,7 +226,7 @@ def _is_busy() -> bool:
 
 
 def _remember(key: str, value: Dict[str, Any]) -> None:
-    if _is_busy():
+    if is_busy():
         return
     with contextlib.suppress(OSError):
         path = cache_file()

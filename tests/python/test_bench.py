@@ -130,6 +130,9 @@ def test_the_roof_is_the_higher_of_cores_and_disk() -> None:
     row = run_of(tok_s=10.0, mb_token=0.0, stall_ms=0.0)
     add_roof(row, floor_ms=20.0, bandwidth=1e9)
     assert (row["bound_ms"], row["bound_is"]) == (20.0, "cores") and row["spent_ms"]["other"] == 80.0
+    row = run_of(tok_s=100.0, mb_token=0.0)
+    add_roof(row, floor_ms=20.0, bandwidth=1e9)  # cannot be: told, not hidden
+    assert row["bound_share"] == 2.0 and "faster than its bound" in row["notes"][0]
     row = run_of(disk_mb_token=200.0)  # stock llama.cpp
     add_roof(row, floor_ms=20.0, bandwidth=1e9)
     assert row["bound_ms"] == 200.0 and "spent_ms" not in row
@@ -251,16 +254,23 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_fails_says_why_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = bench(
-        tmp_path, str(tiny_dual("mixtral")), "--against", "hobbit,nomode", "--memory", f"40MiB,{MEMORY}", "--rounds", "2",
+        tmp_path, str(tiny_dual("mixtral")), "--against", "hobbit", "--memory", f"40MiB,{MEMORY}", "--rounds", "2",
         "--command", "broken=echo before; echo the reason >&2; exit 3", "--command", "silent=echo nothing",
     )  # fmt: skip
     rows = {(row["contender"], row["memory"] >> 20): row for row in document["rows"]}
     assert "is too small for" in rows["hobbit", 40]["error"] and "error" not in rows["hobbit", 120]
-    assert "unknown mode 'nomode'" in rows["nomode", 120]["error"]
     assert rows["broken", 120]["error"] == "the reason" and "no match" in rows["silent", 120]["error"]
     failed = [run for run in document["runs"] if "error" in run]
-    assert len(failed) == 7  # what failed once is not asked again
+    assert len(failed) == 5  # what failed once is not asked again
     assert "hobbit: failed: a memory budget of" in capsys.readouterr().out
+
+
+def test_a_run_that_was_cut_short_has_no_perplexity(tmp_path: Path) -> None:
+    document = bench(
+        tmp_path, str(tiny("mixtral")), "--against", "exact", "--memory", MEMORY, "--rounds", "1", "--patience", "1e-9",
+    )  # fmt: skip
+    row = document["rows"][0]
+    assert row["n_tokens"] == 1 and "perplexity" not in row and "slower than --patience" in row["notes"][0]
 
 
 def test_warm_runs_and_runs_without_a_prompt(tmp_path: Path) -> None:
@@ -323,7 +333,11 @@ def test_rows_without_figures_are_left_out_of_a_picture(tmp_path: Path) -> None:
         (["--text", "/absent.txt"], "no such file"),
         (["--json", "/absent/x.json"], "cannot be written"),
         (["--command-regex", "(x)"], "needs --command"),
+        (["--json", "/"], "it is a folder"),
         (["--command", "exact=true"], "choose another"),
+        (["--against", "hobbit,klotski"], "--against klotski: unknown mode 'klotski'; there are: hobbit, fate, lru"),
+        (["--against", "hobbit:low_share=5"], "--against hobbit:low_share=5: "),
+        (["--routing", __file__], "is not a trace"),
         (["-c", "8"], "too small for"),
     ],
 )

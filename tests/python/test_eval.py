@@ -313,7 +313,7 @@ def test_tuning_stops_where_there_is_nothing_to_find() -> None:
     assert tune_fraction(lambda f: 100 - f, 100.0, 4.0, 10.0).value == 4  # cannot be reached: the largest
 
 
-@pytest.mark.parametrize(("target", "want"), [(100.0, 8), (90.0, 7), (51.0, 4), (20.0, 2), (1.0, 1)])
+@pytest.mark.parametrize(("target", "want"), [(100.0, 8), (98.0, 8), (90.0, 7), (51.0, 4), (20.0, 2), (1.0, 1)])
 def test_tuning_a_number_of_experts(target: float, want: int) -> None:
     assert tune_whole(lambda k: 12.5 * k, 100.0, 8, target).value == want
 

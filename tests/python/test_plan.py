@@ -103,11 +103,15 @@ def machine(disk: DiskProbe = FAST) -> Machine:
 WEIGHTS = Weights([], [], 32, False, "a model")
 
 
-def test_more_memory_is_never_slower() -> None:
+NOISY = DiskProbe(500_000, {1: 1e7, 2: 2e7, 4: 8e7, 8: 3e7, 16: 9e7}, True, 0.0)
+
+
+@pytest.mark.parametrize("disk", [FAST, NOISY], ids=["fast", "noisy"])
+def test_more_memory_is_never_slower(disk: DiskProbe) -> None:
     sizes = model()
     for mode in ("lru", "exact", "hobbit"):
         budgets = range(sizes.smallest, sizes.largest, 32 << 20)
-        speeds = [forecast(sizes, WEIGHTS, machine(), budget, mode) for budget in budgets]
+        speeds = [forecast(sizes, WEIGHTS, machine(disk), budget, mode) for budget in budgets]
         assert all(a.tok_s <= b.tok_s * 1.0001 and a.mb_token >= b.mb_token for a, b in zip(speeds, speeds[1:]))
         assert all(f.tok_s_low <= f.tok_s <= f.tok_s_high for f in speeds)
 

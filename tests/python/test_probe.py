@@ -16,7 +16,7 @@ Q8_0 = 8
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(probe, "_is_busy", lambda: False)
+    monkeypatch.setattr(probe, "is_busy", lambda: False)
     return tmp_path / "cache"
 
 
@@ -27,9 +27,17 @@ def test_disk_is_probed_at_every_depth() -> None:
     assert all(rate > 0 for rate in found.bandwidth.values())
     assert found.read_bytes >= 256 * 256 * 2  # a slice of an expert in F16
     assert found.at(found.best_depth) >= 0.95 * found.best
-    assert found.bandwidth[1] * 0.49 < found.at(0.5) < found.bandwidth[1] * 0.51
-    between = sorted((found.bandwidth[4], found.bandwidth[8]))
-    assert between[0] <= found.at(6) <= between[1]
+
+
+def test_between_depths_and_noise_between_them() -> None:
+    found = probe.DiskProbe(1, {1: 100.0, 2: 150.0, 4: 200.0}, True, 0.0)
+    assert (found.at(0.5), found.at(1), found.at(3), found.at(9)) == (50.0, 100.0, 175.0, 200.0)
+    # as a busy machine measured it
+    noisy = probe.DiskProbe(1, {1: 10.0, 2: 20.0, 4: 80.0, 8: 30.0, 16: 90.0}, True, 0.0)
+    depths = [d / 4 for d in range(1, 80)]
+    for a, b in zip(depths, depths[1:]):
+        assert noisy.at(a) <= noisy.at(b) * (1 + 1e-9)  # no less at a greater depth
+        assert noisy.at(a) / a >= noisy.at(b) / b * (1 - 1e-9)  # no less for each read at a smaller
 
 
 def test_low_copies_are_probed_at_their_size() -> None:
@@ -67,6 +75,6 @@ def test_products_and_floors_are_kept(own_cache: Path) -> None:
 
 
 def test_figures_of_a_busy_machine_are_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_is_busy", lambda: True)
+    monkeypatch.setattr(probe, "is_busy", lambda: True)
     assert probe.probe_compute(Q8_0, 256, 64, 1, seconds=0.01)
     assert not (own_cache / "probes.json").exists()

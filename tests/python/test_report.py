@@ -195,7 +195,7 @@ def test_bench_and_eval_documents_are_drawn(tmp_path: Path) -> None:
         ],
     }
     found = check_page(page(read([write(tmp_path / "b.json", bench)])))
-    assert "contenders" in found.ids and "gone" not in " ".join(found.text)
+    assert "contenders" in found.ids and "all, gone: failed: x" in found.text
 
     def figure(x: float) -> Dict[str, Any]:
         return {"value": x, "low": 0.9 * x, "high": 1.1 * x}
@@ -204,7 +204,19 @@ def test_bench_and_eval_documents_are_drawn(tmp_path: Path) -> None:
         "name": "low", "offload": {"mb_per_token": 70.0}, "text": {"perplexity": figure(20.0), "kl": figure(0.01)},
     }  # fmt: skip
     document = {"model": "m.gguf", "conditions": {}, "settings": [setting, {"name": "stock", "offload": None, "text": None}]}
-    assert "settings" in check_page(page(read([write(tmp_path / "e.json", document)]))).ids
+    found = check_page(page(read([write(tmp_path / "e.json", document)])))
+    assert "settings" in found.ids and "20.00 [18.00, 22.00]" in found.text
+    answered = {"name": "exact", "offload": {"mb_per_token": 70.0}, "text": None, "questions": {"acc": figure(0.4)}}
+    found = check_page(page(read([write(tmp_path / "q.json", {**document, "settings": [answered]})])))
+    assert "40.00 [36.00, 44.00]" in found.text  # of questions alone
+    gone = {"model": "m.gguf", "rows": [{"contender": "gone", "memory": None, "error": "x"}]}
+    assert "all, gone: failed: x" in check_page(page(read([write(tmp_path / "g.json", gone)]))).text
+
+
+def test_what_is_missing_comes_last(tmp_path: Path) -> None:
+    bench = {"model": "m.gguf", "rows": [{"contender": "hobbit", "memory": 1 << 30, "tok_s": 19.0}]}
+    text = page(read([write(tmp_path / "b.json", bench)]))
+    assert text.index('id="contenders"') < text.index('id="experts"')
 
 
 def test_samples_of_a_long_test(tmp_path: Path) -> None:

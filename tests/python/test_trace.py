@@ -118,7 +118,9 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
     np.save(single, np.zeros(3))
     other = io.BytesIO()
     np.savez(other, a=np.zeros(3))
-    for data in (b"", b"GGUF", whole[: len(whole) // 2], single.getvalue(), other.getvalue()):
+    begin = whole.index(b"ids.npy") + 60
+    torn = whole[:begin] + b"\xff" * 40 + whole[begin + 40 :]  # within compressed numbers
+    for data in (b"", b"GGUF", whole[: len(whole) // 2], torn, single.getvalue(), other.getvalue()):
         (tmp_path / "b.npz").write_bytes(data)
         with pytest.raises(TraceFormatError, match=r"b\.npz"):
             Trace.load(tmp_path / "b.npz")

@@ -18,10 +18,12 @@ from hobbit_cpp._sidecar import low_path
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.source import Source
 from hobbit_cpp.errors import HobbitError, ParameterError
+from hobbit_cpp.trace import Trace
 
 from . import conditions
 from .contenders import RESIDENT, USUAL_READ_AHEAD, Contender
 from .forecast import Machine, forecast, measure_machine
+from .replayed import fit_trace
 from .report import FORMAT, build_rows
 from .roof import add_roof
 from .runner import Row, Setting, abba, median_row, run_all, run_once
@@ -67,6 +69,11 @@ def measure(request: Request) -> Dict[str, Any]:
     n_before = n - 1 if request.warm else 0
     tokens = tokens_of(request.model, n_before + n, request.text)
     sizes = measure_sizes(request.model, n_ctx, request.n_batch, request.n_ubatch, request.threads)
+    routing_layers = None
+    if request.routing is not None:  # a trace that cannot be followed is said before anything runs
+        trace = Trace.load(request.routing)
+        fit_trace(trace, sizes.info.n_expert, sizes.info.n_expert_used, 2)
+        routing_layers = trace.n_layers
     weights = read_weights(request.model, sizes.info.n_expert_used)
     request.told("probing disk and cores")
     machine = measure_machine(request.model, sizes, weights, request.threads, request.fresh)
@@ -103,7 +110,7 @@ def measure(request: Request) -> Dict[str, Any]:
         "started": started.isoformat(timespec="seconds"),
         "versions": _versions(),
         "model": _model(request, sizes, weights),
-        "conditions": _conditions(request, n_ctx, tokens, contenders, runs, load),
+        "conditions": {**_conditions(request, n_ctx, tokens, contenders, runs, load), "routing_layers": routing_layers},
         "disk": _disk(machine),
         "floor": floor,
         "rows": build_rows(medians),

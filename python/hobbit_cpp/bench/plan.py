@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from hobbit_cpp import _memory
+from hobbit_cpp import _memory, probe
 from hobbit_cpp._memory import human
 
 from .conditions import cores
@@ -147,6 +147,8 @@ def _notes(sizes: Sizes, weights: Weights, machine: Machine, chosen: Forecast) -
         notes.append("the disk could not be measured: 0.5 GB/s is assumed")
     elif not machine.disk.direct:
         notes.append("this file system has no direct I/O: reads go through the page cache")
+    if probe.is_busy():
+        notes.append("other programs hold the cores now: what was probed is less than this machine gives; it is not kept")
     if machine.compute.source == "estimated":
         notes.append("the compute time is estimated; hobbit bench measures it and plans remember")
     return notes

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from hobbit_cpp._memory import human
 
-__all__ = ["FORMAT", "build_rows", "print_report"]
+__all__ = ["FORMAT", "build_rows", "condition_lines", "print_report", "row_lines"]
 
 FORMAT = 1
 """Of the document. Keys are added, never renamed.
@@ -16,14 +16,14 @@ versions: hobbit_cpp, llama_cpp_python, llama_cpp (commit), python, kernel
 model: path, stock_path, name, bytes, bytes_dense, bytes_high, bytes_low, layers, experts, used, random_weights
 conditions: cpu, cores, threads, memory_total, load_average (before it began), start ("cold" or "warm"), page_cache,
     text, text_sha256, tokens, prompt_tokens, ctx, batch, ubatch, rounds, order (of the contenders, by round),
-    read_ahead (KiB), routing
+    read_ahead (KiB), routing, routing_layers (of that trace; they repeat where the model has more)
 disk: read_bytes, bandwidth (bytes/s by queue depth), best, best_depth, direct; or null
 floor: ms (a token with every expert in memory), source ("measured", "kept" from before, or "estimated")
 rows: medians of the runs of one contender at one memory:
     contender, kind ("offload", "stock", "command"), memory (bytes), capped, cap (how, or why not), runs, failed, notes;
     error alone when all runs failed
     tok_s, tok_s_min, tok_s_max, ratio (to the first contender at the same memory), tok_s_last_half, prompt_tok_s,
-    prompt_s, first_token_s, load_s, n_tokens, perplexity, user_ms, system_ms (CPU a token)
+    prompt_s, first_token_s, load_s, n_tokens, perplexity (when no run was cut short), user_ms, system_ms (CPU a token)
     mb_token (read for the experts of a token), disk_mb_token (what the system read for the process, page faults too),
     mb_wasted_token, needed_mb_token, prompt_mb_token, disk_written_mb
     hit_rate, hit_rate_high, hit_rate_low, share_high, share_low, share_skipped, loads_high, loads_low (of the
@@ -85,17 +85,21 @@ def print_report(document: Dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
     _print_speed(document["rows"], console)
     _print_time(document["rows"], console)
-    for row in document["rows"]:
-        for note in _notes(row):
-            console.print(f"{_memory_text(row)}, {row['contender']}: {note}", markup=False, soft_wrap=True)
+    for line in row_lines(document["rows"]):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def row_lines(rows: Sequence[Row]) -> List[str]:
+    """What is to be known about rows beside their figures: that one failed, was not capped, went over its budget."""
+    return [f"{_memory_text(row)}, {row['contender']}: {note}" for row in rows for note in _notes(row)]
 
 
 def _notes(row: Row) -> List[str]:
     """What is to be known about a row, a line each."""
-    notes = list(row["notes"])
+    notes = list(row.get("notes", ()))
     if "error" in row:
         notes.insert(0, f"failed: {row['error']}")
-    elif not row["capped"]:
+    elif row.get("capped") is False:
         notes.insert(0, "not capped" if row["cap"] == "no cap" else row["cap"])
     if row.get("within_budget") is False:
         notes.insert(0, f"went over its budget of {human(row['memory_budget'])}")
@@ -120,7 +124,9 @@ def condition_lines(document: Dict[str, Any]) -> List[str]:
             "memory: of the cgroup; the engine is told 2 % less, at least 24 MiB, for what the kernel counts beside a process"
         )
     if c.get("routing"):
-        lines.append(f"routing replayed from {c['routing']}; stock llama.cpp routes by its own")
+        n = c.get("routing_layers") or model["layers"]
+        repeated = f" (its {n} layers over and over)" if n < model["layers"] else ""
+        lines.append(f"routing replayed from {c['routing']}{repeated}; stock llama.cpp routes by its own")
     elif model["random_weights"]:
         lines.append("the weights are random: hit rate = cache share, and nothing can be predicted")
     if disk is not None:

@@ -8,6 +8,8 @@ __all__ = ["add_roof"]
 
 Row = Dict[str, Any]
 
+_ABOVE = 1.05
+
 
 def add_roof(row: Row, floor_ms: Optional[float], bandwidth: Optional[float]) -> None:
     """Adds to a row of medians what follows from it:
@@ -35,6 +37,8 @@ def add_roof(row: Row, floor_ms: Optional[float], bandwidth: Optional[float]) ->
         row["bound_ms"] = max(floor_ms, needed * 1e6 / bandwidth * 1e3)
         row["bound_is"] = "cores" if row["bound_ms"] <= floor_ms else "disk"
         row["bound_share"] = row["bound_ms"] / token_ms
+        if row["bound_share"] > _ABOVE:
+            row.setdefault("notes", []).append("faster than its bound: disk or cores were busier when they were probed")
     if "stall_ms" in row and floor_ms is not None:
         stall = min(row["stall_ms"], token_ms)
         compute = min(floor_ms, token_ms - stall)

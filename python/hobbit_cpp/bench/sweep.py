@@ -12,9 +12,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from hobbit_cpp._memory import parse_size
 from hobbit_cpp.errors import ParameterError
 
-from .document import write_text
-
-__all__ = ["draw", "have_matplotlib", "parse_sweep", "write_csv"]
+__all__ = ["csv_text", "draw", "have_matplotlib", "parse_sweep"]
 
 _STEPS = 6
 COLUMNS = (
@@ -39,14 +37,14 @@ def parse_sweep(text: str, whole: int) -> List[int]:
     return [round(first + (last - first) * i / (steps - 1)) for i in range(steps)]
 
 
-def write_csv(path: Path, rows: Sequence[Dict[str, Any]], whole: int) -> None:
+def csv_text(rows: Sequence[Dict[str, Any]], whole: int) -> str:
     """One line for each contender and memory."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, "memory_share": f"{row['memory'] / whole:.4f}"})
-    write_text(path, out.getvalue())
+    return out.getvalue()
 
 
 def have_matplotlib() -> bool:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List
 
+from .output import check_writable, write_json, write_whole
+
 if TYPE_CHECKING:
     from hobbit_cpp.bench.contenders import Contender
 
@@ -71,19 +73,19 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures. Exit code 1 when no contender gave a figure, or one went over its budget."""
     from hobbit_cpp.bench.conditions import cores
-    from hobbit_cpp.bench.document import check_writable, write_json
     from hobbit_cpp.bench.measure import Request, measure
     from hobbit_cpp.bench.report import print_report
 
     _check(args)
     csv, picture = (args.out.with_name(args.out.name + suffix) for suffix in (".csv", ".png"))
-    for path in (args.json, csv if args.sweep else None):
+    for path in (args.json, *((csv, picture) if args.sweep else ())):
         check_writable(path)
-    whole = _model_bytes(args.model)
+    contenders = _contenders(args)
+    whole = _model_bytes(args.model, contenders)
     request = Request(
         model=args.model,
         stock_model=args.stock_model or args.model,
-        contenders=_contenders(args),
+        contenders=contenders,
         memories=_memories(args, whole),
         tokens=args.tokens,
         n_prompt=args.prompt_tokens,
@@ -141,16 +143,26 @@ def _contenders(args: argparse.Namespace) -> List[Contender]:
     return out
 
 
-def _model_bytes(model: Path) -> int:
-    """Of the model as stock llama.cpp would hold it: without low-precision copies."""
+def _model_bytes(model: Path, contenders: List[Contender]) -> int:
+    """Of the model as stock llama.cpp would hold it: without low-precision copies.
+
+    The engine reads the header with the settings of each contender: a mode that it does not have, or a value out of range, is
+    said now and not in the middle of the night.
+    """
     from hobbit_cpp._session import Session
+    from hobbit_cpp.errors import ParameterError
     from hobbit_cpp.params import OffloadParams
 
-    session = Session(str(model), OffloadParams())
-    try:
-        return session.info.bytes_dense + session.info.bytes_high
-    finally:
+    tried = {"": OffloadParams()}
+    tried.update({c.name: OffloadParams(mode=c.mode, **c.options) for c in contenders if c.kind == "offload"})
+    for name, params in tried.items():
+        try:
+            session = Session(str(model), params)
+        except ParameterError as e:
+            raise ParameterError(f"--against {name}: {e}") from None
+        whole = session.info.bytes_dense + session.info.bytes_high
         session.close()
+    return whole
 
 
 def _memories(args: argparse.Namespace, whole: int) -> List[int]:
@@ -167,9 +179,9 @@ def _memories(args: argparse.Namespace, whole: int) -> List[int]:
 
 def _write_sweep(document: Any, whole: int, csv: Path, picture: Path) -> None:
     from hobbit_cpp.bench.report import condition_lines
-    from hobbit_cpp.bench.sweep import draw, have_matplotlib, write_csv
+    from hobbit_cpp.bench.sweep import csv_text, draw, have_matplotlib
 
-    write_csv(csv, document["rows"], whole)
+    write_whole(csv, csv_text(document["rows"], whole))
     print(f"written: {csv}", file=sys.stderr)
     if not have_matplotlib():
         print("no picture: pip install 'hobbit-cpp[plot]' brings matplotlib", file=sys.stderr)

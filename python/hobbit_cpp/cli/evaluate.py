@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import options
-from .output import write_json
+from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -44,15 +44,14 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--tune-tokens", metavar="N", type=options.positive, default=128, help="text for that; default: 128")
     group.add_argument("--target-mb", metavar="MB", type=float, help="tune to this many MB a token instead")
     group = parser.add_argument_group("output")
-    group.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
+    group.add_argument("--json", metavar="FILE", type=Path, help="write all figures; - for stdout")
     group.add_argument("--scratch", metavar="DIR", type=Path, help="for predictions of exact mode: 2 bytes a token and word")
     parser.set_defaults(function=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures."""
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"{args.json.parent} is not a folder: make it before --json can write there")
+    check_writable(args.json)
     if args.text is None and args.questions is None:
         raise ValueError("nothing to measure: give --text FILE, --questions FILE, or both")
     if args.ctx_size < 2:
@@ -84,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
         result = {**about(args), **measure(plan, _opener(args), progress)}
     if args.json is not None:
         write_json(args.json, result)
-    from rich.console import Console
+    if str(args.json) != "-":
+        from rich.console import Console
 
-    table.show(result, Console() if sys.stdout.isatty() else Console(width=120))
+        table.show(result, Console() if sys.stdout.isatty() else Console(width=120))
     return 130 if result["interrupted"] else 0
 
 

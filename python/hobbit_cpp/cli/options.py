@@ -11,6 +11,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from .output import check_writable
+
 __all__ = [
     "add_json_stats_flag",
     "add_model_flags",
@@ -86,8 +88,7 @@ def add_json_stats_flag(parser: argparse.ArgumentParser) -> None:
 
 def check_json_stats(args: argparse.Namespace) -> None:
     """An hour of work must not end in a file that cannot be written."""
-    if args.json_stats is not None and not args.json_stats.parent.is_dir():
-        raise ValueError(f"{args.json_stats.parent} is not a folder: make it before --json-stats can write there")
+    check_writable(args.json_stats)
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

@@ -7,9 +7,9 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-__all__ = ["one_line", "write_json", "write_stdout", "write_whole"]
+__all__ = ["check_writable", "one_line", "write_json", "write_stdout", "write_whole"]
 
 
 def write_stdout(text: str) -> None:
@@ -20,6 +20,20 @@ def write_stdout(text: str) -> None:
         encoding = sys.stdout.encoding or "ascii"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
+
+
+def check_writable(path: Optional[Path]) -> None:
+    """An hour of work must not end in a file that cannot be written. None and "-" (stdout) can.
+
+    Raises:
+        ValueError: there is no such folder, or the path is one.
+    """
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {path.parent} is not a folder: make it first")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -33,11 +47,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The whole file or none: written beside and renamed.
+    """The whole file or none: written beside and renamed. "-" is stdout.
 
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
+    if str(path) == "-":
+        write_stdout(text)
+        return
     # /dev/stdout is a name of whatever file stdout goes to, which must be neither replaced nor emptied
     if str(path.absolute()).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
         with open(path, "a", encoding="utf-8") as out:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .output import check_writable, write_json
+
 __all__ = ["add_parser", "run"]
 
 
@@ -35,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     """Plans. Exit code 1 when it does not fit."""
     from hobbit_cpp._memory import parse_size
     from hobbit_cpp.bench.conditions import cores
-    from hobbit_cpp.bench.document import check_writable, write_json
     from hobbit_cpp.bench.plan import make_plan, print_plans, to_json
 
     check_writable(args.json)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from . import options
-from .output import write_json
+from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-n", "--tokens", metavar="N", type=options.positive, help="the first N tokens of the trace only")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no table")
     parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures; - for stdout")
 
     group = parser.add_argument_group("precision")
     group.add_argument("--exact", action="store_true", help="one precision")
@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .progress import make_progress
 
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"{args.json.parent} is not a folder: make it before --json can write there")
+    check_writable(args.json)
     caches = [parse_cache(part.strip()) for part in args.cache.split(",")]
     policies = [name.strip() for name in args.policy.split(",") if name.strip()]
     settings = ReplaySettings(
@@ -143,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.json is not None:
         write_json(args.json, result)
-    if not args.quiet:
+    if not args.quiet and str(args.json) != "-":
         from rich.console import Console
 
         show(result, Console() if sys.stdout.isatty() else Console(width=130))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .output import write_whole
+from .output import check_writable, write_whole
 
 __all__ = ["add_parser", "run"]
 
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.inputs:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output.parent} is not a folder: make it before the page can be written there")
+    check_writable(args.output)
     if any(args.output.exists() and args.output.samefile(path) for path in args.inputs):
         raise ValueError(f"{args.output} is an input too: give the page another name")
     from hobbit_cpp.report import page, read

@@ -73,14 +73,14 @@ def tune_fraction(measure: Callable[[float], float], at_zero: float, largest: fl
 
 
 def tune_whole(measure: Callable[[int], float], at_top: float, top: int, target: float) -> Tuned:
-    """The whole number below `top` whose bytes a token are nearest; `top` itself only where that is not too much.
+    """The whole number below `top` whose bytes a token are nearest; `top` itself only where that is not too much (3 %).
 
     Args:
         at_top: the bytes of `top`, known already.
     """
     tried = {float(top): at_top}
     low, high = 1, top  # measure(high) is above the target
-    if at_top <= target:
+    if at_top <= (1 + _CLOSE) * target:
         return _nearest(tried, target)
     while low < high:
         guess = min(max(round(top * target / at_top), low), high - 1) if len(tried) == 1 else (low + high) // 2

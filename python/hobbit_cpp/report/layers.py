@@ -99,7 +99,7 @@ def hit_rate(data: Data) -> str:
         p.y_axis("hit rate (%)", [0, 25, 50, 75, 100])
         for i, layer in enumerate(layers):
             high, low = 100 * _share(layer, "hits_high"), 100 * _share(layer, "hits_low")
-            name = f"layer {layer['block']:.0f}: {high + low:.1f} % hits, {low:.1f} % of them in low precision"
+            name = f"layer {layer['block']:.0f}: {high + low:.1f} % hits, {low:.1f} % in low precision"
             p.rect(i + 0.1, 0, i + 0.9, high, "c-hit", name)
             p.rect(i + 0.1, high, i + 0.9, high + low, "c-low", name)
         p.add(f'<path class="mean" d="M{p.x0} {number(p.py(100 * mean))}H{p.x1}"/>')

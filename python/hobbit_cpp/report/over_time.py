@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from html import escape
 from typing import Any, Dict, List, Sequence, Tuple
 
 from .._memory import human
@@ -162,6 +163,11 @@ def _above(samples: Sequence[Tuple[float, float]], budgets: Sequence[Tuple[float
     return n
 
 
+def _conditions(lines: Sequence[str]) -> str:
+    """What the figures above depend on."""
+    return f'<ul class="note">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+
+
 def _describe(row: Dict[str, Any]) -> str:
     memory = row.get("memory")
     return f"{row['contender']}, {human(memory)}" if isinstance(memory, (int, float)) else str(row["contender"])
@@ -170,6 +176,8 @@ def _describe(row: Dict[str, Any]) -> str:
 def contenders(data: Data) -> str:
     """Speed of the rows of `hobbit bench`."""
     rows = data.contenders or []
+    if not rows:
+        return _conditions(data.contender_conditions)
     best = max(float(r["tok_s"]) for r in rows) or 1.0
 
     def draw(width: int, css: str) -> str:
@@ -192,14 +200,46 @@ def contenders(data: Data) -> str:
         [_describe(r), f"{r['tok_s']:.2f}", *(f"{r[k]:.3g}" if isinstance(r.get(k), (int, float)) else "-" for k, _ in keys)]
         for r in rows
     ]
-    return both(draw) + table(["contender", "tokens/s", *(name for _, name in keys)], body, "Figures")
+    figures = table(["contender", "tokens/s", *(name for _, name in keys)], body, "Figures")
+    return both(draw) + figures + _conditions(data.contender_conditions)
 
 
 def settings(data: Data) -> str:
     """Quality against traffic of the rows of `hobbit eval`."""
     rows = [s for s in data.settings or [] if s.get("offload") and (s.get("text") or {}).get("kl")]
-    if not rows:
-        return ""
+    return (_losses(rows) if rows else "") + _setting_table(data.settings or []) + _conditions(data.setting_conditions)
+
+
+_SETTING_COLUMNS = (
+    ("MB a token", "offload", "mb_per_token", 1.0),
+    ("perplexity", "text", "perplexity", 1.0),
+    ("KL, mnat", "text", "kl", 1e3),
+    ("top-1 agrees, %", "text", "top1_agreement", 1e2),
+    ("acc, %", "questions", "acc", 1e2),
+    ("acc_norm, %", "questions", "acc_norm", 1e2),
+)
+
+
+def _setting_table(settings: Sequence[Dict[str, Any]]) -> str:
+    """All figures; those with an interval show it."""
+
+    def cell(setting: Dict[str, Any], part: str, key: str, scale: float) -> str:
+        value = (setting.get(part) or {}).get(key)
+        if not isinstance(value, dict):
+            return f"{scale * value:.1f}" if isinstance(value, (int, float)) else ""
+        if value["value"] is None:
+            return ""
+        text = f"{scale * value['value']:.2f}"
+        return text + (f" [{scale * value['low']:.2f}, {scale * value['high']:.2f}]" if value["low"] is not None else "")
+
+    columns = [[cell(s, *column[1:]) for s in settings] for column in _SETTING_COLUMNS]
+    shown = [(column[0], cells) for column, cells in zip(_SETTING_COLUMNS, columns) if any(cells)]
+    body = [[str(s["name"]), *(cells[i] or "-" for _, cells in shown)] for i, s in enumerate(settings)]
+    return table(["setting", *(name for name, _ in shown)], body, "Figures")
+
+
+def _losses(rows: Sequence[Dict[str, Any]]) -> str:
+    """A point for each setting."""
     kls = [1e3 * x for s in rows for x in s["text"]["kl"].values() if x and x > 0]
     low = 10.0 ** math.floor(math.log10(max(min(kls, default=1.0), 1e-3)))
     high = 10.0 ** math.ceil(math.log10(max([*kls, 2 * low])))
@@ -226,14 +266,4 @@ def settings(data: Data) -> str:
             p.add(f'<circle class="c-hit" cx="{x}" cy="{number(y)}" r="5"/>')
         return p.svg("Points: quality lost by each setting, with the MB it reads a token", css)
 
-    body = [
-        [
-            s["name"],
-            f"{s['offload']['mb_per_token']:.1f}",
-            f"{s['text']['perplexity']['value']:.2f}",
-            f"{1e3 * s['text']['kl']['value']:.2f}",
-        ]
-        for s in rows
-    ]
-    note = '<p class="note">Farther left is better, at as few MB. Lines: 95 % intervals.</p>'
-    return both(draw) + note + table(["setting", "MB a token", "perplexity", "KL, mnat"], body, "Figures")
+    return both(draw) + '<p class="note">Farther left is better, at as few MB. Lines: 95 % intervals.</p>'

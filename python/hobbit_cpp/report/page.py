@@ -25,7 +25,7 @@ _RECORD = "hobbit run --record --json-stats FILE"
 
 
 def sections(data: Data) -> List[Section]:
-    """In the order of the page. Those of bench and eval only when there is something to show."""
+    """In the order of the page. Those of bench and eval only where there is such a file."""
     has_counts = data.layers is not None and data.counts is not None
     out = [
         Section(
@@ -53,11 +53,11 @@ def sections(data: Data) -> List[Section]:
             over_time.memory if data.memory else None, f"{_RECORD} samples memory",
         ),
     ]  # fmt: skip
-    if data.contenders:
+    if data.contenders or data.contender_conditions:
         out.append(Section("contenders", "Contenders", "Speed of each contender of the benchmark.", over_time.contenders))
-    if data.settings and over_time.settings(data):
+    if data.settings:
         out.append(Section("settings", "Quality and traffic", "What each setting loses for what it saves.", over_time.settings))
-    return out
+    return sorted(out, key=lambda s: s.draw is None)  # what is missing comes last
 
 
 def page(data: Data) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .._recording import reuse_distances
+from ..bench.report import condition_lines, row_lines
 from ..errors import ParameterError
+from ..evaluate.table import notes as eval_notes
 
 Matrix = List[List[int]]
 
@@ -34,7 +36,8 @@ class Data:
         reuse: counts by distance, [layer][n_experts + 1]; see `reuse_distances`.
         timeline: events of the last and of the slowest token.
         memory: seconds and bytes held; budgets: seconds and the budget from then on, in bytes.
-        contenders: rows of `hobbit bench`; settings: of `hobbit eval`.
+        contenders: rows of `hobbit bench`; settings: of `hobbit eval`; conditions of each: what their figures are worth
+            depends on, a line each.
     """
 
     name: str = ""
@@ -51,7 +54,9 @@ class Data:
     memory: Optional[List[Tuple[float, float]]] = None
     budgets: List[Tuple[float, float]] = field(default_factory=list)
     contenders: Optional[List[Dict[str, Any]]] = None
+    contender_conditions: List[str] = field(default_factory=list)
     settings: Optional[List[Dict[str, Any]]] = None
+    setting_conditions: List[str] = field(default_factory=list)
 
 
 def read(paths: Sequence[Path]) -> Data:
@@ -91,10 +96,15 @@ def _add_document(data: Data, document: Dict[str, Any]) -> bool:
         _add_run(data, document)
     elif isinstance(document.get("settings"), list) and "conditions" in document:
         _name(data, document.get("model"))
-        data.settings = data.settings or list(document["settings"])
+        if data.settings is None:
+            data.settings = list(document["settings"])
+            data.setting_conditions = eval_notes(document) if document["conditions"] else []
     elif isinstance(document.get("rows"), list) and any("contender" in row for row in document["rows"]):
         _name(data, document.get("model"))
-        data.contenders = data.contenders or [row for row in document["rows"] if "error" not in row]
+        if data.contenders is None:
+            data.contenders = [row for row in document["rows"] if "error" not in row]
+            about = condition_lines(document) if document.get("conditions") else []
+            data.contender_conditions = about + row_lines(document["rows"])
     else:
         return False
     return True

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Optional, Union
 
@@ -164,7 +165,7 @@ class Trace:
                 if missing:
                     raise TraceFormatError(f"{name} is not a trace: it has no {', '.join(missing)}")
                 arrays = {key: archive[key] for key in archive.files}
-        except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        except (ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
             if isinstance(e, TraceFormatError):
                 raise
             raise TraceFormatError(f"{name} is not a trace (.npz), or it is damaged") from e
