@@ -173,6 +173,9 @@ def test_windows_score_as_many_tokens_as_asked_for(tmp_path: Path, n: int, windo
 def test_a_text_that_is_too_short_says_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="50 tokens, too few for 100 scored ones after 10"):
         passage(100, 20, path=text_file(tmp_path, 50))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ParameterError, match=r"empty\.txt is empty"):
+        passage(path=tmp_path / "empty.txt")
 
 
 @pytest.mark.parametrize("width", [1, 7, 64])

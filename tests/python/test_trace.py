@@ -297,7 +297,7 @@ def test_the_command_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
     "change,says",
     [
         ({"model": "none.gguf"}, "no such file"),
-        ({"text": "none.txt"}, "none.txt"),
+        ({"text": "none.txt"}, "none.txt: no such file"),
         ({"text": "empty.txt"}, "is empty"),
         ({"text": "binary.txt"}, "not UTF-8"),
         ({"out": "no/folder/a.npz"}, "not a folder"),

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Records."""
     if not args.model.exists():
         raise FileNotFoundError(f"{args.model}: no such file")
+    if str(args.text) != "-" and not args.text.exists():
+        raise FileNotFoundError(f"{args.text}: no such file")
     if args.output.exists() and not args.force:
         raise FileExistsError(f"{args.output} exists: --force replaces it")
     if not args.output.resolve().parent.is_dir():

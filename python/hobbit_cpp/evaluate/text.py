@@ -58,6 +58,8 @@ def read_passage(scorer: Scorer, path: Path, n_tokens: int, warmup: int, window:
     tokens = scorer.words(text[: 16 * wanted + 4096], False)
     if len(tokens) < wanted:
         tokens = scorer.words(text, False)
+    if not tokens:
+        raise ParameterError(f"{path} is empty: there is nothing to score")
     first = scorer.words("", True)
     windows: List[List[int]] = []
     at, left = warmup, n_tokens
