@@ -14,7 +14,7 @@ from . import _lib, _memory, _recording, _sidecar
 from ._memory import Size, human
 from .errors import HobbitError, HobbitWarning, MemoryBudgetError, SidecarError, StateError, from_c
 from .params import OffloadParams
-from .stats import LayerCounts, OffloadStats
+from .stats import LayerCounts, OffloadStats, Served
 
 if TYPE_CHECKING:
     from .calibrate.dial import Feedback

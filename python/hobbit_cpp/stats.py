@@ -92,3 +92,23 @@ class OffloadStats(OffloadCounts):
     @property
     def bytes_per_token(self) -> float:
         return self.bytes_read / self.n_tokens if self.n_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """Totals: tokens computed, bytes read; selections, and those of them that were served in low precision or skipped."""
+
+    tokens: int = 0
+    n_bytes: int = 0
+    selections: int = 0
+    low: int = 0
+    skipped: int = 0
+
+    def __sub__(self, o: Served) -> Served:
+        return Served(
+            self.tokens - o.tokens,
+            self.n_bytes - o.n_bytes,
+            self.selections - o.selections,
+            self.low - o.low,
+            self.skipped - o.skipped,
+        )

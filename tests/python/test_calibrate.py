@@ -8,7 +8,7 @@ import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from decode import load, logits, words
 from hobbit_cpp import CalibrationError, HobbitWarning, Llama, ModelFileError, OffloadParams, ParameterError
 from hobbit_cpp.calibrate import curve as cv
 from hobbit_cpp.calibrate import weights as wt
-from hobbit_cpp.calibrate.dial import BytesFeedback, LossFeedback, Served, resolve
+from hobbit_cpp.calibrate.dial import BytesFeedback, LossFeedback, resolve
 from hobbit_cpp.calibrate.quality import parse_quality
 from hobbit_cpp.calibrate.store import Calibration, calibration_path
 from hobbit_cpp.cli import main
 from hobbit_cpp.evaluate.settings import parse_setting
 from hobbit_cpp.inspection import inspect_file
+from hobbit_cpp.stats import Served
 from hobbit_cpp.trace import Trace
 from models import tiny, tiny_dual
 
@@ -193,9 +194,8 @@ class FakeCache:
     def decode(self) -> None:
         s, n = self.served, 10_000
         _, low, skipped = self.curve.shares(*self.at)
-        self.served = Served(
-            s.tokens + 1, s.n_bytes + 1, s.selections + n, s.low + int(n * self.misses * low), s.skipped + int(n * self.misses * skipped)
-        )
+        low, skipped = int(n * self.misses * low), int(n * self.misses * skipped)
+        self.served = Served(s.tokens + 1, s.n_bytes + 1, s.selections + n, s.low + low, s.skipped + skipped)
 
     def counts(self) -> Served:
         return self.served

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Callable, Optional, Tuple
 
 from ..errors import CalibrationError, HobbitWarning, ParameterError
 from ..params import OffloadParams
+from ..stats import Served
 from .curve import Curve
 from .quality import Quality, parse_quality
 from .store import Calibration, load_for, low_types
@@ -20,26 +21,6 @@ DEFAULT = "1%"
 _EVERY = 8
 _MEMORY = 64
 _MOST_LOSS = 5.0  # nats
-
-
-@dataclass(frozen=True)
-class Served:
-    """Totals: tokens computed, bytes read; selections, and those of them that were served in low precision or skipped."""
-
-    tokens: int = 0
-    n_bytes: int = 0
-    selections: int = 0
-    low: int = 0
-    skipped: int = 0
-
-    def __sub__(self, o: Served) -> Served:
-        return Served(
-            self.tokens - o.tokens,
-            self.n_bytes - o.n_bytes,
-            self.selections - o.selections,
-            self.low - o.low,
-            self.skipped - o.skipped,
-        )
 
 
 def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[Calibration]]:
@@ -100,8 +81,8 @@ def _what_to_run(model: str, params: OffloadParams) -> str:
 class Feedback:
     """Holds a figure at a target, by moving along the frontier of the curve as the cache serves more or less.
 
-    By router weight alone, a point of the frontier would cost what the curve says. With the rule "miss" the cache spares a part of it.
-    The share that is left is measured over some 64 tokens, 1 before the first: what comes next asks for target / share.
+    By router weight alone, a point of the frontier would cost what the curve says. With the rule "miss" the cache spares a part
+    of it. The share that is left is measured over some 64 tokens, 1 before the first: what comes next asks for target / share.
 
     Args:
         apply: sets T1, T2 from the next token on.
@@ -185,7 +166,7 @@ class LossFeedback(Feedback):
 
 
 def feedback_for(calibrated: Calibration, params: OffloadParams, cycle: int, apply: Callable[[float, float], None]) -> Feedback:
-    """What `params.quality`, left by `resolve`, asks for while the model runs. `cycle`: bytes that a token asks for in exact mode."""
+    """For what `params.quality`, left by `resolve`, asks. `cycle`: bytes that a token asks for in exact mode."""
     quality = parse_quality(params.quality or DEFAULT)
     if quality.bytes_per_token is not None:
         return BytesFeedback(calibrated.curve, cycle, quality.bytes_per_token, apply)
