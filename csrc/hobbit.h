@@ -145,6 +145,7 @@ typedef struct hobbit_params {
     float    drop_fraction;   /* F of HOBBIT_PRECISION_DROP, which needs no low copies; 0 drops nothing */
     uint32_t max_experts;     /* most experts a token, those of the largest router weights; 0: all that the router selects */
     uint32_t prefetch_extra;  /* experts of a layer that are read ahead beyond the predicted k */
+    float prefill_low; /* of a batch, the least popular experts up to this share of the selections are low (Fate); 0: none */
     uint32_t prefetch_always; /* 1: a single token's layers are read ahead whether it pays or not. 0: as trials say */
     uint32_t fixed_split; /* 1: low_share stays as it is. 0: it is a beginning, the division of the pool follows demand */
 } hobbit_params;

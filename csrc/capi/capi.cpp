@@ -85,7 +85,8 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.drop_fraction   = 0.0f;
     p.max_experts     = 0;
     p.prefetch_extra  = mode.prefetch_extra;
-    p.prefetch_always = 0;
+    p.prefill_low     = mode.precision_rule == HOBBIT_PRECISION_DEMAND ? hobbit::policy::UNPOPULAR_SHARE : 0.0f;
+    p.prefetch_always = mode.precision_rule == HOBBIT_PRECISION_DEMAND;  // what is not read ahead is low
     p.fixed_split     = 0;
     return p;
 }

@@ -11,6 +11,7 @@ policy::serving serving_of(const expert_index & index, const hobbit_params & par
     how.rule          = (policy::precision_rule) params.precision_rule;
     how.drop_fraction = params.drop_fraction;
     how.max_experts   = params.max_experts;
+    how.prefill_low   = params.prefill_low;
     how.t             = policy::default_thresholds(index.n_expert_used);
     if (params.t1 >= 0.0f) {
         how.t = { params.t1, params.t2 };

@@ -36,16 +36,20 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         }
     }
 
-    if (by_weight && how.rule == policy::precision_rule::demand && sel.n_tokens > 1) {
+    if (by_weight && how.by_popularity(sel.n_tokens)) {
         popularity_.assign(n_expert, 0);
         by_expert_.resize(n_expert);
         const auto id = [&](size_t s) { return sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k]; };
         for (size_t s = 0; s < n_sel; ++s) {
             popularity_[(size_t) id(s)] += needs_[s] != need::never;
         }
-        policy::classify_popularity(popularity_.data(), n_expert, policy::UNPOPULAR_SHARE, by_expert_.data());
+        policy::classify_popularity(popularity_.data(), n_expert, how.prefill_low, by_expert_.data());
         for (size_t s = 0; s < n_sel; ++s) {
-            needs_[s] = needs_[s] == need::never ? need::never : by_expert_[(size_t) id(s)];
+            const need popular = by_expert_[(size_t) id(s)];
+            // By `demand` popularity alone decides; by `miss` it only takes away.
+            needs_[s] = needs_[s] == need::never                     ? need::never
+                        : how.rule == policy::precision_rule::demand ? popular
+                                                                     : std::min(needs_[s], popular);
         }
     }
 

@@ -25,6 +25,7 @@ void check_params(const hobbit_params & p) {
     require(p.io_threads >= 1 && p.io_threads <= 256, "io_threads must be 1 to 256");
     require(p.io_block >= 4096, "io_block must be at least 4096");
     require(p.drop_fraction >= 0.0f && p.drop_fraction <= 65536.0f, "drop_fraction must not be negative");
+    require(p.prefill_low >= 0.0f && p.prefill_low <= 1.0f, "prefill_low must be 0 to 1");
     require(p.low_share >= 0.0f && p.low_share <= 0.9f, "low_share must be 0 to 0.9");
     const float sum = p.w_lru + p.w_lfu + p.w_lhu + p.w_fld;
     require(std::fabs(sum - 1.0f) < 1e-3f, "the weights of eq. 3 (w_lru, w_lfu, w_lhu, w_fld) must sum to 1");

@@ -55,6 +55,12 @@ struct serving {
     thresholds     t             = { 1.0f, 1.0f };  // of `miss` and `weight`
     float          drop_fraction = 0.0f;            // of `drop`
     uint32_t       max_experts   = 0;               // most experts a token; 0: all that were selected
+    float          prefill_low   = 0.0f;  // of a batch, the share of the selections whose experts are low, see below
+
+    // The least popular experts of a batch in low precision: see classify_popularity().
+    bool by_popularity(uint32_t n_tokens) const {
+        return n_tokens > 1 && prefill_low > 0.0f && (rule == precision_rule::demand || rule == precision_rule::miss);
+    }
 
     // Whether router weights have a say. If not, all is high.
     bool by_weight(uint32_t k) const { return rule != precision_rule::exact || limits(k); }

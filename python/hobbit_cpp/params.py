@@ -43,6 +43,8 @@ class OffloadParams:
         eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1. None: those of the calibration, or even ones.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.
+        prefill_low: in prompts, the least popular experts of a batch, up to this share of its selections, are read in low
+            precision on a miss (Fate uses 0.25 to 0.3); None: the mode's, 0 for "hobbit". Not in exact mode.
         prefetch_always: read ahead for single tokens even where trials at run time say that it does not pay.
         prefetch_extra: experts read ahead in a layer beyond the k that are predicted.
         norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
@@ -68,7 +70,8 @@ class OffloadParams:
     prefetch_depth: Optional[int] = None
     prefetch_reads: Optional[int] = None
     prefetch_extra: Optional[int] = None
-    prefetch_always: bool = False
+    prefetch_always: Optional[bool] = None
+    prefill_low: Optional[float] = None
     norm_correction: bool = True
     expert_cache: Optional[Size] = None
     low_share: Optional[float] = None
@@ -162,7 +165,7 @@ class OffloadParams:
             c.w_lru, c.w_lfu, c.w_lhu, c.w_fld = self.eviction_weights
         c.norm_correction = self.norm_correction
         c.direct_io = self.direct_io
-        optional = ("drop_fraction", "max_experts", "low_share", "io_threads", "io_block")
+        optional = ("drop_fraction", "max_experts", "prefill_low", "low_share", "io_threads", "io_block")
         for name in (*optional, "prefetch_depth", "prefetch_reads", "prefetch_extra"):
             value = getattr(self, name)
             if value is not None:
@@ -171,4 +174,5 @@ class OffloadParams:
                 except (OverflowError, TypeError) as e:
                     raise ParameterError(f"{name}={value!r} is out of range") from e
         c.fixed_split = self.low_share is not None
-        c.prefetch_always = self.prefetch_always
+        if self.prefetch_always is not None:
+            c.prefetch_always = self.prefetch_always

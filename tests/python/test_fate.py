@@ -51,6 +51,25 @@ def test_of_a_prompt_only_unpopular_experts_are_low(shape: str) -> None:
     llm.close()
 
 
+def test_hobbit_takes_unpopular_experts_of_a_prompt_in_low_precision_when_it_is_told_to() -> None:
+    path = tiny_dual("mixtral")
+    low = {}
+    for share in (0.0, 0.3):
+        # Thresholds that leave everything high: what is low is low by popularity.
+        params = OffloadParams(prefetch_depth=0, prefill_low=share, t1=1.0, t2=1.0)
+        llm = load(Llama, str(path), 1, offload=params, expert_cache=half(path))
+        tokens = words(llm, 72)
+        logits(llm, tokens[:64], 64)
+        s = llm.offload_stats()
+        low[share] = s.hits_low + s.loads_low
+        assert s.skips == 0 and low[share] <= share * s.selections
+        llm.reset_offload_stats()
+        logits(llm, tokens[64:], 1)
+        assert llm.offload_stats().loads_low == 0, "single tokens are not concerned"
+        llm.close()
+    assert low[0.0] == 0 < low[0.3]
+
+
 @pytest.mark.parametrize("eviction", ["fate", "layer-arc", "layer-lru"])
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_exact_stays_exact(shape: str, eviction: str) -> None:
