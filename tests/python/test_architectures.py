@@ -110,7 +110,7 @@ def test_exact_is_stock(name: str, which: int) -> None:
 @everyone
 def test_hobbit_mode_hears_the_router(name: str) -> None:
     path = tiny_architecture(name, "Q8_0", "Q4_0")
-    got, stats = offloaded(path, name, offload=OffloadParams(t1=0.3, t2=0.55))
+    got, stats = offloaded(path, name, offload=OffloadParams(t1=0.3, t2=0.55, prefetch_always=True))
     check_counts(stats, name)
     assert all(np.isfinite(a).all() for a in got)
     several = any(used_in(name, layer.block) > 1 for layer in stats.layers)

@@ -73,7 +73,8 @@ def test_failing_prefetches_are_silent_and_exact_stays_exact(model: Path) -> Non
     """Of all reads every other fails once, prefetches and demands: those that nobody waited for are nobody's error."""
     run(
         """
-        llm = open_model(model, OffloadParams(exact=True, prefetch_depth=2, io_threads=2), pool=3 * smallest(model))
+        params = OffloadParams(exact=True, prefetch_depth=2, prefetch_always=True, io_threads=2)
+        llm = open_model(model, params, pool=3 * smallest(model))
         tokens = words(llm, 60)
         want = logits(llm, tokens, 1)
         failed = 0
@@ -101,7 +102,7 @@ def test_failing_prefetches_are_silent_and_exact_stays_exact(model: Path) -> Non
 def test_short_reads_and_interrupted_reads_just_work(model: Path) -> None:
     run(
         """
-        llm = open_model(model, OffloadParams(exact=True, prefetch_depth=1))
+        llm = open_model(model, OffloadParams(exact=True, prefetch_depth=1, prefetch_always=True))
         tokens = words(llm, 40)
         want = logits(llm, tokens, 8)
         for begin in (lambda: halve_reads(model), lambda: fail_reads(model, errno.EINTR, count=20)):

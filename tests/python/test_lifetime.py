@@ -22,7 +22,7 @@ def test_close_and_collection_while_reads_and_prefetches_run(model: Path) -> Non
         gc.disable()
         clean = None
         for round in range(8):
-            llm = open_model(model, OffloadParams(prefetch_depth=3, io_threads=4), pool=3 * smallest(model))
+            llm = open_model(model, OffloadParams(prefetch_depth=3, prefetch_always=True, io_threads=4), pool=3 * smallest(model))
             tokens = words(llm, 12)
             for token in tokens:
                 llm.eval([token])

@@ -87,7 +87,7 @@ def test_weight_rule_does_not_depend_on_the_cache() -> None:
     outs = []
     for pool in (quarter(path), 2 * quarter(path)):
         for warm in (False, True):
-            params = OffloadParams(precision_rule="weight", t1=0.3, t2=0.6, prefetch_depth=2)
+            params = OffloadParams(precision_rule="weight", t1=0.3, t2=0.6, prefetch_depth=2, prefetch_always=True)
             llm = load(Llama, str(path), 2, offload=params, expert_cache=pool)
             tokens = words(llm, 60)
             if warm:
@@ -149,7 +149,7 @@ def test_everything_fits_then_nothing_is_read_twice() -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_prefetch_changes_no_number(depth: int) -> None:
     path = tiny("deepseek2")
-    params = OffloadParams(exact=True, prefetch_depth=depth)
+    params = OffloadParams(exact=True, prefetch_depth=depth, prefetch_always=True)
     llm = load(Llama, str(path), 2, offload=params, expert_cache=2 * quarter(path))
     stock = load(Llama, str(path), 2)
     tokens = words(llm, 60)
@@ -165,7 +165,7 @@ def test_prefetch_changes_no_number(depth: int) -> None:
 def test_prediction_through_the_same_router_is_right() -> None:
     """With every layer's router alike and a residual stream that hardly changes, the next layer is known."""
     path = tiny("mixtral")
-    llm = load(Llama, str(path), 1, offload=OffloadParams(prefetch_depth=1), expert_cache="100%")
+    llm = load(Llama, str(path), 1, offload=OffloadParams(prefetch_depth=1, prefetch_always=True), expert_cache="100%")
     logits(llm, words(llm, 60), 1)
     stats = llm.offload_stats()
     chance = llm.offload_info.n_expert_used / llm.offload_info.n_expert

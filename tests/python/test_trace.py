@@ -170,7 +170,8 @@ def test_predictions_are_those_that_the_engine_goes_by(shape: str) -> None:
         recorded[d + 1] = (trace.ids[:, d + 1 :, :, None] == guess[:, :, None]).any(-1).mean()
         assert not trace.predicted_ids[:, : d + 1, d].any()
     # The engine's own count on the same tokens; it does not predict where nothing is missing.
-    llm = load(Llama, str(path), 1, offload=OffloadParams(exact=True, prefetch_depth=2), expert_cache=smallest_pool(path))
+    params = OffloadParams(exact=True, prefetch_depth=2, prefetch_always=True)
+    llm = load(Llama, str(path), 1, offload=params, expert_cache=smallest_pool(path))
     logits(llm, llm.tokenize(text.encode())[:128], 1)
     for d, recall in llm.offload_stats().recall.items():
         assert abs(recall - recorded[d]) < 0.1, d
@@ -244,7 +245,8 @@ def test_another_routing_is_followed_row_by_row_and_over_again(tmp_path: Path) -
 @pytest.mark.parametrize("recall", [0.5, 1.0])
 def test_prefetch_goes_by_the_predictions_of_the_trace(recall: float) -> None:
     path = tiny("qwen3moe")
-    llm = load(Llama, str(path), 1, offload=OffloadParams(exact=True, prefetch_depth=1), expert_cache=smallest_pool(path))
+    params = OffloadParams(exact=True, prefetch_depth=1, prefetch_always=True)
+    llm = load(Llama, str(path), 1, offload=params, expert_cache=smallest_pool(path))
     info = llm.offload_info
     trace = random_trace(tokens=100, layers=info.n_moe_layer, experts=info.n_expert, k=info.n_expert_used)
     tokens = words(llm, 100)
