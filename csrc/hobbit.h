@@ -244,6 +244,8 @@ typedef struct hobbit_stats {
     uint32_t      direct_io;
     uint32_t      prefetch_on;    /* 1: single tokens are decoded with prefetch at the moment */
     double        prefetch_ratio; /* time of a token with prefetch over that without, in the last trial; 0: none yet */
+    uint64_t      warmed;         /* experts read by hobbit_session_warm that nobody had asked for meanwhile */
+    uint64_t      bytes_warmed;   /* read for it; in none of the other counts */
 } hobbit_stats;
 
 HOBBIT_API hobbit_status hobbit_session_stats(hobbit_session * session, hobbit_stats * stats, hobbit_error * error);
@@ -256,6 +258,23 @@ HOBBIT_API void          hobbit_session_reset_stats(hobbit_session * session);
  * experts into `uses` and `loads` (either may be NULL). Returns the number of experts of the layer, 0 for no such layer. */
 HOBBIT_API uint32_t hobbit_session_expert_uses(hobbit_session * session, uint32_t layer, uint64_t * uses, uint64_t * loads,
                                                uint32_t n);
+
+/* ---- heat: what earlier runs used ---- */
+
+typedef struct hobbit_heat {
+    float rate;       /* uses a token, over the last hundred tokens or so, across sequences */
+    float high_share; /* of its last uses, the share that needed high precision */
+} hobbit_heat;
+
+/* Heat of every expert, [n_moe_layer][n_expert], zeros where a layer has fewer: up to `n` into `heat` (may be NULL). Returns how many
+ * there are; 0 before the start and for eviction rules that keep no rates (all but HOBBIT_EVICT_FORESIGHT). */
+HOBBIT_API uint64_t hobbit_session_heat(hobbit_session * session, hobbit_heat * heat, uint64_t n);
+/* Sets the heat to that of an earlier run, and has the hottest experts read into free slots, in high precision as long as there are such, then
+ * low copies of the next: in the background, behind demand reads and prefetches; nothing is evicted for it. Before the first
+ * token. HOBBIT_ERR_INVALID_ARGUMENT when `n` is not n_moe_layer * n_expert or a value not in 0..1, HOBBIT_ERR_UNSUPPORTED for
+ * eviction rules that keep no rates, HOBBIT_ERR_STATE before the start. */
+HOBBIT_API hobbit_status hobbit_session_warm(hobbit_session * session, const hobbit_heat * heat, uint64_t n,
+                                             hobbit_error * error);
 
 /* ---- time line of one token ---- */
 

@@ -126,6 +126,8 @@ class expert_cache {
     uint32_t available(int precision) const;
     uint32_t resident(int precision) const;
 
+    uint32_t n_free(int precision) const { return (uint32_t) free_[precision].size(); }
+
     const cache_shape & shape() const { return shape_; }
 
     // Number of the running layer pass; predictions protect up to one of these.

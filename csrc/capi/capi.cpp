@@ -293,6 +293,31 @@ uint32_t hobbit_session_expert_uses(hobbit_session * s, uint32_t layer, uint64_t
     return found;
 }
 
+uint64_t hobbit_session_heat(hobbit_session * s, hobbit_heat * heat, uint64_t n) {
+    std::vector<hobbit_heat> found;
+    guarded(nullptr, [&] {
+        if (s != nullptr && s->core->store() != nullptr && s->core->store()->heat(found) && heat != nullptr) {
+            std::copy_n(found.begin(), std::min<uint64_t>(n, found.size()), heat);
+        }
+    });
+    return found.size();
+}
+
+hobbit_status hobbit_session_warm(hobbit_session * s, const hobbit_heat * heat, uint64_t n, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr && heat != nullptr, "session and heat are needed");
+        const auto & index = s->core->index();
+        require(n == index.layers().size() * index.n_expert, "the heat is that of another model");
+        const auto is_share = [](float x) { return x >= 0.0f && x <= 1.0f; };
+        require(std::all_of(heat, heat + n, [&](auto & h) { return is_share(h.rate) && is_share(h.high_share); }),
+                "a rate or share is not in 0..1");
+        if (s->core->store() == nullptr) {
+            hobbit::fail(HOBBIT_ERR_STATE, "there is no expert pool before the session is started");
+        }
+        s->core->store()->warm(heat);
+    });
+}
+
 void hobbit_session_timeline(hobbit_session * s, bool on) {
     if (s != nullptr) {
         s->core->times().enable(on);
@@ -307,7 +332,7 @@ void hobbit_session_decode_begin(hobbit_session * s) {
 
 void hobbit_session_decode_end(hobbit_session * s) {
     if (s != nullptr) {
-        s->core->times().end();
+        s->core->decode_end();
     }
 }
 

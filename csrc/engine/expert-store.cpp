@@ -394,13 +394,16 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
             demanded ? io_->demand({ r }) : io_->prefetch({ r });
             return;
         }
-        const uint64_t bytes = outcome == io_outcome::done ? r.bytes : r.done;
-        (demanded ? counts_[e->layer].bytes_demand : counts_[e->layer].bytes_prefetch) += bytes;
+        const uint64_t bytes   = outcome == io_outcome::done ? r.bytes : r.done;
+        const bool     warming = is_warming(*e);
+        (demanded ? counts_[e->layer].bytes_demand : warming ? bytes_warmed_ : counts_[e->layer].bytes_prefetch) += bytes;
         if (!demanded && e->cancel.load(std::memory_order_relaxed)) {
             counts_[e->layer].bytes_wasted += bytes;  // its entry was counted before this read ended
         }
         e->bytes += bytes;
-        note_arrival(demanded ? HOBBIT_EVENT_READ : HOBBIT_EVENT_PREFETCH, e->layer, asked_[demanded][e->layer], bytes);
+        if (demanded || !warming) {
+            note_arrival(demanded ? HOBBIT_EVENT_READ : HOBBIT_EVENT_PREFETCH, e->layer, asked_[demanded][e->layer], bytes);
+        }
 
         e->reading &= ~(1u << r.part);
         if (outcome == io_outcome::done) {
@@ -410,6 +413,9 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
             error_ = why;  // a failed prefetch is silent: a demand read will tell
         }
         settle(*e);
+        if (warming) {
+            warming_read_end(*e, outcome == io_outcome::failed);
+        }
         if (outcome == io_outcome::failed && demanded) {
             failed_.store(true, std::memory_order_release);
         }
@@ -495,6 +501,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             }
         }
     }
+    put_warming_behind(requests);
     io_->prefetch(requests);
     return n_missing;
 }
@@ -647,6 +654,8 @@ void expert_store::stats(hobbit_stats & out) {
     out.resident_high = cache_->resident(0);
     out.resident_low  = cache_->resident(1);
     out.direct_io     = index_.direct();
+    out.warmed        = n_warmed_;
+    out.bytes_warmed  = bytes_warmed_;
 }
 
 void expert_store::reset_stats() {
@@ -654,7 +663,7 @@ void expert_store::reset_stats() {
     std::fill(counts_.begin(), counts_.end(), hobbit_counts {});
     std::fill(uses_.begin(), uses_.end(), 0);
     std::fill(loads_.begin(), loads_.end(), 0);
-    n_tokens_ = 0;
+    n_tokens_ = n_warmed_ = bytes_warmed_ = 0;
 }
 
 }  // namespace hobbit

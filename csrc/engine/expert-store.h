@@ -97,6 +97,13 @@ class expert_store {
 
     void begin_sequence();
 
+    // See hobbit_session_heat. False when the eviction rule keeps no rates.
+    bool heat(std::vector<hobbit_heat> & out);
+    // See hobbit_session_warm; [layer][n_expert]. Throws HOBBIT_ERR_UNSUPPORTED when the eviction rule keeps no rates.
+    void warm(const hobbit_heat * heat);
+    // While it is on no further reads begin for it: for whoever waits until nothing is read.
+    void pause_warming(bool pause);
+
     // From now on the pool may take `pool_bytes`, at least pool_min() and at most pool_max(). Growing takes effect at once (throws
     // HOBBIT_ERR_NO_MEMORY, then it is as before), shrinking as far as nothing is in use, the rest at the next tokens. Not for eviction
     // rules that split the slots among the layers: HOBBIT_ERR_UNSUPPORTED.
@@ -118,6 +125,10 @@ class expert_store {
     uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
 
   private:
+    struct expert_id {
+        uint16_t layer, expert;
+    };
+
     void        on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
     io_request  read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
     void        request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
@@ -137,6 +148,10 @@ class expert_store {
     bool        add_slot(int precision);
     uint32_t    fewest(int precision) const;
     static void on_evicted(void * self, const cache_entry & entry);
+    void        feed_warming();
+    void        put_warming_behind(std::vector<io_request> & requests);
+    bool        is_warming(const cache_entry & entry) const;
+    void        warming_read_end(cache_entry & entry, bool failed);
 
     const expert_index & index_;
     const hobbit_params  params_;
@@ -157,6 +172,11 @@ class expert_store {
     std::vector<uint64_t>         uses_;       // [layer][expert]
     std::vector<uint64_t>         loads_;
     std::vector<cache_entry *>    prefetching_;
+    std::vector<expert_id>        to_warm_;  // the next at the end
+    std::vector<cache_entry *>    warming_;  // in flight
+    bool                          warming_paused_ = false;
+    uint64_t                      n_warmed_       = 0;
+    uint64_t                      bytes_warmed_   = 0;
     eviction_context              now_;
     uint64_t                      n_tokens_     = 0;
     uint32_t                      n_experts_    = 0;

@@ -168,6 +168,7 @@ bool session::take_error(std::exception_ptr & out) {
     }
     if (dispatcher_) {
         // Reads for the aborted pass may still be running into slots that the next one uses.
+        store()->pause_warming(true);
         store()->io().drain();
 
         std::exception_ptr from_store;
@@ -176,8 +177,16 @@ bool session::take_error(std::exception_ptr & out) {
             found = true;
         }
         pass()->release();
+        store()->pause_warming(false);
     }
     return found;
+}
+
+void session::decode_end() {
+    times_.end();
+    if (dispatcher_) {
+        pass()->release();
+    }
 }
 
 void session::stats(hobbit_stats & out) {
