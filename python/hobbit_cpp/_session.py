@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Session:
         self.eval_seconds = 0.0
         self.memory_budget = 0
         self._base_budget: Optional[int] = None
+        self._resizing = threading.Lock()
         self._pid = os.getpid()
         self._recorded: Optional[_recording.MemorySamples] = None
         self.feedback: Optional[Feedback] = None
@@ -247,6 +249,29 @@ class Session:
                 stacklevel=4,
             )
 
+    def resize_expert_cache(self, size: Size) -> None:
+        """See `Llama.resize_expert_cache`."""
+        self._alive()
+        wanted = min(self._parse_pool(size), self.info.pool_max)
+        with self._resizing:
+            before = self.pool_bytes()
+            free = _memory.available()
+            if wanted - before > free:
+                raise MemoryBudgetError(
+                    f"an expert pool of {human(wanted)} does not fit: it holds {human(before)}, and only {human(free)} of memory "
+                    "are free"
+                )
+            self._resize(wanted)
+            self.memory_budget += self.pool_bytes() - before
+
+    def _resize(self, pool: int) -> None:
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_resize(self._alive(), pool, error), error)
+
+    def pool_bytes(self) -> int:
+        """What the expert pool may take now."""
+        return int(self._stats().pool_bytes)
+
     # ---- measuring ----
 
     def probe_read(self, low: bool, depth: int, seconds: float) -> Tuple[int, int, float]:
@@ -265,8 +290,7 @@ class Session:
 
     def _served(self) -> Served:
         """As in `stats`."""
-        error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
-        self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
+        c = self._stats()
         t = c.total
         return Served(
             tokens=int(c.n_tokens),
@@ -275,6 +299,11 @@ class Session:
             low=int(t.hits_low + t.loads_low),
             skipped=int(t.skips),
         )
+
+    def _stats(self) -> Any:
+        error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
+        self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
+        return c
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
@@ -317,8 +346,7 @@ class Session:
 
     def stats(self) -> OffloadStats:
         handle, error = self._alive(), self._ffi.new("hobbit_error *")
-        c = self._new_struct("hobbit_stats")
-        self._check(self._lib.hobbit_session_stats(handle, c, error), error)
+        c = self._stats()
         layers = []
         for i in range(c.n_moe_layer):
             counts, block = self._ffi.new("hobbit_counts *"), self._ffi.new("uint32_t *")

@@ -422,6 +422,29 @@ class Llama(_Llama):
         with self._calls.gate:
             self._offloaded().reset_stats()
 
+    def resize_expert_cache(self, size: Size) -> None:
+        """Gives the expert pool another size; from any thread, also while the model computes.
+
+        A smaller pool gives its memory back to the system at once, but for the experts in use at the moment, which go at the
+        next tokens; a larger one fills as experts are read. `memory_budget` in the statistics follows. Logits of exact mode
+        stay as they are; where what is computed depends on what is cached, they do not.
+
+        Args:
+            size: as `expert_cache`: bytes, "2GiB", or "50%" of the pool that holds every expert. More than that is cut to it.
+
+        Raises:
+            ParameterError: not a size.
+            MemoryBudgetError: below `offload_info.pool_min`, or more than is free: it is as before.
+            OutOfMemoryError: the system refused the memory: it is as before.
+            UnsupportedModelError: eviction="layer-lru", "layer-arc" or "fate", where each layer has slots of its own.
+            StateError: not offloaded, or closed.
+
+        Example:
+            >>> llm.resize_expert_cache("2GiB")
+        """
+        with self._calls.gate:
+            self._offloaded().resize_expert_cache(size)
+
     def set_routing(self, trace: Union[Trace, str, os.PathLike[str], None]) -> None:
         """Lets the model follow a recorded routing instead of its routers, so that random weights run like real ones.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
 import pytest
 
-import tiny_models
+from cgroups import entering, memory_cgroup
 from hobbit_cpp._memory import available, cgroup_limits, peak_resident, resident, total
-from models import cache_dir
 
 BUDGET = 260 << 20
 
@@ -37,43 +35,6 @@ llm.close()
 """
 
 
-@pytest.fixture(scope="module")
-def large_model() -> Path:
-    """About 400 MB: more than the budget."""
-    path = cache_dir() / "large-mixtral-512-f16.gguf"
-    if not path.is_file():
-        partial = path.with_suffix(f".{os.getpid()}")
-        tiny_models.write_tiny(partial, "mixtral", n_layer=8, n_expert=32, n_expert_used=4, n_embd=512, n_ff_exp=512)
-        partial.rename(path)
-    assert path.stat().st_size > 1.4 * BUDGET
-    return path
-
-
-@contextlib.contextmanager
-def memory_cgroup(limit: int) -> Iterator[Path]:
-    root = Path("/sys/fs/cgroup/memory")
-    folder = root / f"hobbit-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text(str(limit))
-    except OSError as e:
-        pytest.skip(f"no memory cgroup may be made here: {e}")
-    try:
-        yield folder
-    finally:
-        folder.rmdir()
-
-
-def entering(cgroup: Optional[Path]) -> Callable[[], None]:
-    """For a child process: the first thing it does is to enter the cgroup."""
-
-    def enter() -> None:
-        if cgroup is not None:
-            (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-
-    return enter
-
-
 def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, str(model), str(BUDGET), mode]
     done = subprocess.run(command, preexec_fn=entering(cgroup), capture_output=True, text=True)
@@ -84,6 +45,7 @@ def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]
 
 @pytest.mark.parametrize("mode", ["hobbit", "lru"])
 def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> None:
+    assert large_model.stat().st_size > 1.4 * BUDGET
     out = run(large_model, mode)
     assert out["budget"] == BUDGET
     assert out["peak"] <= BUDGET, out
