@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Union
+from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from .errors import ParameterError
 
@@ -158,6 +158,11 @@ def cgroup_limits() -> List[CgroupLimit]:
         if limit is not None and limit < _NO_LIMIT and used is not None:
             out.append(CgroupLimit(folder, limit, max(0, used - _file_pages(folder / "memory.stat", names))))
     return out
+
+
+def machine() -> Tuple[int, int]:
+    """What is free (page cache counts as free) and all there is, of the machine; 0 where it is not known."""
+    return _field("/proc/meminfo", "MemAvailable"), _field("/proc/meminfo", "MemTotal")
 
 
 def total() -> int:

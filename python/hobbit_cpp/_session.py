@@ -11,8 +11,9 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
-from . import _lib, _memory, _recording, _sidecar
+from . import _heat, _lib, _memory, _recording, _sidecar
 from ._memory import Size, human
+from ._pressure import Monitor, Yielding, read_all
 from .errors import HobbitError, HobbitWarning, MemoryBudgetError, SidecarError, StateError, from_c
 from .params import OffloadParams
 from .stats import LayerCounts, OffloadStats, Served
@@ -95,6 +96,9 @@ class Session:
         self.memory_budget = 0
         self._base_budget: Optional[int] = None
         self._resizing = threading.Lock()
+        self._whole_pool = 0  # its size when nothing had to be given back
+        self._monitor: Optional[Monitor] = None
+        self._heat: Optional[_heat.HeatFile] = None
         self._pid = os.getpid()
         self._recorded: Optional[_recording.MemorySamples] = None
         self.feedback: Optional[Feedback] = None
@@ -234,6 +238,10 @@ class Session:
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
         stats = self.stats()
+        if self.params.yield_memory:
+            self._yield_memory()
+        if _heat.wanted(self.params.heat):
+            self._warm()
         cycle = self.info.n_moe_layer * self.info.n_expert_used
         if stats.slots_high < cycle:
             warnings.warn(
@@ -262,7 +270,43 @@ class Session:
                     "are free"
                 )
             self._resize(wanted)
-            self.memory_budget += self.pool_bytes() - before
+            now = self.pool_bytes()
+            self._whole_pool = now
+            self.memory_budget += now - before
+
+    def _yield_memory(self) -> None:
+        """From now on the pool shrinks while memory is short, and grows again."""
+        cycle = self.info.n_moe_layer * self.info.n_expert_used * self.info.slot_high
+        self._whole_pool = self.pool_bytes()
+        to_come = max(0, self.memory_budget - _memory.resident())
+        yielding = Yielding(read_all(), to_come, max(self.info.pool_min, cycle))
+
+        def resize(pool: int) -> None:
+            with self._resizing:
+                self._resize(pool)
+
+        self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
+
+    def _warm(self) -> None:
+        """Has what earlier runs used most read into the empty pool, and keeps what this one uses."""
+        with contextlib.suppress(HobbitError):
+            file = _heat.HeatFile(fingerprint(self.path), self.info.n_moe_layer, self.info.n_expert)
+            if not self._heat_floats():
+                return  # the eviction rule keeps no rates
+            self._heat = file
+            kept = file.load()
+            if kept is not None:
+                error = self._ffi.new("hobbit_error *")
+                heat = self._ffi.from_buffer("hobbit_heat[]", kept)
+                self._check(self._lib.hobbit_session_warm(self._alive(), heat, len(heat), error), error)
+
+    def _heat_floats(self) -> bytes:
+        """As in the file; empty where no rates are kept."""
+        handle = self._alive()
+        n = int(self._lib.hobbit_session_heat(handle, self._ffi.NULL, 0))
+        heat = self._ffi.new("hobbit_heat[]", n)
+        self._lib.hobbit_session_heat(handle, heat, n)
+        return bytes(self._ffi.buffer(heat))
 
     def _resize(self, pool: int) -> None:
         error = self._ffi.new("hobbit_error *")
@@ -326,6 +370,8 @@ class Session:
             raise
         finally:
             self.eval_seconds += time.perf_counter() - begin
+            if self._heat is not None:
+                self._heat.decoded(self._heat_floats)
             if self._recorded is not None:
                 self._recorded.take()
 
@@ -370,6 +416,10 @@ class Session:
             direct_io=bool(c.direct_io),
             layers=layers,
             thresholds=self._thresholds,
+            warmed=int(c.warmed),
+            bytes_warmed=int(c.bytes_warmed),
+            pool_shrinks=self._monitor.shrinks if self._monitor is not None else 0,
+            pool_grows=self._monitor.grows if self._monitor is not None else 0,
         )
 
     def expert_uses(self) -> Dict[str, Any]:
@@ -485,6 +535,12 @@ class Session:
     def stop(self) -> None:
         """Ends the threads. Before the llama model is freed: they look at its routers."""
         if self._ours():
+            if self._monitor is not None:
+                self._monitor.end()
+            if self._heat is not None:
+                if self._heat.used:
+                    self._heat.save(self._heat_floats())
+                self._heat = None  # once
             self._lib.hobbit_session_stop(self._handle)
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ def record_imatrix(
     llm = _Collecting(
         model,
         # low copies are of no use here, and a sidecar of another model no obstacle
-        offload=OffloadParams(exact=True, low_model=False),
+        offload=OffloadParams(exact=True, low_model=False, heat=False),
         memory=memory,
         expert_cache=expert_cache,
         n_ctx=context,

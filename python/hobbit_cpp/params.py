@@ -55,6 +55,9 @@ class OffloadParams:
         direct_io: read past the page cache where the file system can.
         low_model: the low-precision copies in a file of their own (`hobbit convert --sidecar`): its path; None: `model.low.gguf`
             beside `model.gguf` if it is there; False or "none": none.
+        heat: keep between runs how often each expert is used, and begin by reading those that were used most. Only with eviction
+            "foresight". Never a reason to fail: see `_heat`.
+        yield_memory: while the machine or the cgroup is short of memory the expert pool gives some back: see `_pressure`.
     """
 
     mode: str = "hobbit"
@@ -81,6 +84,8 @@ class OffloadParams:
     low_model: LowModel = None
     quality: Optional[str] = None
     calibration: CalibrationFile = None
+    heat: bool = True
+    yield_memory: bool = True
 
     def __post_init__(self) -> None:
         self._check_quality()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
+from ._heat import cache_folder
 from ._session import Session
 from .errors import HobbitError
 from .params import OffloadParams
@@ -197,10 +198,7 @@ def _rounded(n: int) -> int:
 
 def cache_file() -> Path:
     """Where figures are kept: $HOBBIT_CACHE_DIR/probes.json, else in hobbit-cpp/ of the user's cache folder."""
-    folder = os.environ.get("HOBBIT_CACHE_DIR")
-    if not folder:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hobbit-cpp")
-    return Path(folder) / "probes.json"
+    return cache_folder() / "probes.json"
 
 
 def _load() -> Dict[str, Any]:

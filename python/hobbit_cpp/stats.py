@@ -66,6 +66,10 @@ class OffloadStats(OffloadCounts):
         direct_io: reads go past the page cache.
         prefetch_on: single tokens are decoded with prefetch at the moment; prefetch_ratio: time of a token with it over that
             without, in the last trial, None before the first. Above 1 it does not pay here, and is off until the next trial.
+        pool_shrinks, pool_grows: steps in which the pool gave memory back because it was short, and took it again, since the
+            model was loaded.
+        warmed: experts that were read into the empty pool because earlier runs used them most; bytes_warmed: read for it, which
+            is not in `bytes_read`.
         thresholds: T1, T2 in use; None: at the paper's quantiles of the scores seen so far, or no use for them.
     """
 
@@ -84,6 +88,10 @@ class OffloadStats(OffloadCounts):
     prefetch_ratio: Optional[float] = None
     layers: List[LayerCounts] = field(default_factory=list)
     thresholds: Optional[Tuple[float, float]] = None
+    warmed: int = 0
+    bytes_warmed: int = 0
+    pool_shrinks: int = 0
+    pool_grows: int = 0
 
     @property
     def compute_seconds(self) -> float:

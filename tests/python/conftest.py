@@ -11,6 +11,9 @@ import tiny_models
 from gguf_files import make_model
 from models import cache_dir
 
+# Cold: what one test leaves must not be what another finds. Of subprocesses too.
+os.environ["HOBBIT_HEAT"] = "0"
+
 
 @pytest.fixture(scope="session")
 def f16(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -51,7 +51,8 @@ def _load(job: Dict[str, Any]) -> Any:
                 Llama.model_params.fset(self, value)  # type: ignore[attr-defined]
 
         return Plain(job["model"], use_mmap=job["mmap"], **kwargs)
-    params = OffloadParams(mode=job["mode"], **job["options"])
+    # A cold run is cold, and its memory is what the row says, unless the contender's name asks for it.
+    params = OffloadParams(mode=job["mode"], **{"heat": False, "yield_memory": False, **job["options"]})
     cache = "100%" if job["everything"] else None
     return Llama(job["model"], offload=params, memory=job["memory"], expert_cache=cache, **kwargs)
 

@@ -128,7 +128,13 @@ def calibrate(
     """
     path = os.fspath(model)
     params = OffloadParams(
-        precision_rule="weight", prefetch_depth=0, calibration=False, expert_cache=expert_cache, low_model=low_model
+        precision_rule="weight",
+        prefetch_depth=0,
+        calibration=False,
+        expert_cache=expert_cache,
+        low_model=low_model,
+        heat=False,
+        yield_memory=False,
     )
     types = low_types(path, params)
     if not types:

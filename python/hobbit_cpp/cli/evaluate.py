@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def settings_of(args: argparse.Namespace) -> list[Any]:
         if args.against is not None:
             raise ValueError("--against needs the engine: leave --offload none out")
         return []
-    params = options.offload_of(args)
+    # Each setting begins as cold as the others, and has the same pool.
+    params = replace(options.offload_of(args), heat=False, yield_memory=False)
     if args.against is None:
         kind = kind_of(params)
         exact = exact_setting(params)

@@ -60,6 +60,8 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument(
         "--calibration", metavar="FILE", help="of hobbit calibrate; none: none (default: MODEL.calibration.json if it is there)"
     )
+    group.add_argument("--no-heat", action="store_true", help="begin cold: neither use nor keep which experts are used most")
+    group.add_argument("--no-yield", action="store_true", help="keep the expert pool when memory gets short on this machine")
     context = f"default: {ctx_size}; 0: the model's"
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
     group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
@@ -114,6 +116,8 @@ def offload_of(args: argparse.Namespace) -> Any:
         "low_model": args.low_model,
         "quality": args.quality,
         "calibration": args.calibration,
+        "heat": False if args.no_heat else None,
+        "yield_memory": False if args.no_yield else None,
     }
     return OffloadParams(mode=args.offload, **{k: v for k, v in given.items() if v is not None})
 

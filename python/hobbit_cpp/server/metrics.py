@@ -70,11 +70,14 @@ def _offload(text: _Text, s: Any) -> None:
     read = {"demand": s.bytes_demand, "prefetch": s.bytes_prefetch}
     text.add("counter", "read_bytes_total", "Bytes read from disk.", _by("cause", **read))
     text.counter("wasted_bytes_total", "Bytes read ahead in vain.", s.bytes_wasted)
+    text.counter("warmed_bytes_total", "Bytes read into the empty pool, by what earlier runs used.", s.bytes_warmed)
     text.counter("stall_seconds_total", "Time in which nothing could be computed for want of experts.", s.stall_seconds)
     text.counter("expert_seconds_total", "Time in the products of experts.", s.expert_seconds)
     text.counter("eval_seconds_total", "Time in llama_decode.", s.eval_seconds)
     text.gauge("memory_budget_bytes", "The budget of the process.", s.memory_budget)
     text.gauge("pool_bytes", "Size of the expert pool.", s.pool_bytes)
+    steps = {"shrink": s.pool_shrinks, "grow": s.pool_grows}
+    text.add("counter", "pool_steps_total", "Times that the pool gave memory back, or took it again.", _by("direction", **steps))
     text.add("gauge", "slots", "Experts that the pool can hold.", _by("precision", high=s.slots_high, low=s.slots_low))
     there = _by("precision", high=s.resident_high, low=s.resident_low)
     text.add("gauge", "resident_experts", "Experts that it holds.", there)

@@ -88,7 +88,7 @@ def record(
     batch = min(context, 128)  # llama.cpp keeps the logits of all of them
     llm = Llama(
         model,
-        offload=OffloadParams(exact=True, prefetch_depth=0),
+        offload=OffloadParams(exact=True, prefetch_depth=0, heat=False),
         memory=memory,
         expert_cache=expert_cache,
         n_ctx=context,
