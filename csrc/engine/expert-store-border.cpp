@@ -1,0 +1,122 @@
+// The division of the pool between high and low precision, and its size.
+#include "../base/error.h"
+#include "expert-store.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+// The border between high and low slots is looked at every so many tokens, and moves when the other side is worth so much more.
+static constexpr uint32_t BORDER_TOKENS = 4;
+static constexpr double   BORDER_CLEAR  = 1.25;
+
+// The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product.
+uint32_t expert_store::fewest(int precision) const {
+    const cache_shape & shape = cache_->shape();
+    if (precision == 0) {
+        return index_.n_expert_used;
+    }
+    return with_low_ && shape.n_slots[0] < n_experts_ ? std::min(index_.n_expert_used, shape.n_slots[1]) : 0;
+}
+
+// A slot fewer; its pages go back to the system.
+bool expert_store::take_slot(int p) {
+    if (cache_->shape().n_slots[p] <= fewest(p) || !cache_->take_slot(p, now_, on_evicted, this)) {
+        return false;
+    }
+    if (pool_.data() != nullptr) {
+        std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
+        pool_.release((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
+    }
+    return true;
+}
+
+// A slot more, its pages present. Throws HOBBIT_ERR_NO_MEMORY.
+bool expert_store::add_slot(int p) {
+    if (!cache_->can_add(p)) {
+        return false;
+    }
+    if (pool_.data() != nullptr) {
+        std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
+        pool_.populate((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
+    }
+    return cache_->add_slot(p);
+}
+
+// Gives slots to the precision whose copies are worth more a byte at the margin, where they are evicted next.
+void expert_store::move_border() {
+    shrink_to_limit();
+    const cache_shape & shape = cache_->shape();
+    if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token % BORDER_TOKENS != 0 ||
+        !(cache_->full(0) || cache_->full(1))) {
+        return;
+    }
+    const uint64_t step = std::max<uint64_t>(cache_->limit() / 128, shape.slot_bytes[0] + shape.slot_bytes[1]);
+    double         worth[2];
+    for (int p = 0; p < 2; ++p) {
+        const auto n = (uint32_t) (step / shape.slot_bytes[p]);
+        worth[p]     = cache_->full(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
+    }
+    const int to = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
+    if (to < 0) {
+        return;
+    }
+    const int from  = 1 - to;
+    uint64_t  freed = 0;
+    while (freed + shape.slot_bytes[from] <= step && take_slot(from)) {
+        freed += shape.slot_bytes[from];
+    }
+    while (add_slot(to)) {
+    }
+    while (add_slot(from)) {
+    }
+}
+
+void expert_store::shrink_to_limit() {
+    const cache_shape & shape = cache_->shape();
+    if (cache_->used_bytes() <= cache_->limit()) {
+        return;
+    }
+    // In proportion: what the border was right for is right for a smaller pool, or it moves again.
+    const auto   low_bytes = [&] { return (double) (shape.n_slots[1] * shape.slot_bytes[1]); };
+    const double low_share = low_bytes() / (double) cache_->used_bytes();
+    while (cache_->used_bytes() > cache_->limit()) {
+        const int p = low_bytes() > low_share * (double) cache_->used_bytes() && shape.n_slots[1] > fewest(1) ? 1 : 0;
+        if (!take_slot(p)) {
+            return;  // in use: at the next token
+        }
+    }
+    // Where every expert had a slot in high precision until now there are no low ones yet.
+    while (with_low_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
+    }
+}
+
+void expert_store::resize(uint64_t pool_bytes) {
+    if (find_eviction_rule(params_.eviction_rule)->split != slot_split::none) {
+        fail(HOBBIT_ERR_UNSUPPORTED,
+             "with slots of its own for each layer (layer-lru, layer-arc, fate) a pool keeps its size");
+    }
+    // Throws below the floor.
+    const pool_plan             plan = plan_pool(index_, params_, std::min(pool_bytes, pool_max(index_, params_)));
+    std::lock_guard<std::mutex> lock(mutex_);
+    const uint64_t              before = cache_->limit();
+    const cache_shape &         shape  = cache_->shape();
+    const uint64_t              low    = shape.n_slots[1] * shape.slot_bytes[1];
+    const double                share  = (double) low / (double) std::max<uint64_t>(cache_->used_bytes(), 1);
+    cache_->set_limit(plan.cache_bytes());
+    if (cache_->limit() <= before) {
+        return shrink_to_limit();
+    }
+    try {
+        while ((double) (shape.n_slots[1] * shape.slot_bytes[1]) < share * (double) cache_->limit() && add_slot(1)) {
+        }
+        while (add_slot(0)) {
+        }
+    } catch (...) {
+        cache_->set_limit(before);
+        shrink_to_limit();
+        throw;
+    }
+}
+
+}  // namespace hobbit
