@@ -32,7 +32,7 @@ class OffloadParams:
             None: what `quality` comes to.
         quality: how much may be lost: "exact"; "1%": perplexity at most 1 % above that of exact mode, by the model's calibration
             (`hobbit calibrate`); "40MB/token": as little loss as reading so much a token allows, by the same; "paper": thresholds
-            at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores. None: "1%" for a model with a
+            at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores. None: "1.5%" for a model with a
             calibration, "paper" for others.
         calibration: the file of `hobbit calibrate`; None: `model.calibration.json` beside `model.gguf` if it is there; False or
             "none": none.

@@ -14,7 +14,7 @@ from .curve import Curve
 from .quality import Quality, parse_quality
 from .store import Calibration, load_for, low_types
 
-DEFAULT = "1%"
+DEFAULT = "1.5%"
 """Of offload="hobbit" for a model with a calibration."""
 
 # Tokens between two looks at what was read, and over how many it is averaged.

@@ -55,7 +55,7 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
         "--quality",
         metavar="Q",
         help="exact; 1%%: perplexity at most 1 %% above exact, by the model's calibration (hobbit calibrate); 40MB/token: read, "
-        "on average; paper: thresholds as HOBBIT has them (default: 1%% with a calibration, else paper)",
+        "on average; paper: thresholds as HOBBIT has them (default: 1.5%% with a calibration, else paper)",
     )
     group.add_argument(
         "--calibration", metavar="FILE", help="of hobbit calibrate; none: none (default: MODEL.calibration.json if it is there)"
