@@ -207,6 +207,24 @@ def test_options_of_the_constructor(options: Dict[str, Any]) -> None:
     assert np.array_equal(outs[0], outs[1])
 
 
+@pytest.mark.parametrize("mode", [None, "hobbit"])
+def test_a_sampler_does_not_outlive_its_answer(mode: Optional[str]) -> None:
+    """It holds a candidate for each word of the vocabulary, and is part of a cycle: the collector would free it much later."""
+    given: Dict[str, Any] = {} if mode is None else {"offload": mode, "expert_cache": "100%"}
+    llm: Any = Llama(str(tiny("mixtral")), n_ctx=128, verbose=False, **given)
+    llm.create_completion("the expert", max_tokens=4)
+    first = llm._sampler
+    chunks = llm.create_completion("the layer", max_tokens=4, stream=True)
+    next(chunks)
+    second = llm._sampler
+    assert first.sampler is None and second.sampler is not None
+    del chunks
+    llm.eval(llm.tokenize(b"a token"))
+    llm.sample()
+    llm.close()
+    assert second.sampler is None
+
+
 def test_two_models_in_one_process() -> None:
     first, second = offloaded(logits_all=True), offloaded(tiny_dual("qwen3moe"), logits_all=True)
     stock = [make(logits_all=True), make(tiny_dual("qwen3moe"), logits_all=True)]
