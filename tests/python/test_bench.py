@@ -286,10 +286,10 @@ def test_warm_runs_and_runs_without_a_prompt(tmp_path: Path) -> None:
 def test_a_sweep_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     document = bench(
-        tmp_path, str(tiny_dual("mixtral")), "--against", "exact,hobbit", "--sweep", "memory=100MiB..120MiB:2", "--rounds", "1",
+        tmp_path, str(tiny_dual("mixtral")), "--against", "exact,hobbit", "--sweep", "memory=110MiB..130MiB:2", "--rounds", "1",
         "--out", str(tmp_path / "sweep"),
     )  # fmt: skip
-    assert [row["memory"] >> 20 for row in document["rows"]] == [100, 100, 120, 120]
+    assert [row["memory"] >> 20 for row in document["rows"]] == [110, 110, 130, 130]
     with open(tmp_path / "sweep.csv", newline="") as f:
         lines: List[Dict[str, str]] = list(csv.DictReader(f))
     assert [line["contender"] for line in lines] == ["exact", "hobbit"] * 2

@@ -17,7 +17,7 @@ from decode import load, logits, words
 from hobbit_cpp import CalibrationError, HobbitWarning, Llama, ModelFileError, OffloadParams, ParameterError
 from hobbit_cpp.calibrate import curve as cv
 from hobbit_cpp.calibrate import weights as wt
-from hobbit_cpp.calibrate.dial import BytesFeedback, LossFeedback, resolve
+from hobbit_cpp.calibrate.dial import DEFAULT, BytesFeedback, LossFeedback, resolve
 from hobbit_cpp.calibrate.quality import parse_quality
 from hobbit_cpp.calibrate.store import Calibration, calibration_path
 from hobbit_cpp.cli import main
@@ -410,9 +410,9 @@ def test_the_report_and_what_is_refused(calibrated: Path, tmp_path: Path, capsys
 @quiet
 def test_quality_sets_thresholds(calibrated: Path) -> None:
     found = Calibration.load(calibration_path(calibrated))
-    at = {q: found.curve.thresholds(*found.curve.at_change(float(q[:-1]) / 100)) for q in ("1%", "0%", "1000%")}
+    at = {q: found.curve.thresholds(*found.curve.at_change(float(q[:-1]) / 100)) for q in (DEFAULT, "0%", "1000%")}
     for kwargs, want in (
-        ({}, at["1%"]),
+        ({}, at[DEFAULT]),
         ({"quality": "0%"}, (1.0, 1.0)),
         ({"quality": "1000%"}, at["1000%"]),
         ({"quality": "1000%", "precision_rule": "weight"}, at["1000%"]),
