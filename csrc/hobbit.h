@@ -270,7 +270,7 @@ typedef struct hobbit_heat {
  * there are; 0 before the start and for eviction rules that keep no rates (all but HOBBIT_EVICT_FORESIGHT). */
 HOBBIT_API uint64_t hobbit_session_heat(hobbit_session * session, hobbit_heat * heat, uint64_t n);
 /* Sets the heat to that of an earlier run, and has the hottest experts read into free slots, in high precision as long as there are such, then
- * low copies of the next: in the background, behind demand reads and prefetches; nothing is evicted for it. Before the first
+ * low copies of the next: in the background, until the first token asks for experts; nothing is evicted for it. Before the first
  * token. HOBBIT_ERR_INVALID_ARGUMENT when `n` is not n_moe_layer * n_expert or a value not in 0..1, HOBBIT_ERR_UNSUPPORTED for
  * eviction rules that keep no rates, HOBBIT_ERR_STATE before the start. */
 HOBBIT_API hobbit_status hobbit_session_warm(hobbit_session * session, const hobbit_heat * heat, uint64_t n,

@@ -214,6 +214,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     using policy::action;
     using policy::copy_state;
     std::unique_lock<std::mutex> lock(mutex_);
+    to_warm_.clear();
     now_.layer = layer;
     now_.token += n_tokens;
     n_tokens_ += n_tokens;
