@@ -11,15 +11,36 @@
 #include <cstring>
 #include <vector>
 
+// Upstream's functions behind the buffer's set_tensor. That one writes a line to the log each time, and the log may be a function in
+// Python: for every eight rows of every expert that arrives, that took ten times as long as the reading.
+namespace ggml::cpu::repack {
+template <typename block_t, int64_t interleave, int64_t columns>
+int repack(ggml_tensor * group, const void * plain, size_t bytes);
+template <>
+int repack<block_q4_0, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
+template <>
+int repack<block_q4_K, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
+template <>
+int repack<block_q2_K, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
+template <>
+int repack<block_iq4_nl, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
+template <>
+int repack<block_mxfp4, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
+}  // namespace ggml::cpu::repack
+
 namespace hobbit {
 
 namespace {
 
+using ggml::cpu::repack::repack;
+
 // The kernels of x86-64; which of them are used depends on the CPU, and that is upstream's decision (asked below).
 const repack_kernel KERNELS[] = {
-    { GGML_TYPE_Q4_0, 8, ggml_gemv_q4_0_8x8_q8_0 },   { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K },
-    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K },   { GGML_TYPE_IQ4_NL, 8, ggml_gemv_iq4_nl_8x8_q8_0 },
-    { GGML_TYPE_MXFP4, 8, ggml_gemv_mxfp4_8x8_q8_0 },
+    { GGML_TYPE_Q4_0, 8, ggml_gemv_q4_0_8x8_q8_0, repack<block_q4_0, 8, 8> },
+    { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K, repack<block_q4_K, 8, 8> },
+    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K, repack<block_q2_K, 8, 8> },
+    { GGML_TYPE_IQ4_NL, 8, ggml_gemv_iq4_nl_8x8_q8_0, repack<block_iq4_nl, 8, 8> },
+    { GGML_TYPE_MXFP4, 8, ggml_gemv_mxfp4_8x8_q8_0, repack<block_mxfp4, 8, 8> },
 };
 
 // An empty buffer of upstream's repacking type: the way to its functions.
@@ -66,7 +87,7 @@ void repack_slice(const repack_kernel & kernel, int64_t n_in, int64_t n_out, std
     for (int64_t row = 0; row < n_out; row += kernel.columns) {
         memcpy(plain.data(), slice, bytes);
         group.data = slice;
-        group.buffer->iface.set_tensor(group.buffer, &group, plain.data(), 0, bytes);
+        kernel.repack(&group, plain.data(), bytes);
         slice += bytes;
     }
 }

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+struct ggml_tensor;
+
 namespace hobbit {
 
 struct repack_kernel {
@@ -15,6 +17,8 @@ struct repack_kernel {
     int64_t columns;  // rows of the matrix that are interleaved
     // s[0 .. nc) = the rows of vx (repacked, n long) times vy; nr = 1.
     void (*gemv)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
+    // `plain`, `columns` rows in `bytes` bytes -> group->data; 0 when done.
+    int (*repack)(ggml_tensor * group, const void * plain, size_t bytes);
 };
 
 // NULL when stock llama.cpp multiplies [n_in, n_out] experts of this type as they are, here.
