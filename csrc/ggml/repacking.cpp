@@ -1,5 +1,7 @@
 #include "repacking.h"
 
+#include "interleave.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -19,10 +21,6 @@ int repack(ggml_tensor * group, const void * plain, size_t bytes);
 template <>
 int repack<block_q4_0, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
 template <>
-int repack<block_q4_K, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
-template <>
-int repack<block_q2_K, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
-template <>
 int repack<block_iq4_nl, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
 template <>
 int repack<block_mxfp4, 8, 8>(ggml_tensor * group, const void * plain, size_t bytes);
@@ -37,8 +35,8 @@ using ggml::cpu::repack::repack;
 // The kernels of x86-64; which of them are used depends on the CPU, and that is upstream's decision (asked below).
 const repack_kernel KERNELS[] = {
     { GGML_TYPE_Q4_0, 8, ggml_gemv_q4_0_8x8_q8_0, repack<block_q4_0, 8, 8> },
-    { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K, repack<block_q4_K, 8, 8> },
-    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K, repack<block_q2_K, 8, 8> },
+    { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K, interleave_q4_K },
+    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K, interleave_q2_K },
     { GGML_TYPE_IQ4_NL, 8, ggml_gemv_iq4_nl_8x8_q8_0, repack<block_iq4_nl, 8, 8> },
     { GGML_TYPE_MXFP4, 8, ggml_gemv_mxfp4_8x8_q8_0, repack<block_mxfp4, 8, 8> },
 };
