@@ -50,7 +50,8 @@ void io_pool::demand(const std::vector<io_request> & requests) {
         demand_.insert(demand_.end(), requests.begin(), requests.end());
         n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
     }
-    work_.notify_one();  // who comes wakes the next, as long as there is work: a caller with many requests is not kept by it
+    work_
+        .notify_one();  // who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain
 }
 
 void io_pool::prefetch(const std::vector<io_request> & requests) {
@@ -61,7 +62,9 @@ void io_pool::prefetch(const std::vector<io_request> & requests) {
         std::lock_guard<std::mutex> lock(mutex_);
         prefetch_.insert(prefetch_.end(), requests.begin(), requests.end());
     }
-    work_.notify_all();
+    if (demand_pending() == 0) {  // else whoever ends the last demand read looks here next
+        work_.notify_one();
+    }
 }
 
 void io_pool::set_max_prefetch(uint32_t n) {
@@ -69,7 +72,7 @@ void io_pool::set_max_prefetch(uint32_t n) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
         }
-        work_.notify_all();
+        work_.notify_one();
     }
 }
 
@@ -126,15 +129,16 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
     return true;
 }
 
+bool io_pool::has_work() const {
+    return !demand_.empty() ||
+           (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) && demand_pending() == 0);
+}
+
 void io_pool::run() {
     name_thread("hobbit-read");
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        work_.wait(lock, [this] {
-            return stop_ || !demand_.empty() ||
-                   (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) &&
-                    demand_pending() == 0);
-        });
+        work_.wait(lock, [this] { return stop_ || has_work(); });
         if (stop_) {
             return;
         }
@@ -144,7 +148,7 @@ void io_pool::run() {
         queue.pop_front();
         n_prefetching_ += is_demand ? 0 : 1;
         n_running_++;
-        const bool more = !demand_.empty();
+        const bool more = has_work();
         lock.unlock();
         if (more) {
             work_.notify_one();
@@ -173,9 +177,7 @@ void io_pool::run() {
         n_running_--;
         idle_.notify_all();
         if (is_demand) {
-            if (n_demand_.fetch_sub(1, std::memory_order_relaxed) == 1 && !prefetch_.empty()) {
-                work_.notify_all();  // the prefetch queue has its turn
-            }
+            n_demand_.fetch_sub(1, std::memory_order_relaxed);
         } else {
             n_prefetching_--;
             if (!ended && !stop_) {

@@ -38,6 +38,9 @@ class io_pool final : public reader {
   private:
     void stop();
     void run();
+    // For a thread that comes now. Whoever takes a request wakes another thread if there is more, and looks again when it is done:
+    // so one is woken for what is new, and nobody in vain. Under the mutex.
+    bool has_work() const;
     // Reads block by block; false: a demand request came in between, `request.done` says how far it got.
     bool read_prefetch(io_request & request, io_outcome & outcome);
 
