@@ -76,7 +76,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.w_lhu           = 0.25f;
     p.w_fld           = 0.25f;
     p.prefetch_depth  = mode.prefetch_depth;
-    p.prefetch_reads  = 2;
+    p.prefetch_reads  = 4;
     p.norm_correction = 1;
     p.io_threads      = 8;
     p.io_block        = 512 * 1024;

@@ -12,7 +12,7 @@ namespace hobbit {
 
 class prefetch_trial {
   public:
-    static constexpr uint32_t N_EACH = 12;   // tokens of a trial with, and as many without
+    static constexpr uint32_t N_EACH = 24;   // tokens of a trial with, and as many without
     static constexpr uint32_t PERIOD = 512;  // tokens from one trial to the next
     static constexpr uint32_t FIRST  = 32;   // tokens before the first: a cold cache says nothing
 

@@ -8,6 +8,11 @@
 
 namespace hobbit {
 
+// Demand reads that may still be running when prefetches begin: fewer than it takes to keep a disk busy. Together with four prefetches
+// in flight this gave, interleaved in one process, 0.81 to 0.86 of the time a token takes without prefetch; waiting for the last one,
+// with two in flight, 0.94 to 1.00.
+static constexpr uint32_t DEMAND_TAIL = 2;
+
 static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
 
 io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end) :
@@ -49,6 +54,7 @@ void io_pool::demand(const std::vector<io_request> & requests) {
         std::lock_guard<std::mutex> lock(mutex_);
         demand_.insert(demand_.end(), requests.begin(), requests.end());
         n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
+        n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
     }
     work_
         .notify_one();  // who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain
@@ -62,7 +68,7 @@ void io_pool::prefetch(const std::vector<io_request> & requests) {
         std::lock_guard<std::mutex> lock(mutex_);
         prefetch_.insert(prefetch_.end(), requests.begin(), requests.end());
     }
-    if (demand_pending() == 0) {  // else whoever ends the last demand read looks here next
+    if (demand_pending() <= DEMAND_TAIL) {  // else whoever ends a demand read looks here next
         work_.notify_one();
     }
 }
@@ -117,7 +123,7 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
             outcome = io_outcome::cancelled;
             return true;
         }
-        if (demand_pending() > 0 && !is_set(r.urgent)) {
+        if (must_stand_back() && !is_set(r.urgent)) {
             return false;
         }
         const uint64_t n    = std::min(block_, r.bytes - r.done);
@@ -129,9 +135,13 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
     return true;
 }
 
+bool io_pool::must_stand_back() const {
+    return n_waiting_.load(std::memory_order_relaxed) > 0 || demand_pending() > DEMAND_TAIL;
+}
+
 bool io_pool::has_work() const {
-    return !demand_.empty() ||
-           (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) && demand_pending() == 0);
+    return !demand_.empty() || (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) &&
+                                demand_pending() <= DEMAND_TAIL);
 }
 
 void io_pool::run() {
@@ -146,6 +156,7 @@ void io_pool::run() {
         auto &     queue     = is_demand ? demand_ : prefetch_;
         io_request request   = queue.front();
         queue.pop_front();
+        n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
         n_prefetching_ += is_demand ? 0 : 1;
         n_running_++;
         const bool more = has_work();
@@ -184,6 +195,7 @@ void io_pool::run() {
                 if (is_set(request.urgent)) {
                     demand_.push_front(request);
                     n_demand_.fetch_add(1, std::memory_order_relaxed);
+                    n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
                 } else {
                     prefetch_.push_front(request);
                 }

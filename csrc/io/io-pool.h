@@ -1,8 +1,8 @@
 // The reader threads: the only threads that read expert data.
 //
-// Two queues. Demand requests are what compute threads wait for and always go first. Prefetch requests start only
-// when no demand request is queued, at most `max_prefetch` at a time, are read block by block, and between two blocks stop
-// when cancelled and stand back when a demand request has come in.
+// Two queues. Demand requests are what compute threads wait for and always go first. Prefetch requests start only when no demand request
+// is queued and the last few of them are running, at most `max_prefetch` at a time. They are read block by block, and between two blocks
+// stop when cancelled and stand back when demand requests have come in.
 #pragma once
 
 #include "reader.h"
@@ -41,6 +41,8 @@ class io_pool final : public reader {
     // For a thread that comes now. Whoever takes a request wakes another thread if there is more, and looks again when it is done:
     // so one is woken for what is new, and nobody in vain. Under the mutex.
     bool has_work() const;
+    // For a running prefetch, between two blocks.
+    bool must_stand_back() const;
     // Reads block by block; false: a demand request came in between, `request.done` says how far it got.
     bool read_prefetch(io_request & request, io_outcome & outcome);
 
@@ -57,7 +59,8 @@ class io_pool final : public reader {
     uint32_t                n_running_     = 0;
     bool                    stop_          = false;
 
-    std::atomic<uint32_t>    n_demand_ { 0 };
+    std::atomic<uint32_t>    n_demand_ { 0 };   // queued and running
+    std::atomic<uint32_t>    n_waiting_ { 0 };  // queued
     std::vector<std::thread> threads_;
 };
 

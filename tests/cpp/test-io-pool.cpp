@@ -7,9 +7,11 @@
 #include "test.h"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <set>
+#include <thread>
 
 using namespace hobbit;
 
@@ -89,6 +91,12 @@ class reading {
     void open_gate() {
         std::lock_guard<std::mutex> lock(mutex_);
         held_.clear();
+        changed_.notify_all();
+    }
+
+    void release(uint32_t part) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        held_.erase(part);
         changed_.notify_all();
     }
 
@@ -238,8 +246,25 @@ TEST("demand_pending counts what is queued and what is running") {
     r.pool().prefetch({ r.small(3) });
     CHECK_EQ(r.pool().demand_pending(), 3u);
     r.open_gate();
-    r.wait_for(3);  // a prefetch begins only when nothing is pending
+    r.wait_for(1), r.wait_for(2), r.wait_for(3);
+    r.pool().drain();
     CHECK_EQ(r.pool().demand_pending(), 0u);
+}
+
+TEST("a prefetch begins while the last two demand reads are running, and not before") {
+    reading r(false, 4, 1);
+    for (uint32_t part : { 1, 2, 3 }) {
+        r.hold(part);
+    }
+    r.pool().demand({ r.small(1), r.small(2), r.small(3) });
+    r.wait_for(1), r.wait_for(2), r.wait_for(3);
+    r.pool().prefetch({ r.small(4) });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    CHECK_EQ(r.order().size(), 3u);
+    r.release(2);
+    r.wait_for(4);
+    CHECK_EQ(r.pool().demand_pending(), 2u);
+    r.open_gate();
 }
 
 TEST("no more prefetches run than allowed, however many readers are idle") {
