@@ -29,7 +29,7 @@ def timed(llm: Any, tokens: List[int], one_by_one: bool) -> float:
     llm.reset()
     llm.eval(tokens[:64])
     begin = time.perf_counter()
-    for step in ([[t] for t in tokens[64:]] if one_by_one else [tokens[64:]]):
+    for step in [[t] for t in tokens[64:]] if one_by_one else [tokens[64:]]:
         llm.eval(step)
     return (len(tokens) - 64) / (time.perf_counter() - begin)
 

@@ -145,6 +145,9 @@ def with_usual_read_ahead(contenders: Sequence[Contender], path: Path) -> List[C
     return out
 
 
+FLOOR_TOKENS = 64
+
+
 def _floor(request: Request, setting: Setting, sizes: Sizes, machine: Machine) -> Dict[str, Any]:
     """A token with every expert in memory: measured where there is room for it, else kept from before, else estimated."""
     kept = None if request.fresh or request.routing else probe.recall_floor(request.model, request.threads)
@@ -152,8 +155,9 @@ def _floor(request: Request, setting: Setting, sizes: Sizes, machine: Machine) -
         return {"ms": kept * 1e3, "source": "kept"}
     if sizes.largest < _memory.available():
         request.told("the compute floor: every expert in memory")
-        # the same tokens twice: the first time brings the experts in
-        row = run_once(replace(setting, warm_up=setting.tokens[:-1]), RESIDENT, None)
+        # Few tokens tell, and those of a large model take long. The same twice: the first time brings the experts in.
+        few = setting.tokens[-FLOOR_TOKENS - 1 :]
+        row = run_once(replace(setting, tokens=few, warm_up=few[:-1], n_prompt=0), RESIDENT, None)
         if "error" not in row:
             if not request.routing:
                 probe.remember_floor(request.model, request.threads, 1 / row["tok_s"])

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from .options import _size, positive
+from .options import positive
+from .text_run import add_text_run_flags, check_text_run
 
 if TYPE_CHECKING:
     from hobbit_cpp.calibrate.store import Calibration
@@ -34,32 +35,21 @@ def add_parser(commands: Any) -> None:
         "--paper", action="store_true", help="keep the thresholds 0.6 and 0.9 for --quality paper, instead of 67/30/3 %%"
     )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="default: MODEL.calibration.json beside the model")
-    parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--low-model", metavar="SIDECAR", help="its sidecar (default: MODEL.low.gguf if it is there)")
-    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
-    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
-    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    add_text_run_flags(parser, "FILE")
     parser.add_argument("--scratch", metavar="DIR", type=Path, help="for predictions of exact mode: 2 bytes a token and word")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
     parser.set_defaults(function=run, when_interrupted="; no file was written")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates."""
-    for path in (args.model, args.text):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
     from hobbit_cpp.calibrate.measure import calibrate
     from hobbit_cpp.calibrate.store import calibration_path
 
     from .output import write_whole
 
     output: Path = args.output or calibration_path(args.model)
-    if output.exists() and not args.force:
-        raise FileExistsError(f"{output} exists: --force replaces it")
-    if not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is not a folder")
+    check_text_run(args, output)
     if args.ctx_size < 2:
         raise ValueError("a window (-c) needs two tokens at least")
     progress = _Progress(not args.quiet)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .options import _size, positive
-from .trace import read_text
+from .options import positive
+from .text_run import add_text_run_flags, check_text_run, read_text
 
 __all__ = ["add_parser", "run"]
 
@@ -34,29 +34,19 @@ def add_parser(commands: Any) -> None:
         "-b", "--batch-size", metavar="N", type=positive, default=512,
         help="tokens computed at once (default: 512); fewer take less memory, and more reads",
     )  # fmt: skip
-    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
-    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
-    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
-    parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    add_text_run_flags(parser, "OUT")
     parser.set_defaults(function=run, when_interrupted="; no file was left")
 
 
 def run(args: argparse.Namespace) -> int:
     """Collects."""
-    if not args.model.exists():
-        raise FileNotFoundError(f"{args.model}: no such file")
-    text = read_text(args.text)
     from hobbit_cpp.imatrix import imatrix_path, record_imatrix
 
     from .progress import make_progress
 
     out = imatrix_path(args.model) if args.output is None else args.output
-    if out.exists() and not args.force:
-        raise FileExistsError(f"{out} exists: --force replaces it")
-    if not out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{out.parent} is not a folder")
+    check_text_run(args, out)
+    text = read_text(args.text)
     begin = time.monotonic()
     progress = make_progress("collecting", "tokens", show=not args.quiet)
     try:

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .options import _size, positive
+from .options import positive
+from .text_run import add_text_run_flags, check_text_run, read_text
 
 __all__ = ["add_parser", "run"]
 
@@ -39,25 +40,13 @@ def add_parser(commands: Any) -> None:
         default=0,
         help="also what each layer's input says to the routers of the next DEPTH layers, 1 to 4 (1 when not given)",
     )
-    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
-    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
-    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
-    parser.add_argument("-f", "--force", action="store_true", help="replace TRACE.npz if it exists")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+    add_text_run_flags(parser, "TRACE.npz")
     parser.set_defaults(function=run, when_interrupted="; no file was left")
 
 
 def run(args: argparse.Namespace) -> int:
     """Records."""
-    if not args.model.exists():
-        raise FileNotFoundError(f"{args.model}: no such file")
-    if str(args.text) != "-" and not args.text.exists():
-        raise FileNotFoundError(f"{args.text}: no such file")
-    if args.output.exists() and not args.force:
-        raise FileExistsError(f"{args.output} exists: --force replaces it")
-    if not args.output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{args.output.parent} is not a folder")
+    check_text_run(args, args.output)
     text = read_text(args.text)
     from hobbit_cpp.trace import record
 
@@ -90,15 +79,3 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, of stdin for "-"; ValueError when it is none."""
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from e
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text

@@ -1,0 +1,58 @@
+"""What `trace`, `imatrix` and `calibrate` share: a model is run over a text, and one new file is written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import _size, positive
+
+__all__ = ["add_text_run_flags", "check_new_file", "check_text_run", "read_text"]
+
+
+def add_text_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
+    """The budget, and what happens to the new file; `out`: its name in the help."""
+    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
+    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
+    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    parser.add_argument("-f", "--force", action="store_true", help=f"replace {out} if it exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
+
+
+def check_text_run(args: argparse.Namespace, output: Path) -> None:
+    """Before the work: the model, the text and a place for the new file are there.
+
+    Raises:
+        FileNotFoundError, FileExistsError
+    """
+    for path in (args.model, args.text):
+        if str(path) != "-" and not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+    check_new_file(output, args.force)
+
+
+def check_new_file(path: Path, force: bool) -> None:
+    """An hour of work must not end in a file that cannot be made.
+
+    Raises:
+        FileExistsError: it is there, and --force is not given.
+        FileNotFoundError: it has no folder.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists: --force replaces it")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, of stdin for "-"; ValueError when it is none."""
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from e
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
