@@ -74,6 +74,15 @@ void region::release(size_t offset, size_t bytes) {
     }
 }
 
+void prefer_large_pages(void * data, size_t bytes) {
+    constexpr size_t LARGE = (size_t) 2 << 20;
+    const size_t     begin = align_up((size_t) data, LARGE);
+    const size_t     end   = align_down((size_t) data + bytes, LARGE);
+    if (end > begin) {
+        madvise((void *) begin, end - begin, MADV_HUGEPAGE);
+    }
+}
+
 region::~region() {
     if (data_ != nullptr) {
         munmap(data_, size_);

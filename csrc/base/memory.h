@@ -39,6 +39,9 @@ class region {
     size_t      size_ = 0;
 };
 
+// Asks for large pages for what lies whole in [data, data + bytes) and is not touched yet. Only a wish: the system may have none.
+void prefer_large_pages(void * data, size_t bytes);
+
 // Address space without memory behind it: whoever touches it by mistake gets SIGSEGV and not wrong numbers.
 class address_range {
   public:

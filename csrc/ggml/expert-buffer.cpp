@@ -20,6 +20,8 @@ namespace hobbit {
 namespace {
 
 thread_local std::shared_ptr<session> bound_session;
+// Of the load that is running: the buffer that was seen last, since tensors of a buffer come one after the other.
+thread_local ggml_backend_buffer_t last_buffer = nullptr;
 
 struct expert_buffer {
     std::shared_ptr<session>                    owner;
@@ -154,7 +156,25 @@ ggml_backend_buffer_type_t expert_buffer_type() {
     return &type;
 }
 
-bool owns(const ggml_tensor * tensor) { return find_expert_tensor(tensor) != nullptr; }
+// The other weights, all of which are read for every token, in large pages: 29.7 -> 28.7 ms a token where they are 694 MiB. Asked for
+// before they are filled: moving what is there already takes seconds.
+void want_large_pages(const ggml_tensor * tensor) {
+    ggml_backend_buffer_t buffer = tensor->buffer;
+    if (buffer == last_buffer || bound_session == nullptr || !ggml_backend_buffer_is_host(buffer)) {
+        return;
+    }
+    last_buffer = buffer;
+    prefer_large_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+}
+
+// Asked for each tensor before its data is read.
+bool owns(const ggml_tensor * tensor) {
+    if (find_expert_tensor(tensor) != nullptr) {
+        return true;
+    }
+    want_large_pages(tensor);
+    return false;
+}
 
 }  // namespace
 
@@ -217,7 +237,10 @@ void arrange_repacking(session & owner) {
     });
 }
 
-void bind_thread(std::shared_ptr<session> owner) { bound_session = std::move(owner); }
+void bind_thread(std::shared_ptr<session> owner) {
+    bound_session = std::move(owner);
+    last_buffer   = nullptr;
+}
 
 const void * buft_overrides(session & owner) {
     if (!owner.overrides) {
