@@ -36,6 +36,9 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     // Of high-precision slices; NULL: they lie as in the file.
     const repack_kernel * repacked() const { return repacked_; }
 
+    // Batches by its gemm: always the bits of stock llama.cpp in exact mode.
+    bool by_gemm() const { return by_gemm_; }
+
     // `op` is not the product that can be offloaded.
     void refuse(const ggml_tensor * op);
 
@@ -49,6 +52,7 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     uint32_t                 layer_;
     uint32_t                 part_;
     const repack_kernel *    repacked_;
+    bool                     by_gemm_;
     std::atomic<bool>        weights_are_gains_ { false };
 };
 

@@ -61,7 +61,40 @@ void pack_sub_block(uint8_t * to, uint64_t scales, uint64_t mins) {
     memcpy(to, packed, sizeof(packed));
 }
 
+void interleave_q8_0(const char * const rows[4], int64_t n, char * to) {
+    auto * y = (block_q8_0x4 *) to;
+    for (int64_t i = 0; i < n / QK8_0; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            const block_q8_0 & x = ((const block_q8_0 *) rows[j])[i];
+            y[i].d[j]            = x.d;
+            for (int c = 0; c < QK8_0 / CHUNK; ++c) {
+                memcpy(y[i].qs + (c * 4 + j) * CHUNK, x.qs + c * CHUNK, CHUNK);
+            }
+        }
+    }
+}
+
+void interleave_q8_K(const char * const rows[4], int64_t n, char * to) {
+    auto * y = (block_q8_Kx4 *) to;
+    for (int64_t i = 0; i < n / QK_K; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            const block_q8_K & x = ((const block_q8_K *) rows[j])[i];
+            y[i].d[j]            = x.d;
+            for (int c = 0; c < QK_K / CHUNK; ++c) {
+                memcpy(y[i].qs + (c * 4 + j) * CHUNK, x.qs + c * CHUNK, CHUNK);
+            }
+            for (int c = 0; c < QK_K / 64; ++c) {  // sums of 16 quants, four of each row in turn
+                memcpy(y[i].bsums + (c * 4 + j) * 4, x.bsums + c * 4, 4 * sizeof(int16_t));
+            }
+        }
+    }
+}
+
 }  // namespace
+
+void interleave_inputs(int32_t type, const char * const rows[4], int64_t n, char * to) {
+    type == GGML_TYPE_Q8_K ? interleave_q8_K(rows, n, to) : interleave_q8_0(rows, n, to);
+}
 
 int interleave_q4_K(ggml_tensor * group, const void * plain, size_t) {
     const int64_t n  = group->ne[0] / QK_K;

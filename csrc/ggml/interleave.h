@@ -1,8 +1,9 @@
-// Eight rows of K-quants interleaved: the bytes that upstream's repacking gives, at two to three times its speed. Upstream does it
+// Rows interleaved as upstream's kernels for repacked weights want them. Of weights, eight rows of K-quants: the bytes that upstream's repacking gives, at two to three times its speed. Upstream does it
 // once, at load; we do it for every expert that arrives, and there it took as much processor time as multiplying.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 struct ggml_tensor;
 
@@ -11,5 +12,8 @@ namespace hobbit {
 // `plain`: eight rows (group->ne[0] long) as in a file -> group->data, the same number of bytes elsewhere. 0, as upstream says "done".
 int interleave_q4_K(ggml_tensor * group, const void * plain, size_t bytes);
 int interleave_q2_K(ggml_tensor * group, const void * plain, size_t bytes);
+
+// Four rows of inputs, `n` long and quantised already to Q8_0 or Q8_K (`type`): the operand of upstream's gemm. It takes as many bytes.
+void interleave_inputs(int32_t type, const char * const rows[4], int64_t n, char * to);
 
 }  // namespace hobbit

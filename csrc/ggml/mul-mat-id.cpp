@@ -5,6 +5,7 @@
 #include "expert-buffer.h"
 
 #include "../base/error.h"
+#include "interleave.h"
 
 #include "ggml-cpu.h"
 
@@ -33,7 +34,10 @@ struct operand {
     size_t                row_stride[2] = { 0, 0 };  // bytes along i11, i12
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
+    bool                  by_gemm       = false;    // of it, for four batch rows and more
 };
+
+constexpr int64_t GEMM_ROWS = 16;
 
 size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
 
@@ -94,16 +98,45 @@ void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, co
     }
 }
 
-// The same for a repacked slice; r0 and r1 are multiples of the kernel's columns. One batch row at a time, as ggml does it.
+// The same for a repacked slice; r0 and r1 are multiples of the kernel's columns. As ggml does it, one batch row at a time; where the
+// operand allows, GEMM_ROWS of them, fours at least.
 void multiply_repacked(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
                        int64_t r1, int64_t c0, int64_t c1) {
+    if (r0 >= r1) {
+        return;
+    }
+    const auto    n    = (int) o.weights.ne[0];
+    const auto    n_r  = (int) (r1 - r0);
     const int64_t ne11 = dst->src[1]->ne[1];
-    for (int64_t c = c0; c < c1 && r0 < r1; ++c) {
-        const pass_row at  = rows[c];
-        const char *   x   = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
-        auto *         out = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
-        o.repacked->gemv((int) o.weights.ne[0], out + r0, (size_t) o.weights.ne[1], slice + r0 * o.weights.nb[1], x, 1,
-                         (int) (r1 - r0));
+    const char *  w    = slice + r0 * o.weights.nb[1];
+    const auto    x    = [&](int64_t c) {
+        return o.rows + (rows[c].slot % ne11) * o.row_stride[0] + rows[c].token * o.row_stride[1];
+    };
+    const auto out = [&](int64_t c) {
+        return (float *) ((char *) dst->data + rows[c].slot * dst->nb[1] + rows[c].token * dst->nb[2]) + r0;
+    };
+    int64_t c = c0;
+    if (o.by_gemm) {
+        thread_local std::vector<char>  inputs;
+        thread_local std::vector<float> results;
+        const ggml_type                 type = kernel_type(o.weights.type);
+        const size_t                    row  = ggml_row_size(type, n);
+        inputs.resize(row * GEMM_ROWS);
+        results.resize((size_t) n_r * GEMM_ROWS);
+        while (c1 - c >= 4) {
+            const int64_t n_c = std::min<int64_t>(GEMM_ROWS, (c1 - c) / 4 * 4);
+            for (int64_t i = 0; i < n_c; i += 4) {
+                const char * const four[4] = { x(c + i), x(c + i + 1), x(c + i + 2), x(c + i + 3) };
+                interleave_inputs(type, four, n, &inputs[i * row]);
+            }
+            o.repacked->gemm(n, results.data(), (size_t) n_r, w, inputs.data(), (int) n_c, n_r);
+            for (int64_t i = 0; i < n_c; ++i, ++c) {
+                memcpy(out(c), &results[(size_t) (i * n_r)], n_r * sizeof(float));
+            }
+        }
+    }
+    for (; c < c1; ++c) {
+        o.repacked->gemv(n, out(c), (size_t) o.weights.ne[1], w, x(c), 1, n_r);
     }
 }
 
@@ -113,18 +146,21 @@ struct cut {
     int64_t n_row_pieces;
     int32_t n;
 
-    // `multiple`: of rows that stay together.
-    cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple) {
+    // `multiple`: of rows that stay together. `by_gemm`: few pieces in rows, since each interleaves its inputs for itself.
+    cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm) {
         const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
         int64_t       n0   = (nr0 + size - 1) / size;
         int64_t       n1   = (nr1 + size - 1) / size;
-        if (n0 * n1 < nth * 4) {
+        if (by_gemm && nr1 >= 4) {
+            n0 = std::min<int64_t>(n0, 2 * nth);
+            n1 = (nr1 + GEMM_ROWS - 1) / GEMM_ROWS;
+        } else if (n0 * n1 < nth * 4) {
             n0 = nr0 > nr1 ? nth : 1;
             n1 = nr0 > nr1 ? 1 : nth;
         }
         rows         = (nr0 + n0 - 1) / n0;
         rows         = (rows + multiple - 1) / multiple * multiple;
-        cols         = (nr1 + n1 - 1) / n1;
+        cols         = by_gemm && nr1 >= 4 ? GEMM_ROWS : (nr1 + n1 - 1) / n1;
         n_row_pieces = n0;
         n            = (int32_t) (n0 * n1);
     }
@@ -180,6 +216,7 @@ class product {
             }
             make_operand(o, op_, layer_.projections[part_].source[p]);
             o.repacked           = p == 0 ? expert_.repacked() : nullptr;
+            o.by_gemm            = p == 0 && expert_.by_gemm();
             const ggml_type type = kernel_type(o.weights.type);
             if (src1->type == type) {
                 o.rows          = (const char *) src1->data;
@@ -244,7 +281,8 @@ class product {
             }
             return true;
         }
-        const cut  pieces(o.weights.ne[1], item.n_rows, params_->nth, o.repacked == nullptr ? 1 : o.repacked->columns);
+        const cut  pieces(o.weights.ne[1], item.n_rows, params_->nth, o.repacked == nullptr ? 1 : o.repacked->columns,
+                          o.by_gemm);
         const auto multiply = o.repacked == nullptr ? multiply_block : multiply_repacked;
         while (true) {
             const int32_t piece = progress.next.fetch_add(1, std::memory_order_relaxed);

@@ -29,10 +29,19 @@ def _build(*targets: str) -> Path:
     )
     build = Path(cache) / "build" / f"unpatched-python{sys.version_info[0]}.{sys.version_info[1]}"
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "cmake"
+    _leave_to_this_clone(build)
     configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DHOBBIT_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run(configure + [f"-DPython_EXECUTABLE={sys.executable}"], check=True)
     subprocess.run([cmake, "--build", str(build), "-j", "--target", *targets], check=True)
     return build
+
+
+def _leave_to_this_clone(build: Path) -> None:
+    """CMake refuses a build folder that another clone has configured; the objects of upstream in it are as good as ever."""
+    known = build / "CMakeCache.txt"
+    if known.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in known.read_text():
+        known.unlink()
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
 
 
 @functools.cache
