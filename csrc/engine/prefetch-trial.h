@@ -14,7 +14,7 @@ class prefetch_trial {
   public:
     static constexpr uint32_t N_EACH = 24;   // tokens of a trial with, and as many without
     static constexpr uint32_t PERIOD = 512;  // tokens from one trial to the next
-    static constexpr uint32_t FIRST  = 32;   // tokens before the first: a cold cache says nothing
+    static constexpr uint32_t FIRST  = 16;   // tokens before the first: a cold cache says nothing
 
     // Whether the next token is decoded with prefetch.
     bool on() const { return trying() ? n_ % 2 == 0 : on_; }

@@ -71,8 +71,8 @@ def test_hobbit_mode_mixes_precisions_and_counts_them(shape: str) -> None:
     assert stats.loads_low > 0 and stats.skips > 0 and stats.mass_skipped > 0
     assert not np.array_equal(got, want)
     assert np.isfinite(got).all()
-    # Lossy, but the same model: far nearer to exact than chance. What is skipped depends on what is cached by then, and so on how fast
-    # the disk is: 0.51 to 0.68 on a quiet machine, 0.49 on a busy one.
+    # Lossy, but the same model: far nearer to exact than chance. What is skipped depends on what is cached by then, and so on
+    # how fast the disk is: 0.51 to 0.68 on a quiet machine, 0.49 on a busy one.
     agree = (got.argmax(-1) == want.argmax(-1)).mean()
     assert agree > 0.3, agree
     assert stats.bytes_read > 0 and stats.stall_seconds >= 0 and stats.eval_seconds > 0
