@@ -57,7 +57,8 @@ def contract(c: OffloadCounts) -> None:
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_hobbit_mode_mixes_precisions_and_counts_them(shape: str) -> None:
     path = tiny_dual(shape)
-    llm = load(Llama, str(path), 2, offload=OffloadParams(t1=0.3, t2=0.6), expert_cache=quarter(path))
+    # Half of the experts: with a quarter so much is skipped that how fast the disk is decides about the last assertion.
+    llm = load(Llama, str(path), 2, offload=OffloadParams(t1=0.3, t2=0.6), expert_cache=2 * quarter(path))
     exact = load(Llama, str(path), 2)
     tokens = words(llm, 80)
     got, want = logits(llm, tokens, 1), logits(exact, tokens, 1)
@@ -71,10 +72,9 @@ def test_hobbit_mode_mixes_precisions_and_counts_them(shape: str) -> None:
     assert stats.loads_low > 0 and stats.skips > 0 and stats.mass_skipped > 0
     assert not np.array_equal(got, want)
     assert np.isfinite(got).all()
-    # Lossy, but the same model: far nearer to exact than chance. What is skipped depends on what is cached by then, and so on
-    # how fast the disk is: 0.51 to 0.68 on a quiet machine, 0.49 on a busy one.
+    # Lossy, but the same model: far nearer to exact than chance.
     agree = (got.argmax(-1) == want.argmax(-1)).mean()
-    assert agree > 0.3, agree
+    assert agree > 0.5, agree
     assert stats.bytes_read > 0 and stats.stall_seconds >= 0 and stats.eval_seconds > 0
     llm.reset_offload_stats()
     assert llm.offload_stats().selections == llm.offload_stats().bytes_read == 0
