@@ -8,11 +8,6 @@
 
 namespace hobbit {
 
-// Demand reads that may still be running when prefetches begin: fewer than it takes to keep a disk busy. Together with four prefetches
-// in flight this gave, interleaved in one process, 0.81 to 0.86 of the time a token takes without prefetch; waiting for the last one,
-// with two in flight, 0.94 to 1.00.
-static constexpr uint32_t DEMAND_TAIL = 2;
-
 static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
 
 io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end) :
@@ -54,10 +49,9 @@ void io_pool::demand(const std::vector<io_request> & requests) {
         std::lock_guard<std::mutex> lock(mutex_);
         demand_.insert(demand_.end(), requests.begin(), requests.end());
         n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
-        n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
     }
-    work_
-        .notify_one();  // who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain
+    // Who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain.
+    work_.notify_one();
 }
 
 void io_pool::prefetch(const std::vector<io_request> & requests) {
@@ -135,8 +129,9 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
     return true;
 }
 
-bool io_pool::must_stand_back() const {
-    return n_waiting_.load(std::memory_order_relaxed) > 0 || demand_pending() > DEMAND_TAIL;
+bool io_pool::must_stand_back() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !demand_.empty() || demand_pending() > DEMAND_TAIL;
 }
 
 bool io_pool::has_work() const {
@@ -156,7 +151,6 @@ void io_pool::run() {
         auto &     queue     = is_demand ? demand_ : prefetch_;
         io_request request   = queue.front();
         queue.pop_front();
-        n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
         n_prefetching_ += is_demand ? 0 : 1;
         n_running_++;
         const bool more = has_work();
@@ -195,7 +189,6 @@ void io_pool::run() {
                 if (is_set(request.urgent)) {
                     demand_.push_front(request);
                     n_demand_.fetch_add(1, std::memory_order_relaxed);
-                    n_waiting_.store((uint32_t) demand_.size(), std::memory_order_relaxed);
                 } else {
                     prefetch_.push_front(request);
                 }

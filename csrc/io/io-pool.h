@@ -42,7 +42,7 @@ class io_pool final : public reader {
     // so one is woken for what is new, and nobody in vain. Under the mutex.
     bool has_work() const;
     // For a running prefetch, between two blocks.
-    bool must_stand_back() const;
+    bool must_stand_back();
     // Reads block by block; false: a demand request came in between, `request.done` says how far it got.
     bool read_prefetch(io_request & request, io_outcome & outcome);
 
@@ -59,8 +59,7 @@ class io_pool final : public reader {
     uint32_t                n_running_     = 0;
     bool                    stop_          = false;
 
-    std::atomic<uint32_t>    n_demand_ { 0 };   // queued and running
-    std::atomic<uint32_t>    n_waiting_ { 0 };  // queued
+    std::atomic<uint32_t>    n_demand_ { 0 };  // queued and running
     std::vector<std::thread> threads_;
 };
 

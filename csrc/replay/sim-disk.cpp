@@ -46,13 +46,13 @@ void sim_disk::drain() {
     }
 }
 
-// As io_pool::run() takes requests: demand first, prefetch when no demand read is queued or running.
+// As io_pool::run() takes requests: demand first, prefetch when none is queued and the last few are running.
 void sim_disk::start() {
     while (running_.size() < model_.depth) {
         if (!demand_.empty()) {
             run(demand_.front(), true);
             demand_.pop_front();
-        } else if (!prefetch_.empty() && n_prefetching_ < max_prefetch_ && n_demand_ == 0) {
+        } else if (!prefetch_.empty() && n_prefetching_ < max_prefetch_ && n_demand_ <= DEMAND_TAIL) {
             n_prefetching_++;
             run(prefetch_.front(), false);
             prefetch_.pop_front();
@@ -115,7 +115,7 @@ void sim_disk::end_of(running r) {
     } else if (is_set(q.urgent)) {
         demand_.push_front(q);
         n_demand_++;
-    } else if (n_demand_ > 0) {
+    } else if (!demand_.empty() || n_demand_ > DEMAND_TAIL) {
         prefetch_.push_front(q);
     } else {
         n_prefetching_++;
