@@ -20,6 +20,15 @@ static void touch_pages(std::byte * data, size_t size) {
     }
 }
 
+void prefer_large_pages(void * data, size_t bytes) {
+    constexpr size_t LARGE = (size_t) 2 << 20;
+    const size_t     begin = align_up((size_t) data, LARGE);
+    const size_t     end   = align_down((size_t) data + bytes, LARGE);
+    if (end > begin) {
+        madvise((void *) begin, end - begin, MADV_HUGEPAGE);
+    }
+}
+
 static std::byte * map(size_t size, int flags) {
     if (size == 0) {
         return nullptr;
@@ -31,7 +40,7 @@ static std::byte * map(size_t size, int flags) {
     // A child made by fork() must not double a pool of gigabytes when the parent writes to it.
     madvise(p, size, MADV_DONTFORK);
     // A direct read into 120 small pages costs more than one into a large one.
-    madvise(p, size, MADV_HUGEPAGE);
+    prefer_large_pages(p, size);
     return (std::byte *) p;
 }
 
@@ -71,15 +80,6 @@ void region::release(size_t offset, size_t bytes) {
     const size_t end   = align_down(offset + bytes, PAGE);
     if (end > begin) {
         madvise(data_ + begin, end - begin, MADV_DONTNEED);
-    }
-}
-
-void prefer_large_pages(void * data, size_t bytes) {
-    constexpr size_t LARGE = (size_t) 2 << 20;
-    const size_t     begin = align_up((size_t) data, LARGE);
-    const size_t     end   = align_down((size_t) data + bytes, LARGE);
-    if (end > begin) {
-        madvise((void *) begin, end - begin, MADV_HUGEPAGE);
     }
 }
 

@@ -15,16 +15,22 @@ namespace {
 constexpr int ROWS  = 8;
 constexpr int CHUNK = 8;  // bytes of quants that stay together
 
-// Row j's scale and minimum of the super-blocks, and its quants, eight bytes of each row in turn.
+// Quants of row j of `rows`, which take turns, eight bytes each.
+template <size_t bytes, typename to_t, typename from_t>
+void put_quants(to_t * to, const from_t (&quants)[bytes], int j, int rows) {
+    for (size_t c = 0; c < bytes / CHUNK; ++c) {
+        memcpy(to + (c * rows + j) * CHUNK, quants + c * CHUNK, CHUNK);
+    }
+}
+
+// Scales and minimums of the super-blocks of eight rows, and their quants.
 template <typename wide_t, typename block_t>
 void interleave_block(wide_t & to, const block_t * from, int64_t stride) {
     for (int j = 0; j < ROWS; ++j) {
         const block_t & row = from[j * stride];
         memcpy(&to.d[j], &row.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d, sizeof(ggml_half));
         memcpy(&to.dmin[j], &row.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin, sizeof(ggml_half));
-        for (size_t c = 0; c < sizeof(row.qs) / CHUNK; ++c) {
-            memcpy(to.qs + (c * ROWS + j) * CHUNK, row.qs + c * CHUNK, CHUNK);
-        }
+        put_quants(to.qs, row.qs, j, ROWS);
     }
 }
 
@@ -61,31 +67,24 @@ void pack_sub_block(uint8_t * to, uint64_t scales, uint64_t mins) {
     memcpy(to, packed, sizeof(packed));
 }
 
-void interleave_q8_0(const char * const rows[4], int64_t n, char * to) {
-    auto * y = (block_q8_0x4 *) to;
-    for (int64_t i = 0; i < n / QK8_0; ++i) {
-        for (int j = 0; j < 4; ++j) {
-            const block_q8_0 & x = ((const block_q8_0 *) rows[j])[i];
-            y[i].d[j]            = x.d;
-            for (int c = 0; c < QK8_0 / CHUNK; ++c) {
-                memcpy(y[i].qs + (c * 4 + j) * CHUNK, x.qs + c * CHUNK, CHUNK);
-            }
-        }
+void put_sums(block_q8_0x4 &, const block_q8_0 &, int) {}
+
+// Of 16 quants each; four of each row in turn.
+void put_sums(block_q8_Kx4 & to, const block_q8_K & row, int j) {
+    for (int c = 0; c < QK_K / 64; ++c) {
+        memcpy(to.bsums + (c * 4 + j) * 4, row.bsums + c * 4, 4 * sizeof(int16_t));
     }
 }
 
-void interleave_q8_K(const char * const rows[4], int64_t n, char * to) {
-    auto * y = (block_q8_Kx4 *) to;
-    for (int64_t i = 0; i < n / QK_K; ++i) {
+template <typename wide_t, typename block_t>
+void interleave_four(const char * const rows[4], int64_t n_blocks, char * to) {
+    auto * y = (wide_t *) to;
+    for (int64_t i = 0; i < n_blocks; ++i) {
         for (int j = 0; j < 4; ++j) {
-            const block_q8_K & x = ((const block_q8_K *) rows[j])[i];
-            y[i].d[j]            = x.d;
-            for (int c = 0; c < QK_K / CHUNK; ++c) {
-                memcpy(y[i].qs + (c * 4 + j) * CHUNK, x.qs + c * CHUNK, CHUNK);
-            }
-            for (int c = 0; c < QK_K / 64; ++c) {  // sums of 16 quants, four of each row in turn
-                memcpy(y[i].bsums + (c * 4 + j) * 4, x.bsums + c * 4, 4 * sizeof(int16_t));
-            }
+            const block_t & x = ((const block_t *) rows[j])[i];
+            y[i].d[j]         = x.d;
+            put_quants(y[i].qs, x.qs, j, 4);
+            put_sums(y[i], x, j);
         }
     }
 }
@@ -93,7 +92,11 @@ void interleave_q8_K(const char * const rows[4], int64_t n, char * to) {
 }  // namespace
 
 void interleave_inputs(int32_t type, const char * const rows[4], int64_t n, char * to) {
-    type == GGML_TYPE_Q8_K ? interleave_q8_K(rows, n, to) : interleave_q8_0(rows, n, to);
+    if (type == GGML_TYPE_Q8_K) {
+        interleave_four<block_q8_Kx4, block_q8_K>(rows, n / QK_K, to);
+    } else {
+        interleave_four<block_q8_0x4, block_q8_0>(rows, n / QK8_0, to);
+    }
 }
 
 int interleave_q4_K(ggml_tensor * group, const void * plain, size_t) {

@@ -151,7 +151,8 @@ struct cut {
         const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
         int64_t       n0   = (nr0 + size - 1) / size;
         int64_t       n1   = (nr1 + size - 1) / size;
-        if (by_gemm && nr1 >= 4) {
+        by_gemm            = by_gemm && nr1 >= 4;
+        if (by_gemm) {
             n0 = std::min<int64_t>(n0, 2 * nth);
             n1 = (nr1 + GEMM_ROWS - 1) / GEMM_ROWS;
         } else if (n0 * n1 < nth * 4) {
@@ -160,7 +161,7 @@ struct cut {
         }
         rows         = (nr0 + n0 - 1) / n0;
         rows         = (rows + multiple - 1) / multiple * multiple;
-        cols         = by_gemm && nr1 >= 4 ? GEMM_ROWS : (nr1 + n1 - 1) / n1;
+        cols         = by_gemm ? GEMM_ROWS : (nr1 + n1 - 1) / n1;
         n_row_pieces = n0;
         n            = (int32_t) (n0 * n1);
     }
