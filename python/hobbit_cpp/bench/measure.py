@@ -32,6 +32,9 @@ from .text import Tokens, tokens_of
 
 __all__ = ["Request", "measure"]
 
+FLOOR_TOKENS = 64
+"""Decoded for the compute floor: enough for a mean, and a large model takes long."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -145,9 +148,6 @@ def with_usual_read_ahead(contenders: Sequence[Contender], path: Path) -> List[C
     return out
 
 
-FLOOR_TOKENS = 64
-
-
 def _floor(request: Request, setting: Setting, sizes: Sizes, machine: Machine) -> Dict[str, Any]:
     """A token with every expert in memory: measured where there is room for it, else kept from before, else estimated."""
     kept = None if request.fresh or request.routing else probe.recall_floor(request.model, request.threads)
@@ -155,7 +155,7 @@ def _floor(request: Request, setting: Setting, sizes: Sizes, machine: Machine) -
         return {"ms": kept * 1e3, "source": "kept"}
     if sizes.largest < _memory.available():
         request.told("the compute floor: every expert in memory")
-        # Few tokens tell, and those of a large model take long. The same twice: the first time brings the experts in.
+        # the same tokens twice: the first time brings the experts in
         few = setting.tokens[-FLOOR_TOKENS - 1 :]
         row = run_once(replace(setting, tokens=few, warm_up=few[:-1], n_prompt=0), RESIDENT, None)
         if "error" not in row:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from .output import write_whole
 
     output: Path = args.output or calibration_path(args.model)
-    check_text_run(args, output)
+    check_text_run(args, output, stdin=False)
     if args.ctx_size < 2:
         raise ValueError("a window (-c) needs two tokens at least")
     progress = _Progress(not args.quiet)

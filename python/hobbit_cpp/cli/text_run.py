@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .options import _size, positive
 
-__all__ = ["add_text_run_flags", "check_new_file", "check_text_run", "read_text"]
+__all__ = ["add_text_run_flags", "check_text_run", "read_text"]
 
 
 def add_text_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
@@ -21,29 +21,20 @@ def add_text_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
 
 
-def check_text_run(args: argparse.Namespace, output: Path) -> None:
-    """Before the work: the model, the text and a place for the new file are there.
+def check_text_run(args: argparse.Namespace, output: Path, stdin: bool = True) -> None:
+    """Before an hour of work: the model, the text (`stdin`: or "-") and a place for the new file are there.
 
     Raises:
-        FileNotFoundError, FileExistsError
+        FileNotFoundError: one of them is not.
+        FileExistsError: the new file is there already, and --force is not given.
     """
     for path in (args.model, args.text):
-        if str(path) != "-" and not path.exists():
+        if not (path.exists() or (stdin and str(path) == "-")):
             raise FileNotFoundError(f"{path}: no such file")
-    check_new_file(output, args.force)
-
-
-def check_new_file(path: Path, force: bool) -> None:
-    """An hour of work must not end in a file that cannot be made.
-
-    Raises:
-        FileExistsError: it is there, and --force is not given.
-        FileNotFoundError: it has no folder.
-    """
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists: --force replaces it")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is not a folder")
+    if output.exists() and not args.force:
+        raise FileExistsError(f"{output} exists: --force replaces it")
+    if not output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is not a folder")
 
 
 def read_text(path: Path) -> str:
