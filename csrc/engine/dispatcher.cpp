@@ -69,21 +69,6 @@ void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t *
     sel.weights_stride = sel.k;
 }
 
-// From the first router of a token to its last: what comes before and after, a chat's user among it, is not ours.
-void dispatcher::time_token(uint32_t layer, uint32_t n_tokens) {
-    if (n_tokens != 1 || !threads_) {
-        return;  // a replay has no time
-    }
-    if (layer == 0) {
-        token_began_ = timeline::clock::now();
-        token_loads_ = 0;
-    }
-    token_loads_ += pass_.n_loads();
-    if (layer + 1 == index_.layers().size() && prefetcher_) {
-        trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(), token_loads_ > 0);
-    }
-}
-
 void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const float * x,
                        size_t n_embd, size_t x_stride, float * out_weights) {
     if (routing_ != nullptr) {
@@ -112,11 +97,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
         times_->add(HOBBIT_EVENT_ROUTE, index_.layers()[layer].block, begin, timeline::clock::now());
     }
 
-    // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
-    n_quiet_ = pass_.n_loads() > 0 ? 0 : n_quiet_ + 1;
-    time_token(layer, sel.n_tokens);
-    if (!prefetcher_ || layer + 1 >= index_.layers().size() || n_quiet_ >= index_.layers().size() ||
-        (sel.n_tokens == 1 && threads_ && params_.prefetch_always == 0 && !trial_.on())) {
+    if (!prefetcher_ || !prefetcher_->worth_predicting(layer, sel.n_tokens, pass_.n_loads())) {
         return;
     }
     // A sample of a large batch tells its popular experts well enough.
@@ -136,8 +117,8 @@ void dispatcher::stats(hobbit_stats & out) {
     store_.stats(out);
     if (prefetcher_) {
         prefetcher_->recall(out.predicted, out.predicted_right, false);
-        out.prefetch_on    = params_.prefetch_always != 0 || !threads_ || trial_.on();
-        out.prefetch_ratio = trial_.ratio();
+        out.prefetch_on    = prefetcher_->on();
+        out.prefetch_ratio = prefetcher_->ratio();
     }
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "layer-pass.h"
-#include "prefetch-trial.h"
 #include "prefetcher.h"
 #include "recorded-routing.h"
 
@@ -54,7 +53,6 @@ class dispatcher {
   private:
     void replace(uint32_t layer, layer_pass::selections & sel, int32_t * ids);
     void make_prefetcher();
-    void time_token(uint32_t layer, uint32_t n_tokens);
 
     const expert_index & index_;
     const hobbit_params  params_;
@@ -68,13 +66,9 @@ class dispatcher {
     recorded_routing *          routing_ = nullptr;
     std::vector<float>          routed_weights_;
 
-    policy::threshold_profile   profile_;
-    policy::serving             how_;
-    bool                        thresholds_given_;
-    prefetch_trial              trial_;
-    timeline::clock::time_point token_began_;
-    uint64_t                    token_loads_ = 0;
-    size_t                      n_quiet_     = 0;  // layer passes since something had to be read
+    policy::threshold_profile profile_;
+    policy::serving           how_;
+    bool                      thresholds_given_;
 };
 
 }  // namespace hobbit

@@ -28,6 +28,25 @@ prefetcher::~prefetcher() {
     }
 }
 
+bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_loads) {
+    const size_t n_layer = index_.layers().size();
+    // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
+    n_quiet_ = n_loads > 0 ? 0 : n_quiet_ + 1;
+    // From the first router of a token to its last: what comes before and after, a chat's user among it, is not ours. Without threads,
+    // in a replay, there is no time.
+    if (n_tokens == 1 && thread_.joinable()) {
+        if (layer == 0) {
+            token_began_ = timeline::clock::now();
+            token_loads_ = 0;
+        }
+        token_loads_ += n_loads;
+        if (layer + 1 == n_layer) {
+            trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(), token_loads_ > 0);
+        }
+    }
+    return layer + 1 < n_layer && n_quiet_ < n_layer && (n_tokens > 1 || on());
+}
+
 void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
                       const policy::serving & how) {
     {

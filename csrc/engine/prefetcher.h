@@ -10,6 +10,7 @@
 #pragma once
 
 #include "expert-store.h"
+#include "prefetch-trial.h"
 
 #include <atomic>
 #include <condition_variable>
@@ -38,6 +39,15 @@ class prefetcher {
     prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params, router_source & routers,
                bool threaded = true);
     ~prefetcher();
+
+    // The pass of `layer` was built and has to read `n_loads` experts: whether its router input is worth predicting from. For every
+    // pass, in order, by one thread.
+    bool worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_loads);
+
+    // Whether the next token is decoded with prefetch, and what the last trial said of it.
+    bool on() const { return params_.prefetch_always != 0 || !thread_.joinable() || trial_.on(); }
+
+    double ratio() const { return trial_.ratio(); }
 
     // Predicts from what is in the mailbox, if it is a single token's. False when there is nothing to do, or another thread does it. By
     // any compute thread.
@@ -78,6 +88,11 @@ class prefetcher {
     job                     now_;         // of run_pending()
     std::mutex              work_mutex_;  // held while predicting: scratch memory is shared
     bool                    stop_ = false;
+
+    prefetch_trial              trial_;
+    timeline::clock::time_point token_began_;
+    uint64_t                    token_loads_ = 0;
+    size_t                      n_quiet_     = 0;  // layer passes since something had to be read
 
     std::mutex                         recall_mutex_;                // guards the three below
     std::vector<std::vector<uint16_t>> last_[HOBBIT_MAX_LOOKAHEAD];  // [distance - 1][layer]

@@ -182,11 +182,9 @@ class product {
         prepare(pass);
         ggml_barrier(params_->threadpool);
         work(pass);
+        owner_.idle();  // the others still compute: what is predicted now is read meanwhile
         if (params_->ith == 0) {
             pass.parts_done |= 1u << part_;
-            if (pass.parts_done + 1 == 1u << layer_.projections.size()) {
-                owner_.idle();  // the disk has nothing to do until the next router has spoken
-            }
             collect_inputs(pass);
             hobbit_counts c  = {};
             c.stall_seconds  = stalled_;
