@@ -3,6 +3,7 @@
 // Lives as long as the caller or a buffer of the llama model holds a reference (shared_ptr), whichever is longer.
 #pragma once
 
+#include "../base/placement.h"
 #include "dispatcher.h"
 #include "input-statistics.h"
 
@@ -73,6 +74,9 @@ class session : public std::enable_shared_from_this<session> {
 
     input_statistics & inputs() { return inputs_; }
 
+    // Of the compute threads.
+    placement & places() { return places_; }
+
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
     // With what the routers of the layers after predict from each layer's router input, up to `depth` layers ahead. Throws
@@ -114,6 +118,7 @@ class session : public std::enable_shared_from_this<session> {
 
     timeline                          times_;
     input_statistics                  inputs_;
+    placement                         places_;
     expert_store::arrival_hook        on_arrival_;
     std::unique_ptr<router_source>    routers_;
     std::unique_ptr<recorded_routing> routing_;

@@ -183,6 +183,7 @@ class product {
         ggml_barrier(params_->threadpool);
         work(pass);
         owner_.idle();  // the others still compute: what is predicted now is read meanwhile
+        owner_.places().settle(params_->ith, params_->nth);
         if (params_->ith == 0) {
             pass.parts_done |= 1u << part_;
             collect_inputs(pass);
