@@ -6,8 +6,9 @@ import ctypes
 import os
 import re
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import List, NamedTuple, Optional, Tuple, Union
 
+from . import _cgroups
 from .errors import ParameterError
 
 Size = Union[int, str]
@@ -124,30 +125,10 @@ def _file_pages(stat: Path, names: List[str]) -> int:
     return total
 
 
-def _cgroup_folders() -> Iterator[Path]:
-    """The memory cgroups this process is in, from its own up to the root, of version 1 or 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        roots = ["/sys/fs/cgroup/memory"] if controllers else ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        for root in roots:
-            folder = Path(root) / path.lstrip("/")
-            # In a container the path may be that of the host, and the root the container's own group.
-            candidates = [folder, *folder.parents] if folder.is_dir() else [Path(root)]
-            for candidate in candidates:
-                if str(candidate).startswith(root):
-                    yield candidate
-
-
 def cgroup_limits() -> List[CgroupLimit]:
     """All memory limits above this process."""
     out = []
-    for folder in _cgroup_folders():
+    for folder in _cgroups.folders("memory"):
         limit = _read_int(folder / "memory.max")
         used = _read_int(folder / "memory.current")
         names = ["inactive_file", "active_file"]

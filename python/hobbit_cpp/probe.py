@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
+from ._cgroups import read_limit
 from ._heat import cache_folder
 from ._session import Session
 from .errors import HobbitError
@@ -107,8 +108,10 @@ def probe_disk(model: Pathlike, *, low: bool = False, fresh: bool = False, secon
     try:
         info = session.info
         expert = info.bytes_expert_low if low else info.bytes_expert_high
-        # what is kept holds for this disk and experts of about this size
+        # what is kept holds for this disk, under the same limit, and experts of about this size
+        limit = read_limit(model)
         key = f"disk {_device(model)} {_rounded(expert)} {'direct' if info.direct_io else 'buffered'}"
+        key += "" if limit is None else f" at most {limit}"
         kept = None if fresh else _recall(key)
         if kept is not None:
             with contextlib.suppress(TypeError, ValueError):

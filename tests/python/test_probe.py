@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from hobbit_cpp import probe
+from hobbit_cpp import _cgroups, probe
 from models import tiny, tiny_dual
 
 Q8_0 = 8
@@ -78,3 +79,26 @@ def test_figures_of_a_busy_machine_are_not_kept(own_cache: Path, monkeypatch: py
     monkeypatch.setattr(probe, "is_busy", lambda: True)
     assert probe.probe_compute(Q8_0, 256, 64, 1, seconds=0.01)
     assert not (own_cache / "probes.json").exists()
+
+
+def test_figures_of_a_throttled_disk_are_kept_apart(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mixtral")
+    number = model.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    monkeypatch.setattr(_cgroups, "_ROOT", tmp_path)
+    assert _cgroups.read_limit(model) is None
+    free = probe.probe_disk(model, seconds=0.02)
+
+    # version 1, then version 2 with less; another disk's is none of ours
+    (tmp_path / "blkio").mkdir()
+    (tmp_path / "blkio/blkio.throttle.read_bps_device").write_text(f"250:9 7\n{device} 500000000\n")
+    assert _cgroups.read_limit(model) == 500_000_000
+    (tmp_path / "io.max").write_text(f"250:9 rbps=7 wbps=max\n{device} rbps=400000000 wbps=max riops=max wiops=5\n")
+    assert _cgroups.read_limit(model) == 400_000_000
+    throttled = probe.probe_disk(model, seconds=0.02)
+    assert free is not None and throttled is not None and throttled.measured > free.measured
+    (tmp_path / "io.max").write_text(f"{device} rbps=max wbps=400000000\n")
+    assert _cgroups.read_limit(model) == 500_000_000
+
+    (tmp_path / "blkio/blkio.throttle.read_bps_device").unlink()
+    assert probe.probe_disk(model) == free
