@@ -4,15 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <thread>
 
 namespace hobbit {
-
-// Part number of a request that reads into a streaming slot.
-static constexpr uint32_t STREAM_PART = 1u << 16;
-
-// Times that a waiting thread steps aside before it sleeps.
-static constexpr int N_YIELD = 100;
 
 // How fast use_record::high_share follows, a use each.
 static constexpr float HIGH_SHARE_STEP = 0.1f;
@@ -126,49 +119,9 @@ void expert_store::on_evicted(void * self, const cache_entry & entry) {
     }
 }
 
-// Prefetches of this layer that the router did not choose: the disk has better to do.
-void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants) {
-    for (size_t i = 0; i < prefetching_.size();) {
-        cache_entry * e    = prefetching_[i];
-        const bool    gone = e->now != cache_entry::state::in_flight || !e->prefetched;
-        bool          drop = gone;
-        if (!gone && e->layer == layer) {
-            drop = std::none_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
-            if (drop) {
-                e->cancel.store(true, std::memory_order_relaxed);
-                e->reading &= ~io_->withdraw(e);
-                counts_[layer].prefetches_wasted++;
-                counts_[layer].bytes_wasted += e->bytes;
-                e->prefetched = false;
-                if (e->reading == 0 && e->pins == 0) {
-                    cache_->abandon(e);
-                }
-            }
-        }
-        if (drop) {
-            prefetching_[i] = prefetching_.back();
-            prefetching_.pop_back();
-        } else {
-            ++i;
-        }
-    }
-}
-
-void expert_store::begin_prefetch(cache_entry & entry) {
-    entry.prefetched = true;
-    counts_[entry.layer].prefetches++;
-    prefetching_.push_back(&entry);
-}
-
 // Neither there nor on its way.
 bool expert_store::missing(const cache_entry & entry, uint32_t part) {
     return ((entry.parts.load(std::memory_order_relaxed) | entry.reading) & (1u << part)) == 0;
-}
-
-// A prefetch that was cancelled and is waiting for its last running read to end: part of it will never arrive.
-bool expert_store::given_up(const cache_entry & entry) {
-    return entry.now == cache_entry::state::in_flight && entry.cancel.load(std::memory_order_relaxed) &&
-           !entry.demanded.load(std::memory_order_relaxed);
 }
 
 // Asks again for what a cancelled or failed read left out of an entry that is wanted now.
@@ -200,12 +153,6 @@ void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, u
 void expert_store::note_asked(bool demand, uint32_t layer) {
     if (times_ != nullptr && times_->on()) {
         asked_[demand][layer] = timeline::clock::now();
-    }
-}
-
-void expert_store::note_arrival(hobbit_event_kind kind, uint32_t layer, timeline::clock::time_point asked, uint64_t bytes) {
-    if (times_ != nullptr && times_->on()) {
-        times_->add(kind, index_.layers()[layer].block, asked, timeline::clock::now(), bytes);
     }
 }
 
@@ -326,181 +273,6 @@ void expert_store::release(const std::vector<expert_want> & wants) {
             settle(*w.entry);
         }
     }
-}
-
-void expert_store::stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot) {
-    io_request   r = read_of(layer, expert, p, part, slot.room);
-    const extent x = index_.layers()[layer].projections[part].source[(int) p].expert(expert);
-    r.owner        = &slot;
-    r.part         = STREAM_PART;
-    slot.data.store(slot.room + (x.offset - r.offset), std::memory_order_relaxed);
-    slot.layer = layer;
-    slot.part  = part;
-    slot.prec  = p;
-    slot.ready.store(false, std::memory_order_relaxed);
-    slot.asked = timeline::clock::now();
-    io_->demand({ r });
-}
-
-// Moves an entry on when its last read has ended.
-void expert_store::settle(cache_entry & entry) {
-    if (entry.now != cache_entry::state::in_flight || entry.reading != 0) {
-        return;
-    }
-    const uint32_t all = (1u << index_.layers()[entry.layer].projections.size()) - 1;
-    if (entry.parts.load(std::memory_order_relaxed) == all) {
-        cache_->fulfil(&entry);
-    } else if (entry.pins == 0) {
-        cache_->abandon(&entry);  // cancelled, or a read failed
-    }
-}
-
-void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::exception_ptr why) {
-    if (r.part == STREAM_PART) {
-        auto * slot = (stream_slot *) r.owner;
-        if (outcome == io_outcome::done && on_arrival_) {
-            on_arrival_(slot->layer, slot->part, slot->prec, slot->data.load(std::memory_order_relaxed));
-        }
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            counts_[slot->layer].bytes_demand += r.bytes;
-            note_arrival(HOBBIT_EVENT_READ, slot->layer, slot->asked, r.bytes);
-            if (outcome == io_outcome::failed) {
-                error_ = error_ ? error_ : why;
-                failed_.store(true, std::memory_order_release);
-            } else {
-                slot->ready.store(true, std::memory_order_release);
-            }
-        }
-
-        notify();
-        return;
-    }
-
-    auto * e = (cache_entry *) r.owner;
-    if (outcome == io_outcome::done && on_arrival_) {
-        // In flight, and this part's bit is not set: nobody else looks at it.
-        on_arrival_(e->layer, r.part, (precision) e->precision, slice(*e, r.part));
-    }
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        const bool                  demanded = e->demanded.load(std::memory_order_relaxed);
-        if (outcome == io_outcome::cancelled && (demanded || !e->cancel.load(std::memory_order_relaxed))) {
-            // The router chose it after all, or it was predicted again, between the cancel and now.
-            e->cancel.store(false, std::memory_order_relaxed);
-            demanded ? io_->demand({ r }) : io_->prefetch({ r });
-            return;
-        }
-        const uint64_t bytes   = outcome == io_outcome::done ? r.bytes : r.done;
-        const bool     warming = is_warming(*e);
-        (demanded ? counts_[e->layer].bytes_demand : warming ? bytes_warmed_ : counts_[e->layer].bytes_prefetch) += bytes;
-        if (!demanded && e->cancel.load(std::memory_order_relaxed)) {
-            counts_[e->layer].bytes_wasted += bytes;  // its entry was counted before this read ended
-        }
-        e->bytes += bytes;
-        if (demanded || !warming) {
-            note_arrival(demanded ? HOBBIT_EVENT_READ : HOBBIT_EVENT_PREFETCH, e->layer, asked_[demanded][e->layer], bytes);
-        }
-
-        e->reading &= ~(1u << r.part);
-        if (outcome == io_outcome::done) {
-            e->parts.fetch_or(1u << r.part, std::memory_order_release);
-        }
-        if (outcome == io_outcome::failed && demanded && !error_) {
-            error_ = why;  // a failed prefetch is silent: a demand read will tell
-        }
-        settle(*e);
-        if (warming) {
-            warming_read_end(*e, outcome == io_outcome::failed);
-        }
-        if (outcome == io_outcome::failed && demanded) {
-            failed_.store(true, std::memory_order_release);
-        }
-    }
-    notify();
-}
-
-void expert_store::notify() {
-    arrivals_.fetch_add(1, std::memory_order_acq_rel);
-    { std::lock_guard<std::mutex> lock(arrive_mutex_); }
-    arrive_.notify_all();
-}
-
-void expert_store::wait(uint64_t seen) {
-    // A read of a slice takes some 400 us, waking from sleep 50 us and more. Stepping aside a few times first (the processor goes to a
-    // reader or to another compute thread, if one wants it) gave 19.8 instead of 16.5 tokens/s on two cores.
-    for (int i = 0; i < N_YIELD; ++i) {
-        if (arrivals() != seen || failed()) {
-            return;
-        }
-        std::this_thread::yield();
-    }
-    std::unique_lock<std::mutex> lock(arrive_mutex_);
-    arrive_.wait(lock, [&] { return arrivals() != seen || failed(); });
-}
-
-bool expert_store::take_error(std::exception_ptr & out) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!failed()) {
-        return false;
-    }
-    out    = error_;
-    error_ = nullptr;
-    failed_.store(false, std::memory_order_release);
-    return true;
-}
-
-uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<cache_entry *>  started;
-    uint32_t                    n_missing    = 0;
-    const bool                  high_for_low = only_high((policy::precision_rule) params_.precision_rule);
-    // Never more than half of what could be evicted: the running layer and the next one need room too.
-    uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
-    for (const expert_want & w : predicted) {
-        if (w.need <= policy::need::skip) {
-            continue;
-        }
-        cache_entry * high = cache_->find(layer, w.expert, 0);
-        cache_entry * low  = cache_->find(layer, w.expert, 1);
-        cache_entry * have = high != nullptr ? high : w.need == policy::need::low ? low : nullptr;
-        if (have != nullptr) {
-            have->protected_until = cache_->pass + passes_ahead;
-            if (given_up(*have)) {
-                n_missing++;
-                have->cancel.store(false, std::memory_order_relaxed);
-                have->bytes = 0;  // what was read before is counted as wasted
-                begin_prefetch(*have);
-                started.push_back(have);
-            }
-            continue;
-        }
-        n_missing++;
-        const int p = w.need == policy::need::low && !high_for_low ? 1 : 0;
-        if (room[p] == 0) {
-            continue;
-        }
-        room[p]--;
-        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this, true);
-        if (e == nullptr) {
-            continue;
-        }
-        e->protected_until = cache_->pass + passes_ahead;
-        begin_prefetch(*e);
-        started.push_back(e);
-    }
-    note_asked(false, layer);
-    std::vector<io_request> requests;
-    for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
-        for (cache_entry * e : started) {
-            if (missing(*e, part)) {
-                request_part(*e, part, requests);
-            }
-        }
-    }
-    put_warming_behind(requests);
-    io_->prefetch(requests);
-    return n_missing;
 }
 
 void expert_store::begin_sequence() {

@@ -10,7 +10,7 @@ from . import _memory
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ._session import Session
+    from ._observed import Observed
 
 # hobbit_event_kind of csrc/hobbit.h, by number.
 EVENT_KINDS = ("decode", "route", "experts", "stall", "read", "prefetch")
@@ -71,7 +71,7 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int, known: Optional[npt.N
     return counts
 
 
-def recording(session: Session, memory: MemorySamples) -> Dict[str, Any]:
+def recording(session: Observed, memory: MemorySamples) -> Dict[str, Any]:
     """All of it as plain data; keys as in the "recording" of `hobbit run --record --json-stats`."""
     ids, weights = session.trace_read()
     # Of a prompt, llama.cpp computes the last layer only where logits are wanted: no ids there, and no weights.

@@ -1,22 +1,20 @@
-"""A session of the core (csrc/hobbit.h) as a Python object: one loaded model."""
+"""A session of the core as a Python object: one loaded model."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Tuple
 
-from . import _heat, _lib, _memory, _recording, _sidecar
+from . import _heat, _memory
+from ._handle import fingerprint
 from ._memory import Size, human
+from ._observed import Observed
 from ._pressure import Monitor, Yielding, read_all
-from .errors import HobbitError, HobbitWarning, MemoryBudgetError, SidecarError, StateError, from_c
+from .errors import HobbitError, HobbitWarning, MemoryBudgetError, from_c
 from .params import OffloadParams
-from .stats import LayerCounts, OffloadStats, Served
 
 if TYPE_CHECKING:
     from .calibrate.dial import Feedback
@@ -27,39 +25,6 @@ _SLACK = 24 << 20
 _SLACK_SHARE = 0.01
 # By which two starts of the same process differ.
 _ROUGHLY = 4 << 20
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a model file holds; sizes in bytes. See hobbit_model_info in csrc/hobbit.h."""
-
-    n_layer: int
-    n_moe_layer: int
-    n_expert: int
-    n_expert_used: int
-    has_low: bool
-    bytes_dense: int
-    bytes_high: int
-    bytes_low: int
-    bytes_expert_high: int
-    bytes_expert_low: int
-    bytes_cycle: int
-    slot_high: int
-    slot_low: int
-    pool_min: int
-    pool_max: int
-    direct_io: bool
-    io_alignment: int
-
-
-def _struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:
-    """Plain numbers of a C struct by name."""
-    ctype = ffi.typeof(struct)
-    return {
-        name: getattr(struct, name)
-        for name, f in (ctype.item if ctype.kind == "pointer" else ctype).fields
-        if f.type.kind == "primitive" and name != "struct_size"
-    }
 
 
 def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
@@ -85,68 +50,16 @@ def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
     return c, keep
 
 
-class Session:
+class Session(Observed):
     """Opened on a file, bound to a thread while llama.cpp loads it, started when the memory left for experts is known."""
 
     def __init__(self, path: str, params: OffloadParams) -> None:
-        self._ffi, self._lib = _lib.core()
-        self.params = params
-        self.path = path
-        self.eval_seconds = 0.0
-        self.memory_budget = 0
         self._base_budget: Optional[int] = None
         self._resizing = threading.Lock()
         self._whole_pool = 0  # its size when nothing had to be given back
-        self._monitor: Optional[Monitor] = None
         self._heat: Optional[_heat.HeatFile] = None
-        self._pid = os.getpid()
-        self._recorded: Optional[_recording.MemorySamples] = None
         self.feedback: Optional[Feedback] = None
-        self._thresholds = None if params.t1 is None or params.t2 is None or params.exact else (params.t1, params.t2)
-        self._handle = self._ffi.NULL
-        error = self._ffi.new("hobbit_error *")
-        c = self._new_struct("hobbit_params")
-        self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
-        params.apply_to(c)
-        self.low_path = _sidecar.low_path(path, params.low_model)
-        low = self._ffi.NULL if self.low_path is None else os.fsencode(self.low_path)
-        self._handle = self._lib.hobbit_session_init(os.fsencode(path), low, c, error)
-        if self._handle == self._ffi.NULL:
-            raise self._refused(from_c(self._ffi, self._lib, error))
-        info = self._new_struct("hobbit_model_info")
-        self._check(self._lib.hobbit_session_info(self._handle, info, error), error)
-        fields = _struct_fields(self._ffi, info)
-        fields.update(has_low=bool(info.has_low), direct_io=bool(info.direct_io))
-        self.info = ModelInfo(**fields)
-
-    def _refused(self, error: HobbitError) -> HobbitError:
-        """An error of opening. Nobody asked for a sidecar that was found: then it says what to do about it."""
-        if self.params.low_model is None and isinstance(error, SidecarError):
-            return SidecarError(
-                f"{error} (found beside the model by its name: remove it, name another with low_model=..., or ignore it with "
-                "low_model=False)"
-            )
-        return error
-
-    def _new_struct(self, name: str) -> Any:
-        struct = self._ffi.new(f"{name} *")
-        struct.struct_size = self._ffi.sizeof(name)
-        return struct
-
-    def _check(self, status: int, error: Any) -> None:
-        if status != self._lib.HOBBIT_OK:
-            raise from_c(self._ffi, self._lib, error)
-
-    def _alive(self) -> Any:
-        if self._handle == self._ffi.NULL:
-            raise StateError("the model is closed")
-        if self._pid != os.getpid():
-            raise StateError("the model was loaded before a fork, and its threads stayed in the parent: load it in this process")
-        return self._handle
-
-    def _ours(self) -> bool:
-        """Whether there are threads to stop: not after close, and not in a child made by fork."""
-        return self._handle != self._ffi.NULL and self._pid == os.getpid()
+        super().__init__(path, params)
 
     # ---- what llama.cpp is given ----
 
@@ -316,14 +229,6 @@ class Session:
         """What the expert pool may take now."""
         return int(self._stats().pool_bytes)
 
-    # ---- measuring ----
-
-    def probe_read(self, low: bool, depth: int, seconds: float) -> Tuple[int, int, float]:
-        """Reads expert slices at random places, `depth` at a time. Returns reads, bytes, seconds."""
-        error, probe = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_read_probe")
-        self._check(self._lib.hobbit_probe_read(self._alive(), low, depth, seconds, probe, error), error)
-        return int(probe.reads), int(probe.bytes), float(probe.seconds)
-
     # ---- running ----
 
     def set_thresholds(self, t1: float, t2: float) -> None:
@@ -331,23 +236,6 @@ class Session:
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_set_thresholds(self._alive(), t1, t2, error), error)
         self._thresholds = (t1, t2)
-
-    def _served(self) -> Served:
-        """As in `stats`."""
-        c = self._stats()
-        t = c.total
-        return Served(
-            tokens=int(c.n_tokens),
-            n_bytes=int(t.bytes_demand + t.bytes_prefetch),
-            selections=int(t.selections),
-            low=int(t.hits_low + t.loads_low),
-            skipped=int(t.skips),
-        )
-
-    def _stats(self) -> Any:
-        error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
-        self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
-        return c
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
@@ -390,147 +278,12 @@ class Session:
         if self._ours():
             self.pending_error()
 
-    def stats(self) -> OffloadStats:
-        handle, error = self._alive(), self._ffi.new("hobbit_error *")
-        c = self._stats()
-        layers = []
-        for i in range(c.n_moe_layer):
-            counts, block = self._ffi.new("hobbit_counts *"), self._ffi.new("uint32_t *")
-            self._check(self._lib.hobbit_session_layer_stats(handle, i, counts, block, error), error)
-            layers.append(LayerCounts(**_struct_fields(self._ffi, counts), block=int(block[0])))
-        recall = {d + 1: c.predicted_right[d] / c.predicted[d] for d in range(len(c.predicted)) if c.predicted[d]}
-        return OffloadStats(
-            **_struct_fields(self._ffi, c.total),
-            n_tokens=c.n_tokens,
-            eval_seconds=self.eval_seconds,
-            peak_memory=_memory.peak_resident(),
-            memory_budget=self.memory_budget,
-            pool_bytes=c.pool_bytes,
-            slots_high=c.slots_high,
-            slots_low=c.slots_low,
-            prefetch_on=bool(c.prefetch_on),
-            prefetch_ratio=c.prefetch_ratio or None,
-            resident_high=c.resident_high,
-            resident_low=c.resident_low,
-            recall=recall,
-            direct_io=bool(c.direct_io),
-            layers=layers,
-            thresholds=self._thresholds,
-            warmed=int(c.warmed),
-            bytes_warmed=int(c.bytes_warmed),
-            pool_shrinks=self._monitor.shrinks if self._monitor is not None else 0,
-            pool_grows=self._monitor.grows if self._monitor is not None else 0,
-        )
-
-    def expert_uses(self) -> Dict[str, Any]:
-        """{"blocks": N of blk.N for each MoE layer, "uses": selections of each expert, "loads": those it was read for}."""
-        handle, n = self._alive(), self.info.n_expert
-        out: Dict[str, Any] = {"blocks": [layer.block for layer in self.stats().layers], "uses": [], "loads": []}
-        for layer in range(self.info.n_moe_layer):
-            uses, loads = self._ffi.new("uint64_t[]", n), self._ffi.new("uint64_t[]", n)
-            found = int(self._lib.hobbit_session_expert_uses(handle, layer, uses, loads, n))
-            out["uses"].append([int(u) for u in uses[0:found]])
-            out["loads"].append([int(u) for u in loads[0:found]])
-        return out
-
-    def record(self) -> None:
-        """From now on: the time line of a token, memory over time, every selection."""
-        handle = self._alive()
-        self._lib.hobbit_session_timeline(handle, True)
-        self._lib.hobbit_session_trace(handle, True)
-        self._recorded = _recording.MemorySamples()
-
-    def recording(self) -> Dict[str, Any]:
-        """What was recorded since; see `_recording.recording`."""
-        if self._recorded is None:
-            raise StateError("nothing was recorded")
-        return _recording.recording(self, self._recorded)
-
-    def timeline(self, slowest: bool) -> Any:
-        """Events [kind, N of blk.N, begin, end, bytes] of the last token or of the slowest, seconds since it began."""
-        handle = self._alive()
-        n = int(self._lib.hobbit_session_timeline_read(handle, slowest, 0, self._ffi.NULL))
-        events = self._ffi.new("hobbit_event[]", max(n, 1))
-        n = min(n, int(self._lib.hobbit_session_timeline_read(handle, slowest, n, events)))
-        kinds = _recording.EVENT_KINDS
-        return [[kinds[e.kind], int(e.block), e.begin, e.end, int(e.bytes)] for e in events[0:n]]
-
-    def reset_stats(self) -> None:
-        self._lib.hobbit_session_reset_stats(self._alive())
-        self.eval_seconds = 0.0
-
-    def trace(self, on: bool, predictions: int = 0) -> None:
-        """Starts recording the routing, anew, or ends it; with predictions up to so many layers ahead."""
-        if on and predictions:
-            error = self._ffi.new("hobbit_error *")
-            self._check(self._lib.hobbit_session_trace_predictions(self._alive(), predictions, error), error)
-        else:
-            self._lib.hobbit_session_trace(self._alive(), on)
-
-    def trace_read(self) -> Any:
-        """(ids, weights) of the tokens since trace(True): uint16 and float32 arrays [tokens, MoE layers, k]."""
-        import numpy as np
-
-        handle = self._alive()
-        n = int(self._lib.hobbit_session_trace_read(handle, 0, self._ffi.NULL, self._ffi.NULL))
-        shape = (n, self.info.n_moe_layer, self.info.n_expert_used)
-        ids, weights = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
-        self._lib.hobbit_session_trace_read(
-            handle, n, self._ffi.from_buffer("uint16_t[]", ids), self._ffi.from_buffer("float[]", weights)
-        )
-        return ids, weights
-
-    def trace_read_predictions(self, depth: int) -> Any:
-        """The same of the predictions, [tokens, MoE layers, depth, m]; `depth` as given to trace()."""
-        import numpy as np
-
-        handle = self._alive()
-        n = int(self._lib.hobbit_session_trace_read_predictions(handle, 0, self._ffi.NULL, self._ffi.NULL))
-        shape = (n, self.info.n_moe_layer, depth, int(self._lib.hobbit_session_n_predicted(handle)))
-        ids, weights = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
-        self._lib.hobbit_session_trace_read_predictions(
-            handle, n, self._ffi.from_buffer("uint16_t[]", ids), self._ffi.from_buffer("float[]", weights)
-        )
-        return ids, weights
-
     def set_routing(self, trace: Optional[Trace]) -> None:
         """From the next batch on the routing of `trace` instead of the model's own; None: its own again."""
         routing, keep = c_routing(self._ffi, trace)
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_set_routing(self._alive(), routing, error), error)
         del keep  # copied
-
-    # ---- importance ----
-
-    def collect_inputs(self, on: bool) -> None:
-        """Starts collecting what `inputs` gives, from zero, or ends it and frees the memory. Not while a batch is computed."""
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_collect_inputs(self._alive(), on, error), error)
-
-    def inputs(self) -> Iterator[Tuple[str, Any, Any]]:
-        """For each expert tensor its name, the sums of the squares of its inputs, float32 [experts, columns], and their numbers,
-        uint64 [experts]. Views of what goes on changing; of nothing while `collect_inputs` is off.
-        """
-        import numpy as np
-
-        buffer, null = self._ffi.buffer, self._ffi.NULL
-        for c in self._input_structs():
-            n, n_in = (int(c.n_expert), int(c.n_in)) if c.sums != null else (0, int(c.n_in))
-            sums = np.frombuffer(buffer(c.sums, 4 * n * n_in), np.float32) if n else np.empty(0, np.float32)
-            counts = np.frombuffer(buffer(c.counts, 8 * n), np.uint64) if n else np.empty(0, np.uint64)
-            yield self._ffi.string(c.name).decode(), sums.reshape(n, n_in), counts
-
-    def inputs_bytes(self) -> int:
-        """Memory that `collect_inputs` takes."""
-        return sum(int(c.n_expert) * (4 * int(c.n_in) + 8) for c in self._input_structs())
-
-    def _input_structs(self) -> Iterator[Any]:
-        handle, c = self._alive(), self._new_struct("hobbit_inputs")
-        for layer in range(self.info.n_moe_layer):
-            part = 0
-            while self._lib.hobbit_session_inputs(handle, layer, part, c):
-                yield c
-                part += 1
 
     def stop(self) -> None:
         """Ends the threads. Before the llama model is freed: they look at its routers."""
@@ -542,27 +295,3 @@ class Session:
                     self._heat.save(self._heat_floats())
                 self._heat = None  # once
             self._lib.hobbit_session_stop(self._handle)
-
-    def close(self) -> None:
-        if self._ours():
-            self._lib.hobbit_session_free(self._handle)
-        self._handle = self._ffi.NULL
-
-    def __del__(self) -> None:
-        # One that was only looked at. Not where the constructor failed, nor when the interpreter is being taken down.
-        if getattr(self, "_handle", None) is not None and not sys.is_finalizing():
-            self.close()
-
-
-def fingerprint(path: str) -> str:
-    """What tells the routed experts of a model from those of another: see csrc/io/fingerprint.h.
-
-    Raises:
-        ModelFileError, ModelFormatError, NotMoeError, UnsupportedModelError: nothing that could be offloaded.
-    """
-    ffi, lib = _lib.core()
-    error, text = ffi.new("hobbit_error *"), ffi.new("char[128]")
-    if lib.hobbit_fingerprint(os.fsencode(path), text, len(text), error) != lib.HOBBIT_OK:
-        raise from_c(ffi, lib, error)
-    out: str = ffi.string(text).decode()
-    return out

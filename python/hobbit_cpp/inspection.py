@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence,
 
 import numpy as np
 
-from ._session import ModelInfo, Session
+from ._handle import ModelInfo
+from ._session import Session
 from ._sidecar import ARCHITECTURE, LowModel, low_path
 from .calibrate.store import calibration_path, load_for
 from .convert.ggtypes import load_types

@@ -15,9 +15,10 @@ import numpy as np
 
 from . import _lib, _memory
 from ._calls import Calls
+from ._handle import ModelInfo
 from ._log import errors_explained
 from ._memory import Size
-from ._session import ModelInfo, Session
+from ._session import Session
 from ._sidecar import LowModel
 from .calibrate.dial import feedback_for, resolve
 from .calibrate.quality import CalibrationFile

@@ -14,7 +14,8 @@ import tiny_models
 from decode import load, logits, stock_logits, words
 from gguf_files import assert_refused, run_cli, tensors_of
 from hobbit_cpp import Llama, ModelFileError, ModelFormatError, OffloadParams, ParameterError, SidecarError
-from hobbit_cpp._session import Session, fingerprint
+from hobbit_cpp._handle import fingerprint
+from hobbit_cpp._session import Session
 from hobbit_cpp._sidecar import find_sidecar, sidecar_path
 from hobbit_cpp.cli import main
 from hobbit_cpp.convert import ConvertError, convert, job, writer

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from hobbit_cpp import _memory
-from hobbit_cpp._session import _SLACK, _SLACK_SHARE, ModelInfo, Session
+from hobbit_cpp._handle import ModelInfo
+from hobbit_cpp._session import _SLACK, _SLACK_SHARE, Session
 from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor, is_expert

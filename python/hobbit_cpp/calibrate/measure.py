@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from .. import __version__
+from .._handle import fingerprint
 from .._memory import Size
-from .._session import fingerprint
 from .._sidecar import LowModel
 from ..errors import ParameterError
 from ..evaluate import text as t

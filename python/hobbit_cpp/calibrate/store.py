@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
-from .._session import fingerprint
+from .._handle import fingerprint
 from .._sidecar import low_path
 from .._split import base_name
 from ..convert.ggtypes import load_types

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List
 
 from .output import check_writable, write_json, write_whole
+from .signals import sigterm_exits
 
 if TYPE_CHECKING:
     from hobbit_cpp.bench.contenders import Contender
@@ -102,11 +102,8 @@ def run(args: argparse.Namespace) -> int:
         told=_silent if args.quiet else _tell,
     )
     # ended by a batch system, it leaves no process, no cgroup and no changed setting behind either
-    before = signal.signal(signal.SIGTERM, _terminated)
-    try:
+    with sigterm_exits():
         document = measure(request)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if args.json is not None:
         write_json(args.json, document)
     if args.json is None or str(args.json) != "-":
@@ -189,10 +186,6 @@ def _write_sweep(document: Any, whole: int, csv: Path, picture: Path) -> None:
     lines = condition_lines(document)
     draw(picture, document["rows"], lines[0], lines[1])
     print(f"written: {picture}", file=sys.stderr)
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _tell(line: str) -> None:

@@ -12,7 +12,9 @@ __all__ = ["sigterm_exits"]
 
 @contextlib.contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """SIGTERM, with which a batch system stops, raises SystemExit inside. Other threads than the main one hear no signals."""
+    """SIGTERM, with which a batch system stops, raises SystemExit inside, the first one: what is put in order then is not disturbed
+    by another. Other threads than the main one hear no signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -24,4 +26,5 @@ def sigterm_exits() -> Iterator[None]:
 
 
 def _terminated(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)

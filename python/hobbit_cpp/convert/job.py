@@ -233,7 +233,7 @@ def _metadata(source: Source, others: list[Source], weights: Imatrix | None, pla
 
 
 def _fingerprint(source: Source) -> str:
-    from hobbit_cpp._session import fingerprint
+    from hobbit_cpp._handle import fingerprint
     from hobbit_cpp.errors import HobbitError
 
     try:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Sequence
 
-from .._session import ModelInfo
+from .._handle import ModelInfo
 from ..errors import ParameterError
 from . import questions as q
 from . import text as t

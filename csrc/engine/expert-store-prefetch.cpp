@@ -1,0 +1,101 @@
+// What is read before the router asks for it.
+#include "expert-store.h"
+
+#include <algorithm>
+
+namespace hobbit {
+
+// Prefetches of this layer that the router did not choose: the disk has better to do.
+void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants) {
+    for (size_t i = 0; i < prefetching_.size();) {
+        cache_entry * e    = prefetching_[i];
+        const bool    gone = e->now != cache_entry::state::in_flight || !e->prefetched;
+        bool          drop = gone;
+        if (!gone && e->layer == layer) {
+            drop = std::none_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
+            if (drop) {
+                e->cancel.store(true, std::memory_order_relaxed);
+                e->reading &= ~io_->withdraw(e);
+                counts_[layer].prefetches_wasted++;
+                counts_[layer].bytes_wasted += e->bytes;
+                e->prefetched = false;
+                if (e->reading == 0 && e->pins == 0) {
+                    cache_->abandon(e);
+                }
+            }
+        }
+        if (drop) {
+            prefetching_[i] = prefetching_.back();
+            prefetching_.pop_back();
+        } else {
+            ++i;
+        }
+    }
+}
+
+void expert_store::begin_prefetch(cache_entry & entry) {
+    entry.prefetched = true;
+    counts_[entry.layer].prefetches++;
+    prefetching_.push_back(&entry);
+}
+
+// A prefetch that was cancelled and is waiting for its last running read to end: part of it will never arrive.
+bool expert_store::given_up(const cache_entry & entry) {
+    return entry.now == cache_entry::state::in_flight && entry.cancel.load(std::memory_order_relaxed) &&
+           !entry.demanded.load(std::memory_order_relaxed);
+}
+
+uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<cache_entry *>  started;
+    uint32_t                    n_missing    = 0;
+    const bool                  high_for_low = only_high((policy::precision_rule) params_.precision_rule);
+    // Never more than half of what could be evicted: the running layer and the next one need room too.
+    uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
+    for (const expert_want & w : predicted) {
+        if (w.need <= policy::need::skip) {
+            continue;
+        }
+        cache_entry * high = cache_->find(layer, w.expert, 0);
+        cache_entry * low  = cache_->find(layer, w.expert, 1);
+        cache_entry * have = high != nullptr ? high : w.need == policy::need::low ? low : nullptr;
+        if (have != nullptr) {
+            have->protected_until = cache_->pass + passes_ahead;
+            if (given_up(*have)) {
+                n_missing++;
+                have->cancel.store(false, std::memory_order_relaxed);
+                have->bytes = 0;  // what was read before is counted as wasted
+                begin_prefetch(*have);
+                started.push_back(have);
+            }
+            continue;
+        }
+        n_missing++;
+        const int p = w.need == policy::need::low && !high_for_low ? 1 : 0;
+        if (room[p] == 0) {
+            continue;
+        }
+        room[p]--;
+        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this, true);
+        if (e == nullptr) {
+            continue;
+        }
+        e->protected_until = cache_->pass + passes_ahead;
+        begin_prefetch(*e);
+        started.push_back(e);
+    }
+    note_asked(false, layer);
+    std::vector<io_request> requests;
+    for (uint32_t part = 0; part < (uint32_t) index_.layers()[layer].projections.size(); ++part) {
+        for (cache_entry * e : started) {
+            if (missing(*e, part)) {
+                request_part(*e, part, requests);
+            }
+        }
+    }
+    put_warming_behind(requests);
+    io_->prefetch(requests);
+    return n_missing;
+}
+
+}  // namespace hobbit

@@ -1,0 +1,129 @@
+#include "operand.h"
+
+#include "interleave.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace hobbit {
+
+static constexpr int64_t GEMM_ROWS = 16;
+
+void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
+    o.weights        = *op->src[0];
+    o.weights.type   = (ggml_type) source.type;
+    o.weights.extra  = nullptr;
+    o.weights.buffer = nullptr;
+    o.weights.ne[2]  = 1;
+    o.weights.nb[0]  = ggml_type_size(o.weights.type);
+    o.weights.nb[1]  = source.row_bytes;
+    o.weights.nb[2]  = source.slice;
+    o.weights.nb[3]  = source.slice;
+    o.result         = *op;
+    o.result.src[0]  = &o.weights;
+    o.vec_dot        = ggml_get_type_traits_cpu(o.weights.type)->vec_dot;
+}
+
+void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, char * to) {
+    const auto    from_float = ggml_get_type_traits_cpu(type)->from_float;
+    const int64_t block      = ggml_blck_size(type);
+    const size_t  row        = ggml_row_size(type, src1->ne[0]);
+    const int64_t begin      = (params->ith * src1->ne[0] / block) / params->nth;
+    const int64_t end        = ((params->ith + 1) * src1->ne[0] / block) / params->nth;
+    for (int64_t i12 = 0; i12 < src1->ne[2]; ++i12) {
+        for (int64_t i11 = 0; i11 < src1->ne[1]; ++i11) {
+            const auto * x = (const float *) ((const char *) src1->data + i12 * src1->nb[2] + i11 * src1->nb[1]);
+            from_float(x + begin * block, to + (i12 * src1->ne[1] + i11) * row + begin * ggml_type_size(type),
+                       (end - begin) * block);
+        }
+    }
+}
+
+static void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
+                           int64_t r1, int64_t c0, int64_t c1) {
+    const int64_t ne00 = o.weights.ne[0];
+    const int64_t ne11 = dst->src[1]->ne[1];
+    const size_t  nb01 = o.weights.nb[1];
+    float         tmp[16];
+    for (int64_t cc = c0; cc < c1; cc += 16) {
+        for (int64_t rr = r0; rr < r1; rr += 16) {
+            const int64_t r_end = std::min(rr + 16, r1);
+            for (int64_t c = cc; c < std::min(cc + 16, c1); ++c) {
+                const pass_row at  = rows[c];
+                const char *   x   = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
+                auto *         out = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
+                for (int64_t r = rr; r < r_end; ++r) {
+                    o.vec_dot((int) ne00, &tmp[r - rr], 0, slice + r * nb01, 0, x, 0, 1);
+                }
+                memcpy(out + rr, tmp, (r_end - rr) * sizeof(float));
+            }
+        }
+    }
+}
+
+// As ggml does it, one batch row at a time; where the operand allows, GEMM_ROWS of them, fours at least.
+static void multiply_repacked(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
+                              int64_t r1, int64_t c0, int64_t c1) {
+    if (r0 >= r1) {
+        return;
+    }
+    const auto    n    = (int) o.weights.ne[0];
+    const auto    n_r  = (int) (r1 - r0);
+    const int64_t ne11 = dst->src[1]->ne[1];
+    const char *  w    = slice + r0 * o.weights.nb[1];
+    const auto    x    = [&](int64_t c) {
+        return o.rows + (rows[c].slot % ne11) * o.row_stride[0] + rows[c].token * o.row_stride[1];
+    };
+    const auto out = [&](int64_t c) {
+        return (float *) ((char *) dst->data + rows[c].slot * dst->nb[1] + rows[c].token * dst->nb[2]) + r0;
+    };
+    int64_t c = c0;
+    if (o.by_gemm) {
+        thread_local std::vector<char>  inputs;
+        thread_local std::vector<float> results;
+        const ggml_type                 type = kernel_type(o.weights.type);
+        const size_t                    row  = ggml_row_size(type, n);
+        inputs.resize(row * GEMM_ROWS);
+        results.resize((size_t) n_r * GEMM_ROWS);
+        while (c1 - c >= 4) {
+            const int64_t n_c = std::min<int64_t>(GEMM_ROWS, (c1 - c) / 4 * 4);
+            for (int64_t i = 0; i < n_c; i += 4) {
+                const char * const four[4] = { x(c + i), x(c + i + 1), x(c + i + 2), x(c + i + 3) };
+                interleave_inputs(type, four, n, &inputs[i * row]);
+            }
+            o.repacked->gemm(n, results.data(), (size_t) n_r, w, inputs.data(), (int) n_c, n_r);
+            for (int64_t i = 0; i < n_c; ++i, ++c) {
+                memcpy(out(c), &results[(size_t) (i * n_r)], n_r * sizeof(float));
+            }
+        }
+    }
+    for (; c < c1; ++c) {
+        o.repacked->gemv(n, out(c), (size_t) o.weights.ne[1], w, x(c), 1, n_r);
+    }
+}
+
+void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
+              int64_t c0, int64_t c1) {
+    (o.repacked == nullptr ? multiply_block : multiply_repacked)(o, dst, slice, rows, r0, r1, c0, c1);
+}
+
+cut::cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm) {
+    const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
+    int64_t       n0   = (nr0 + size - 1) / size;
+    int64_t       n1   = (nr1 + size - 1) / size;
+    by_gemm            = by_gemm && nr1 >= 4;
+    if (by_gemm) {
+        n0 = std::min<int64_t>(n0, 2 * nth);
+        n1 = (nr1 + GEMM_ROWS - 1) / GEMM_ROWS;
+    } else if (n0 * n1 < nth * 4) {
+        n0 = nr0 > nr1 ? nth : 1;
+        n1 = nr0 > nr1 ? 1 : nth;
+    }
+    rows         = (nr0 + n0 - 1) / n0;
+    rows         = (rows + multiple - 1) / multiple * multiple;
+    cols         = by_gemm ? GEMM_ROWS : (nr1 + n1 - 1) / n1;
+    n_row_pieces = n0;
+    n            = (int32_t) (n0 * n1);
+}
+
+}  // namespace hobbit
