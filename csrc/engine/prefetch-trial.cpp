@@ -20,7 +20,9 @@ void prefetch_trial::measured(double seconds, bool anything_read) {
     if (!anything_read) {
         return;
     }
-    times_[on()].push_back(seconds);
+    if (n_ % BLOCK != 0) {
+        times_[on()].push_back(seconds);
+    }
     if (++n_ < 2 * N_EACH) {
         return;
     }

@@ -44,10 +44,21 @@ TEST("it is tried again after a while, and the disk may have changed") {
 
 TEST("a token that is slow for another reason does not decide") {
     prefetch_trial trial;
-    decode(trial, prefetch_trial::FIRST, 0.9, 1.0);
+    decode(trial, prefetch_trial::FIRST + 1, 0.9, 1.0);
     trial.measured(trial.on() ? 50.0 : 0.001, true);
-    decode(trial, 2 * prefetch_trial::N_EACH - 1, 0.9, 1.0);
+    decode(trial, 2 * prefetch_trial::N_EACH - 2, 0.9, 1.0);
     CHECK(trial.on());
+}
+
+TEST("what a token leaves to the next does not decide") {
+    prefetch_trial trial;
+    bool           was = false;
+    for (uint32_t i = 0; i < TRIAL; ++i) {
+        const bool on = trial.on();
+        trial.measured(on ? (was ? 1.0 : 0.5) : (was ? 2.0 : 0.9), true);
+        was = on;
+    }
+    CHECK(!trial.on() && !trial.trying() && trial.ratio() > 1.0);
 }
 
 TEST("tokens for which nothing was read are no measure") {
