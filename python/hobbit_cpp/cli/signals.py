@@ -12,8 +12,8 @@ __all__ = ["sigterm_exits"]
 
 @contextlib.contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """SIGTERM, with which a batch system stops, raises SystemExit inside, the first one: what is put in order then is not disturbed
-    by another. Other threads than the main one hear no signals.
+    """The first SIGTERM, with which a batch system stops, raises SystemExit inside; what is put in order then is not disturbed by
+    another. Other threads than the main one hear no signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
