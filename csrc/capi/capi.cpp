@@ -1,8 +1,4 @@
-// The C API over the core: checks arguments, turns exceptions into statuses, nothing else.
-#include "../hobbit.h"
-
-#include "../base/error.h"
-#include "../engine/session.h"
+// A session: a model file, its expert pool and its parameters; and what is asked of the library itself.
 #include "../ggml/compute-probe.h"
 #include "../ggml/context-memory.h"
 #include "../ggml/expert-buffer.h"
@@ -10,58 +6,17 @@
 #include "../io/fingerprint.h"
 #include "../io/read-probe.h"
 #include "../policy/mode.h"
-#include "../replay/replay.h"
+#include "common.h"
 
-#include <algorithm>
-#include <cstring>
-#include <memory>
-#include <new>
-
+using hobbit::copy_out;
+using hobbit::guarded;
+using hobbit::params_of;
+using hobbit::require;
 using hobbit::session;
-
-struct hobbit_session {
-    std::shared_ptr<session> core;
-};
 
 extern "C" const char * hobbit_patch_id(void);  // in libllama
 
 namespace {
-
-// Runs `body`; its exceptions become a status and fill `error`.
-template <typename F>
-hobbit_status guarded(hobbit_error * error, F && body) {
-    try {
-        body();
-        return HOBBIT_OK;
-    } catch (const hobbit::error & e) {
-        hobbit::fill_error(error, e.status(), e.os_errno(), e.what());
-        return e.status();
-    } catch (const std::bad_alloc &) {
-        hobbit::fill_error(error, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
-        return HOBBIT_ERR_NO_MEMORY;
-    } catch (const std::exception & e) {
-        hobbit::fill_error(error, HOBBIT_ERR_INTERNAL, 0, e.what());
-        return HOBBIT_ERR_INTERNAL;
-    } catch (...) {
-        hobbit::fill_error(error, HOBBIT_ERR_INTERNAL, 0, "unknown exception");
-        return HOBBIT_ERR_INTERNAL;
-    }
-}
-
-void require(bool ok, const char * message) {
-    if (!ok) {
-        hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT, message);
-    }
-}
-
-// Copies a struct that begins with struct_size to a caller whose version of it may be shorter.
-template <typename T>
-void copy_out(T * to, T from) {
-    require(to != nullptr && to->struct_size >= sizeof(uint32_t), "struct_size is not set");
-    const uint32_t size = to->struct_size;
-    from.struct_size    = size;
-    memcpy(to, &from, std::min<size_t>(size, sizeof(T)));
-}
 
 hobbit_params defaults(const hobbit::policy::mode & mode) {
     hobbit_params p   = {};
@@ -91,16 +46,16 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     return p;
 }
 
-hobbit_params params_of(const hobbit_params * params) {
-    hobbit_params p = defaults(*hobbit::policy::find_mode("hobbit"));
-    memcpy(&p, params, std::min<size_t>(params->struct_size, sizeof(p)));
-    return p;
-}
-
 // Called by ggml after each node of a graph; true stops llama_decode.
 bool abort_on_failure(void * data) { return ((hobbit_session *) data)->core->failed(); }
 
 }  // namespace
+
+hobbit_params hobbit::params_of(const hobbit_params * params) {
+    hobbit_params p = defaults(*hobbit::policy::find_mode("hobbit"));
+    memcpy(&p, params, std::min<size_t>(params->struct_size, sizeof(p)));
+    return p;
+}
 
 const char * hobbit_version(void) { return HOBBIT_VERSION; }
 
@@ -318,73 +273,6 @@ hobbit_status hobbit_session_warm(hobbit_session * s, const hobbit_heat * heat, 
     });
 }
 
-void hobbit_session_timeline(hobbit_session * s, bool on) {
-    if (s != nullptr) {
-        s->core->times().enable(on);
-    }
-}
-
-void hobbit_session_decode_begin(hobbit_session * s) {
-    if (s != nullptr) {
-        s->core->times().begin();
-    }
-}
-
-void hobbit_session_decode_end(hobbit_session * s) {
-    if (s != nullptr) {
-        s->core->decode_end();
-    }
-}
-
-uint64_t hobbit_session_timeline_read(hobbit_session * s, bool slowest, uint64_t max_events, hobbit_event * events) {
-    uint64_t n = 0;
-    guarded(nullptr, [&] {
-        if (s != nullptr) {
-            const auto found = s->core->times().events(slowest);
-            n                = found.size();
-            if (events != nullptr) {
-                std::copy_n(found.begin(), std::min<uint64_t>(n, max_events), events);
-            }
-        }
-    });
-    return n;
-}
-
-void hobbit_session_trace(hobbit_session * s, bool on) {
-    if (s != nullptr) {
-        s->core->trace(on);
-    }
-}
-
-uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
-    return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
-}
-
-hobbit_status hobbit_session_collect_inputs(hobbit_session * s, bool on, hobbit_error * error) {
-    return guarded(error, [&] {
-        require(s != nullptr, "no session");
-        s->core->inputs().enable(s->core->index(), on);
-    });
-}
-
-bool hobbit_session_inputs(const hobbit_session * s, uint32_t layer, uint32_t part, hobbit_inputs * inputs) {
-    return guarded(nullptr, [&] {
-               require(s != nullptr && inputs != nullptr && layer < s->core->index().layers().size() &&
-                           part < s->core->index().layers()[layer].projections.size(),
-                       "no such projection");
-               const auto &  of   = s->core->index().layers()[layer];
-               const auto &  p    = of.projections[part];
-               const auto *  data = s->core->inputs().find(layer, part);
-               hobbit_inputs out  = {};
-               out.n_expert       = of.n_expert;
-               out.n_in           = (uint64_t) p.n_in;
-               out.name           = p.name.c_str();
-               out.sums           = data == nullptr ? nullptr : data->sums.data();
-               out.counts         = data == nullptr ? nullptr : data->counts.data();
-               copy_out(inputs, out);
-           }) == HOBBIT_OK;
-}
-
 hobbit_status hobbit_probe_read(hobbit_session * s, bool low, uint32_t depth, double seconds, hobbit_read_probe * probe,
                                 hobbit_error * error) {
     return guarded(error, [&] {
@@ -410,19 +298,6 @@ hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, ui
     });
 }
 
-hobbit_status hobbit_session_trace_predictions(hobbit_session * s, uint32_t depth, hobbit_error * error) {
-    return guarded(error, [&] {
-        require(s != nullptr, "no session");
-        s->core->trace_predictions(depth);
-    });
-}
-
-uint32_t hobbit_session_n_predicted(const hobbit_session * s) { return s == nullptr ? 0 : s->core->n_predicted(); }
-
-uint64_t hobbit_session_trace_read_predictions(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
-    return s == nullptr ? 0 : s->core->trace_read_predictions(max_rows, ids, weights);
-}
-
 hobbit_status hobbit_session_set_routing(hobbit_session * s, const hobbit_routing * routing, hobbit_error * error) {
     return guarded(error, [&] {
         require(s != nullptr, "no session");
@@ -435,90 +310,5 @@ hobbit_status hobbit_session_set_thresholds(hobbit_session * s, float t1, float 
     return guarded(error, [&] {
         require(s != nullptr, "no session");
         s->core->set_thresholds(t1, t2);
-    });
-}
-
-struct hobbit_replay {
-    std::unique_ptr<hobbit::expert_index> index;
-    std::unique_ptr<hobbit::replay>       core;
-};
-
-hobbit_replay * hobbit_replay_init(const hobbit_replay_model * model, const hobbit_routing * routing, const uint32_t * lens,
-                                   uint64_t n_lens, hobbit_error * error) {
-    hobbit_replay * out = nullptr;
-    guarded(error, [&] {
-        require(model != nullptr && model->struct_size >= sizeof(*model), "no model, or struct_size is not set");
-        require(routing != nullptr && routing->struct_size >= sizeof(*routing), "no routing, or struct_size is not set");
-        require(lens != nullptr && n_lens > 0, "the lengths of the sequences are missing");
-        auto r = std::make_unique<hobbit_replay>();
-        if (model->path != nullptr) {
-            r->index = std::make_unique<hobbit::expert_index>(model->path, "", true);
-        } else {
-            r->index = std::make_unique<hobbit::expert_index>(routing->n_layer, model->n_expert, routing->k,
-                                                              model->bytes_high, model->bytes_low);
-        }
-        r->core = std::make_unique<hobbit::replay>(*r->index, *routing, std::vector<uint32_t>(lens, lens + n_lens));
-        out     = r.release();
-    });
-    return out;
-}
-
-void hobbit_replay_free(hobbit_replay * r) { delete r; }
-
-void hobbit_replay_sizes(const hobbit_replay * r, uint64_t * bytes) {
-    if (r != nullptr && bytes != nullptr) {
-        std::copy_n(r->index->max_expert, 2, bytes);
-    }
-}
-
-hobbit_status hobbit_replay_run(hobbit_replay * r, const hobbit_params * params, const hobbit_replay_setup * setup,
-                                hobbit_replay_result * result, hobbit_error * error) {
-    return guarded(error, [&] {
-        require(r != nullptr && params != nullptr && setup != nullptr && setup->struct_size >= sizeof(*setup),
-                "replay, params and setup are needed");
-        require(setup->latency >= 0.0 && setup->token_seconds >= 0.0 && setup->bandwidth >= 0.0,
-                "times and the bandwidth must not be negative");
-        require(setup->expert_share >= 0.0 && setup->expert_share <= 1.0, "expert_share must be 0 to 1");
-        hobbit::replay_setup s;
-        s.params = params_of(params);
-        hobbit::check_params(s.params);
-        s.pool_bytes     = hobbit::replay_pool(*r->index, s.params, setup->cache_share, setup->pool_bytes);
-        s.by_selection   = setup->by_selection != 0;
-        s.keep_uses      = setup->keep_uses != 0;
-        s.disk.latency   = setup->latency;
-        s.disk.bandwidth = setup->bandwidth > 0.0 ? setup->bandwidth : s.disk.bandwidth;
-        s.layer_seconds  = setup->token_seconds / (double) r->index->layers().size();
-        s.expert_share   = setup->expert_share;
-
-        const hobbit::replay_result got = r->core->run(s);
-        hobbit_replay_result        out = {};
-        out.stats                       = got.stats;
-        out.stats.struct_size           = sizeof(out.stats);
-        out.stats.n_moe_layer           = (uint32_t) r->index->layers().size();
-        out.seconds                     = got.seconds;
-        out.stall_seconds               = got.stall;
-        copy_out(result, out);
-    });
-}
-
-hobbit_status hobbit_replay_bound(hobbit_replay * r, const hobbit_params * params, const hobbit_replay_setup * setup,
-                                  hobbit_replay_result * result, hobbit_error * error) {
-    return guarded(error, [&] {
-        require(r != nullptr && params != nullptr && setup != nullptr && setup->struct_size >= sizeof(*setup),
-                "replay, params and setup are needed");
-        const hobbit_params p = params_of(params);
-        hobbit::check_params(p);
-        const auto got = r->core->bound(p, hobbit::replay_pool(*r->index, p, setup->cache_share, setup->pool_bytes));
-
-        hobbit_replay_result out     = {};
-        out.stats.struct_size        = sizeof(out.stats);
-        out.stats.n_moe_layer        = (uint32_t) r->index->layers().size();
-        out.stats.n_tokens           = got.n_tokens;
-        out.stats.total.selections   = got.selections;
-        out.stats.total.hits_high    = got.hits;
-        out.stats.total.skips        = got.skips;
-        out.stats.total.loads_high   = got.selections - got.hits - got.skips;
-        out.stats.total.bytes_demand = got.bytes;
-        copy_out(result, out);
     });
 }

@@ -46,12 +46,15 @@ struct projection {
     uint64_t      slot_bytes[N_PRECISION]  = { 0, 0 };  // room for the aligned range around the largest slice
 };
 
+// The second set of experts of a block (`_chexps`), by the name of a tensor.
+bool is_chunked(const std::string & name);
+
 struct moe_layer {
     uint32_t                block    = 0;  // N of blk.N
     uint32_t                n_expert = 0;
     std::vector<projection> projections;
 
-    bool     chunked() const;                  // the second set of experts of a block (`_chexps`)
+    bool     chunked() const;
     uint64_t expert_bytes(precision p) const;  // to read, without padding
     uint64_t slot_bytes(precision p) const;    // with padding
 };

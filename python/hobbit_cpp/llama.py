@@ -15,24 +15,21 @@ import numpy as np
 
 from . import _lib, _memory
 from ._calls import Calls
-from ._handle import ModelInfo
 from ._log import errors_explained
 from ._memory import Size
+from ._offloaded import OffloadMethods
 from ._session import Session
 from ._sidecar import LowModel
 from .calibrate.dial import feedback_for, resolve
 from .calibrate.quality import CalibrationFile
-from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError, StateError
+from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError
 from .params import OffloadParams
-from .stats import OffloadStats
 
 llama_cpp: Any = _lib.load_bindings()
 _c: Any = llama_cpp.llama_cpp
 
 if TYPE_CHECKING:
     from llama_cpp import Llama as _Llama
-
-    from .trace import Trace
 else:
     _Llama = llama_cpp.Llama
 
@@ -62,7 +59,7 @@ def _close_models() -> None:
         model.close()
 
 
-class Llama(_Llama):
+class Llama(OffloadMethods, _Llama):
     """A llama.cpp model whose routed experts may stay on disk.
 
     Everything that `llama_cpp.Llama` has, unchanged, and these arguments:
@@ -96,8 +93,6 @@ class Llama(_Llama):
         >>> llm.create_chat_completion([{"role": "user", "content": "Hello"}])
         >>> llm.offload_stats().hit_rate
     """
-
-    _session: Optional[Session]
 
     def __init__(
         self,
@@ -379,11 +374,6 @@ class Llama(_Llama):
             super().load_state(state)
             _memory.give_back()
 
-    @property
-    def offloaded(self) -> bool:
-        """Whether experts of this model are offloaded: False with offload=None, and for a dense model."""
-        return self._session is not None
-
     def __getstate__(self) -> Any:
         if self._session is not None:
             raise TypeError(
@@ -391,98 +381,6 @@ class Llama(_Llama):
                 "Llama(...) on and load it there"
             )
         return super().__getstate__()  # type: ignore[no-untyped-call]
-
-    def _offloaded(self) -> Session:
-        if self._session is None:
-            raise StateError("this model is not offloaded: it is dense, or was loaded with offload=None")
-        return self._session
-
-    @property
-    def offload_info(self) -> ModelInfo:
-        """What the file holds: layers, experts, sizes."""
-        return self._offloaded().info
-
-    def offload_stats(self) -> OffloadStats:
-        """What the offload did since the model was loaded or the statistics were reset.
-
-        Raises:
-            StateError: not offloaded, or closed.
-        """
-        with self._calls.gate:
-            return self._offloaded().stats()
-
-    def expert_uses(self) -> Dict[str, Any]:
-        """How often each expert was selected, and read for it, since the model was loaded or the statistics were reset:
-        lists by MoE layer, "blocks" (N of blk.N), "uses" and "loads".
-        """
-        with self._calls.gate:
-            return self._offloaded().expert_uses()
-
-    def start_recording(self) -> None:
-        """Records what `hobbit report` draws: time line of a token, memory over time, reuse of experts. Costs little."""
-        with self._calls.gate:
-            self._offloaded().record()
-
-    def recording(self) -> Dict[str, Any]:
-        """What was recorded: "timeline", "memory", "reuse", as in the README.
-
-        Raises:
-            StateError: `start_recording` was not called.
-        """
-        with self._calls.gate:
-            return self._offloaded().recording()
-
-    def reset_offload_stats(self) -> None:
-        """All counts go to zero; the cache keeps its contents."""
-        with self._calls.gate:
-            self._offloaded().reset_stats()
-
-    def resize_expert_cache(self, size: Size) -> None:
-        """Gives the expert pool another size; from any thread, also while the model computes.
-
-        A smaller pool gives its memory back to the system at once, but for the experts in use at the moment, which go at the
-        next tokens; a larger one fills as experts are read. `memory_budget` in the statistics follows. Logits of exact mode
-        stay as they are; where what is computed depends on what is cached, they do not.
-
-        Args:
-            size: as `expert_cache`: bytes, "2GiB", or "50%" of the pool that holds every expert. More than that is cut to it.
-
-        Raises:
-            ParameterError: not a size.
-            MemoryBudgetError: below `offload_info.pool_min`, or more than is free: it is as before.
-            OutOfMemoryError: the system refused the memory: it is as before.
-            UnsupportedModelError: eviction="layer-lru", "layer-arc" or "fate", where each layer has slots of its own.
-            StateError: not offloaded, or closed.
-
-        Example:
-            >>> llm.resize_expert_cache("2GiB")
-        """
-        with self._calls.gate:
-            self._offloaded().resize_expert_cache(size)
-
-    def set_routing(self, trace: Union[Trace, str, os.PathLike[str], None]) -> None:
-        """Lets the model follow a recorded routing instead of its routers, so that random weights run like real ones.
-
-        From the next token on each token takes the next row of the trace, from the first one on: its experts, their weights,
-        and its predictions, if it has any (without them nothing is prefetched). Rows and layers are taken modulo. None ends it.
-
-        Args:
-            trace: a `hobbit_cpp.trace.Trace` or the file of one.
-
-        Raises:
-            TraceFormatError: the file is not a trace.
-            ParameterError: the trace's k is not the model's, or it names an expert that the model does not have.
-            StateError: not offloaded, or closed.
-
-        Example:
-            >>> llm.set_routing("deepseek-v2-lite.npz")
-        """
-        from .trace import Trace
-
-        if isinstance(trace, (str, os.PathLike)):
-            trace = Trace.load(trace)
-        with self._calls.alone():
-            self._offloaded().set_routing(trace)
 
     def close(self) -> None:
         """Frees the model and the expert pool; safe to call twice. A call that runs in another thread is cancelled first."""
