@@ -148,6 +148,7 @@ typedef struct hobbit_params {
     float prefill_low; /* of a batch, the least popular experts up to this share of the selections are low (Fate); 0: none */
     uint32_t prefetch_always; /* 1: a single token's layers are read ahead whether it pays or not. 0: as trials say */
     uint32_t fixed_split; /* 1: low_share stays as it is. 0: it is a beginning, the division of the pool follows demand */
+    uint32_t gate_correction; /* 1: predictions are corrected by what the routers said after earlier ones */
 } hobbit_params;
 
 /* Fills `params` with the defaults of a mode: "hobbit", "fate", "lru". HOBBIT_ERR_INVALID_ARGUMENT for another name. */

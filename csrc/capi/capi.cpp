@@ -31,7 +31,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.w_lhu           = 0.25f;
     p.w_fld           = 0.25f;
     p.prefetch_depth  = mode.prefetch_depth;
-    p.prefetch_reads  = 4;
+    p.prefetch_reads  = 3;  // a demand read comes behind them
     p.norm_correction = 1;
     p.io_threads      = 8;
     p.io_block        = 512 * 1024;
@@ -43,6 +43,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.prefill_low     = mode.precision_rule == HOBBIT_PRECISION_DEMAND ? hobbit::policy::UNPOPULAR_SHARE : 0.0f;
     p.prefetch_always = mode.precision_rule == HOBBIT_PRECISION_DEMAND;  // what is not read ahead is low
     p.fixed_split     = 0;
+    p.gate_correction = mode.precision_rule != HOBBIT_PRECISION_DEMAND;  // Fate's predictions are as they are
     return p;
 }
 

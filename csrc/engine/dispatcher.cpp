@@ -69,8 +69,8 @@ void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t *
     sel.weights_stride = sel.k;
 }
 
-void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const float * x,
-                       size_t n_embd, size_t x_stride, float * out_weights) {
+void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids,
+                       const router_rows & rows, float * out_weights) {
     if (routing_ != nullptr) {
         if (sel.k != index_.n_expert_used) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT, format("layer %u selects %u experts a token and cannot follow a routing of %u",
@@ -102,14 +102,17 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
     }
     // A sample of a large batch tells its popular experts well enough.
     const uint32_t n_rows = std::min(sel.n_tokens, 64u);
-    size_t         step   = n_rows == 0 ? 0 : sel.n_tokens / n_rows * x_stride;
+    router_rows    sample = rows;
     if (routing_ != nullptr) {
-        x      = routing_->input(layer, sel.n_tokens);
-        n_embd = routing_->input_size();
-        step   = n_rows == 0 ? 0 : sel.n_tokens / n_rows * n_embd;
+        sample          = {};
+        sample.x        = routing_->input(layer, sel.n_tokens);
+        sample.n_embd   = routing_->input_size();
+        sample.x_stride = sample.n_embd;
     }
-    if (x != nullptr && n_rows > 0) {
-        prefetcher_->post(layer, x, n_embd, step, n_rows, how_);
+    if (sample.x != nullptr && n_rows > 0) {
+        sample.x_stride *= sel.n_tokens / n_rows;
+        sample.logits_stride *= sel.n_tokens / n_rows;
+        prefetcher_->post(layer, sample, n_rows, how_);
     }
 }
 

@@ -29,8 +29,8 @@ class dispatcher {
 
     // `ids`: those of `sel`, to be overwritten where routing is replayed, which also replaces the weights in `sel`. `key`, `x` and the rest:
     // see session::route.
-    void route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const float * x, size_t n_embd,
-               size_t x_stride, float * out_weights);
+    void route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const router_rows & rows,
+               float * out_weights);
 
     // Not while a batch is computed. NULL: the routers' own again. `routing` must outlive its use.
     void set_routing(recorded_routing * routing);

@@ -6,9 +6,11 @@
 
 namespace hobbit {
 
-// The border between high and low slots is looked at every so many tokens, and moves when the other side is worth so much more.
+// The border between high and low slots is looked at every so many tokens, and moves when the other side is worth so much more, so many
+// times in a row: a move costs copies and fresh pages, and at the balance each look says something else (3 % of a token's time).
 static constexpr uint32_t BORDER_TOKENS = 4;
 static constexpr double   BORDER_CLEAR  = 1.25;
+static constexpr uint32_t BORDER_SURE   = 4;
 
 // The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product.
 uint32_t expert_store::fewest(int precision) const {
@@ -58,7 +60,9 @@ void expert_store::move_border() {
         worth[p]     = cache_->full(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
     }
     const int to = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
-    if (to < 0) {
+    border_run_  = to == border_to_ ? border_run_ + 1 : 1;
+    border_to_   = to;
+    if (to < 0 || border_run_ < BORDER_SURE) {
         return;
     }
     const int from  = 1 - to;

@@ -18,7 +18,7 @@ class prefetch_trial {
     static constexpr uint32_t BLOCK  = 8;    // tokens one way before it changes; the first of them does not count
     static constexpr uint32_t N_EACH = 24;   // tokens of a trial with, and as many without
     static constexpr uint32_t PERIOD = 512;  // tokens from one trial to the next
-    static constexpr uint32_t FIRST  = 16;   // tokens before the first: a cold cache says nothing
+    static constexpr uint32_t FIRST  = 16;   // tokens before the first, with: a cold cache says nothing
 
     // Whether the next token is decoded with prefetch.
     bool on() const { return trying() ? n_ / BLOCK % 2 == 0 : on_; }
@@ -32,7 +32,7 @@ class prefetch_trial {
     double ratio() const { return ratio_; }
 
   private:
-    bool                on_    = false;
+    bool                on_    = true;            // a cold cache has much to read; with little of it in vain
     uint32_t            n_     = 2 * N_EACH;      // of the trial
     uint32_t            since_ = PERIOD - FIRST;  // tokens since it
     double              ratio_ = 0.0;

@@ -6,10 +6,17 @@
 
 namespace hobbit {
 
+// By distance - 1: chance of being chosen from which on an expert is read ahead. Further away, waiting costs little: the next layer's
+// prediction will be a better one.
+static constexpr float MIN_CHANCE[HOBBIT_MAX_LOOKAHEAD] = { 0.6f, 0.75f, 0.85f, 0.9f };
+
 prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
                        router_source & routers, bool threaded) :
     store_(store), index_(index), params_(params), routers_(routers) {
     for (auto & per_layer : last_) {
+        per_layer.resize(index.layers().size());
+    }
+    for (auto & per_layer : corrections_) {
         per_layer.resize(index.layers().size());
     }
     if (threaded) {
@@ -30,6 +37,7 @@ prefetcher::~prefetcher() {
 
 bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_loads) {
     const size_t n_layer = index_.layers().size();
+    pass_++;
     // A whole token without a miss: nothing to read ahead, so predicting would only take time from the compute threads.
     n_quiet_ = n_loads > 0 ? 0 : n_quiet_ + 1;
     // From the first router of a token to its last: what comes before and after, a chat's user among it, is not ours. Without threads,
@@ -44,20 +52,28 @@ bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_
             trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(), token_loads_ > 0);
         }
     }
-    return layer + 1 < n_layer && n_quiet_ < n_layer && (n_tokens > 1 || on());
+    // From the last layer nothing is predicted; what was predicted of it is compared.
+    return n_quiet_ < n_layer && (n_tokens > 1 || on());
 }
 
-void prefetcher::post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens,
-                      const policy::serving & how) {
+void prefetcher::post(uint32_t layer, const router_rows & rows, uint32_t n_tokens, const policy::serving & how) {
+    const size_t n_embd   = rows.n_embd;
+    const size_t n_expert = index_.layers()[layer].n_expert;
     {
         std::lock_guard<std::mutex> lock(mutex_);
         mail_.layer    = layer;
         mail_.n_tokens = n_tokens;
+        mail_.pass     = pass_;
         mail_.n_embd   = n_embd;
         mail_.how      = how;
         mail_.x.resize(n_tokens * n_embd);
+        mail_.logits.resize(rows.logits == nullptr ? 0 : n_tokens * n_expert);
         for (uint32_t i = 0; i < n_tokens; ++i) {
-            std::copy_n(x + i * stride, n_embd, mail_.x.begin() + (ptrdiff_t) (i * n_embd));
+            std::copy_n(rows.x + i * rows.x_stride, n_embd, mail_.x.begin() + (ptrdiff_t) (i * n_embd));
+            if (rows.logits != nullptr) {
+                std::copy_n(rows.logits + i * rows.logits_stride, n_expert,
+                            mail_.logits.begin() + (ptrdiff_t) (i * n_expert));
+            }
         }
         has_mail_ = thread_.joinable();
     }
@@ -115,13 +131,63 @@ void prefetcher::predict(const job & j) {
     } else {
         predict_batch(j);
     }
+    learn(j);
+}
+
+// Router logits of the layer `d` after that of the job, for row `token` of it. False when there is nothing to predict from.
+bool prefetcher::predict_logits(const job & j, uint32_t d, uint32_t token, float * logits) {
+    const uint32_t to = j.layer + d;
+    if (!routers_.logits(j.layer, to, j.x.data() + token * j.n_embd, params_.norm_correction != 0, logits)) {
+        return false;
+    }
+    if (j.logits.empty() || params_.gate_correction == 0) {
+        return true;
+    }
+    const uint32_t n_from     = index_.layers()[j.layer].n_expert;
+    const uint32_t n_to       = index_.layers()[to].n_expert;
+    const size_t   n_features = gate_correction::n_features(n_from, n_to);
+    auto &         correction = corrections_[d - 1][to];
+    if (!correction) {
+        correction = std::make_unique<gate_correction>(n_from, n_to);
+    }
+    sample & s = samples_[d - 1][(j.pass + d) % (HOBBIT_MAX_LOOKAHEAD + 1)];
+    s.pass     = j.pass + d;
+    s.n_tokens = j.n_tokens;
+    s.features.resize(j.n_tokens * n_features);
+    float * f = s.features.data() + token * n_features;
+    correction->features(&j.logits[token * n_from], logits, f);
+    correction->correct(f, logits);
+    return true;
+}
+
+// From what was predicted of this layer.
+void prefetcher::learn(const job & j) {
+    if (j.logits.empty()) {
+        return;
+    }
+    const size_t       n_expert = index_.layers()[j.layer].n_expert;
+    const float *      bias     = routers_.bias(j.layer);
+    std::vector<float> logits(n_expert);
+    for (uint32_t d = 1; d <= std::min<uint32_t>(j.layer, HOBBIT_MAX_LOOKAHEAD); ++d) {
+        const sample & s = samples_[d - 1][j.pass % (HOBBIT_MAX_LOOKAHEAD + 1)];
+        if (s.pass != j.pass || s.n_tokens != j.n_tokens) {
+            continue;
+        }
+        gate_correction & correction = *corrections_[d - 1][j.layer];
+        for (uint32_t i = 0; i < j.n_tokens; ++i) {
+            for (size_t e = 0; e < n_expert; ++e) {
+                logits[e] = j.logits[i * n_expert + e] + (bias == nullptr ? 0.0f : bias[e]);
+            }
+            correction.learn(s.features.data() + i * (s.features.size() / s.n_tokens), logits.data());
+        }
+    }
 }
 
 void prefetcher::predict_token(const job & j) {
     std::vector<float>        logits;
     std::vector<expert_want>  wants;
     std::vector<policy::need> needs;
-    policy::prediction        guess;
+    policy::prediction        found;
     bool                      queue = true;
     for (uint32_t d = 1; d <= params_.prefetch_depth && j.layer + d < index_.layers().size(); ++d) {
         const uint32_t       to = j.layer + d;
@@ -130,32 +196,53 @@ void prefetcher::predict_token(const job & j) {
             continue;
         }
         logits.resize(shape.n_expert);
-        if (!routers_.logits(j.layer, to, j.x.data(), params_.norm_correction != 0, logits.data())) {
+        if (!predict_logits(j, d, 0, logits.data())) {
             continue;
         }
-        const uint32_t n_used = shape.k;
-        shape.k               = std::min(shape.k + params_.prefetch_extra, shape.n_expert);
-        policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
+        const uint32_t           n_used = shape.k;
+        const uint32_t           n_read = std::min(n_used + params_.prefetch_extra, shape.n_expert);
+        const std::vector<float> raw    = logits;
+        shape.k                         = std::min(n_read + 1, shape.n_expert);  // one more, to see how far it is behind
+        policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), found);
+
+        guess now;
+        now.bins.assign(n_read, prediction_odds::UNKNOWN);
+        const auto & correction = corrections_[d - 1][to];
+        const float  error      = correction ? correction->standard_error() : 0.0f;
+        if (error > 0.0f && found.experts.size() > n_used) {
+            for (uint32_t i = 0; i < n_read; ++i) {
+                const float other = raw[found.experts[i < n_used ? n_used : n_used - 1]];
+                now.bins[i]       = prediction_odds::bin((raw[found.experts[i]] - other) / error);
+            }
+        }
+        now.experts.assign(found.experts.begin(), found.experts.begin() + n_read);
+        float chance[UINT8_MAX + 1];
         {
             std::lock_guard<std::mutex> lock(recall_mutex_);
-            last_[d - 1][to] = guess.experts;
+            for (const uint8_t bin : now.bins) {
+                chance[bin] = odds_[d - 1].chance(bin);
+            }
+            last_[d - 1][to] = now;
         }
         if (!queue) {
             continue;  // farther layers are predicted for the recall figures only
         }
-        needs.assign(guess.experts.size(), policy::need::high);
+        needs.assign(n_read, policy::need::high);
         // By `demand` what is read ahead is high, and so is by any rule what is read beyond the k that are expected.
         if (j.how.by_weight(n_used) && j.how.rule != policy::precision_rule::demand) {
-            policy::assess(guess.weights.data(), n_used, j.how, needs.data(), nullptr);
+            policy::assess(found.weights.data(), n_used, j.how, needs.data(), nullptr);
         }
         wants.clear();
-        for (size_t i = 0; i < guess.experts.size(); ++i) {
-            expert_want w;
-            w.expert = guess.experts[i];
-            w.need   = needs[i];
-            wants.push_back(w);
+        for (uint32_t i = 0; i < n_read; ++i) {
+            if (chance[now.bins[i]] >= MIN_CHANCE[d - 1]) {
+                expert_want w;
+                w.expert = now.experts[i];
+                w.need   = needs[i];
+                wants.push_back(w);
+            }
         }
-        queue = store_.prefetch(to, d, wants) == 0;
+        const bool all_there = store_.prefetch(to, d, wants) == 0;
+        queue                = all_there || error > 0.0f;
     }
 }
 
@@ -170,7 +257,7 @@ void prefetcher::predict_batch(const job & j) {
     std::vector<float>    logits(shape.n_expert);
     policy::prediction    guess;
     for (uint32_t i = 0; i < j.n_tokens; ++i) {
-        if (!routers_.logits(j.layer, to, j.x.data() + i * j.n_embd, params_.norm_correction != 0, logits.data())) {
+        if (!predict_logits(j, 1, i, logits.data())) {
             return;
         }
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
@@ -197,15 +284,17 @@ void prefetcher::predict_batch(const job & j) {
 void prefetcher::observe(uint32_t layer, const int32_t * ids, uint32_t k) {
     std::lock_guard<std::mutex> lock(recall_mutex_);
     for (uint32_t d = 0; d < HOBBIT_MAX_LOOKAHEAD; ++d) {
-        auto & guess = last_[d][layer];
-        if (guess.empty()) {
+        guess & last = last_[d][layer];
+        if (last.experts.empty()) {
             continue;
         }
         predicted_[d] += k;
-        for (uint32_t i = 0; i < k; ++i) {
-            right_[d] += std::find(guess.begin(), guess.end(), (uint16_t) ids[i]) != guess.end();
+        for (size_t i = 0; i < last.experts.size(); ++i) {
+            const bool chosen = std::find(ids, ids + k, (int32_t) last.experts[i]) != ids + k;
+            odds_[d].observe(last.bins[i], chosen);
+            right_[d] += chosen;
         }
-        guess.clear();
+        last = {};
     }
 }
 

@@ -1,8 +1,8 @@
 // The prefetch thread: HOBBIT's layer-level adaptive prefetch (arXiv 2411.01433, section 3.3).
 //
 // The router input of layer l is put through the routers of layers l+1 .. l+p. Going outwards, the predicted experts that are
-// cached are protected from eviction until their layer has passed; at the first layer where any is missing, the missing ones are
-// queued and the thread stops.
+// cached are protected from eviction until their layer has passed, and the missing ones are queued: in the paper at the first layer
+// where any is missing. With correction, which says how sure a prediction is, those of every layer that are likely enough to be chosen.
 //
 // The router input of a single token waits in a mailbox until a compute thread has nothing to do but wait for a read, or is through
 // with the layer: a thread of its own would take a processor from the products for each prediction (57 instead of 62 ms a token on two
@@ -10,15 +10,27 @@
 #pragma once
 
 #include "expert-store.h"
+#include "gate-correction.h"
+#include "prediction-odds.h"
 #include "prefetch-trial.h"
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace hobbit {
+
+// What the router of a layer was given and what it said, for rows of a batch. Strides in floats.
+struct router_rows {
+    const float * x             = nullptr;  // input, rows of n_embd; NULL: not known
+    size_t        n_embd        = 0;
+    size_t        x_stride      = 0;
+    const float * logits        = nullptr;  // rows of n_expert, before a bias is added; NULL: not known
+    size_t        logits_stride = 0;
+};
 
 // The model's routers, as far as they are known. Implemented at the seam to ggml.
 class router_source {
@@ -29,6 +41,8 @@ class router_source {
     // Router logits [n_expert] of layer `to` on `x` [n_embd], the router input of layer `from`. With `norm_correction`, x is
     // rescaled by w_norm[to] / w_norm[from], the gains of the norms before the routers. False when it cannot be told.
     virtual bool logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) = 0;
+    // NULL, or n_expert values that are added to the logits.
+    virtual const float * bias(uint32_t layer) = 0;
     // NULL, or n_expert values that count for the ranking only.
     virtual const float * selection_bias(uint32_t layer) = 0;
 };
@@ -53,9 +67,9 @@ class prefetcher {
     // any compute thread.
     bool run_pending();
 
-    // Leaves the router input of a layer, `n_tokens` rows of n_embd floats, `stride` floats apart. A job not yet begun is replaced: a
-    // prediction that comes too late is worth nothing. Called by a compute thread.
-    void post(uint32_t layer, const float * x, size_t n_embd, size_t stride, uint32_t n_tokens, const policy::serving & how);
+    // Leaves what the router of a layer saw and said, `n_tokens` rows. A job not yet begun is replaced: a prediction that comes too late
+    // is worth nothing. Called by a compute thread.
+    void post(uint32_t layer, const router_rows & rows, uint32_t n_tokens, const policy::serving & how);
 
     // What the router of `layer` really chose for a single token, for the recall figures.
     void observe(uint32_t layer, const int32_t * ids, uint32_t k);
@@ -66,15 +80,26 @@ class prefetcher {
     struct job {
         uint32_t           layer    = 0;
         uint32_t           n_tokens = 0;
+        uint64_t           pass     = 0;  // of all layers and batches
         size_t             n_embd   = 0;
         policy::serving    how;
         std::vector<float> x;
+        std::vector<float> logits;  // [n_tokens][n_expert]; empty: not known
+    };
+
+    // A prediction that waits for what its router will say.
+    struct sample {
+        uint64_t           pass     = 0;
+        uint32_t           n_tokens = 0;
+        std::vector<float> features;  // [n_tokens][n_features]
     };
 
     void run();
     void predict(const job & j);
     void predict_token(const job & j);
     void predict_batch(const job & j);
+    bool predict_logits(const job & j, uint32_t d, uint32_t token, float * logits);
+    void learn(const job & j);
 
     expert_store &       store_;
     const expert_index & index_;
@@ -89,15 +114,28 @@ class prefetcher {
     std::mutex              work_mutex_;  // held while predicting: scratch memory is shared
     bool                    stop_ = false;
 
+    // By distance - 1; guarded by work_mutex_.
+    std::vector<std::unique_ptr<gate_correction>> corrections_[HOBBIT_MAX_LOOKAHEAD];                        // [layer]
+    sample                                        samples_[HOBBIT_MAX_LOOKAHEAD][HOBBIT_MAX_LOOKAHEAD + 1];  // [pass]
+
     prefetch_trial              trial_;
     timeline::clock::time_point token_began_;
     uint64_t                    token_loads_ = 0;
+    uint64_t                    pass_        = 0;
     size_t                      n_quiet_     = 0;  // layer passes since something had to be read
 
-    std::mutex                         recall_mutex_;                // guards the three below
-    std::vector<std::vector<uint16_t>> last_[HOBBIT_MAX_LOOKAHEAD];  // [distance - 1][layer]
-    uint64_t                           predicted_[HOBBIT_MAX_LOOKAHEAD] = {};
-    uint64_t                           right_[HOBBIT_MAX_LOOKAHEAD]     = {};
+    // Experts that were predicted, best first, and how clearly each.
+    struct guess {
+        std::vector<uint16_t> experts;
+        std::vector<uint8_t>  bins;  // of prediction_odds
+    };
+
+    // By distance - 1.
+    std::mutex         recall_mutex_;                // guards all below
+    std::vector<guess> last_[HOBBIT_MAX_LOOKAHEAD];  // [layer]
+    prediction_odds    odds_[HOBBIT_MAX_LOOKAHEAD];
+    uint64_t           predicted_[HOBBIT_MAX_LOOKAHEAD] = {};
+    uint64_t           right_[HOBBIT_MAX_LOOKAHEAD]     = {};
 
     std::thread thread_;
 };

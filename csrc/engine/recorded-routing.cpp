@@ -119,6 +119,8 @@ bool recorded_routing::logits(uint32_t from, uint32_t to, const float * x, bool,
     return true;
 }
 
+const float * recorded_routing::bias(uint32_t) { return nullptr; }
+
 const float * recorded_routing::selection_bias(uint32_t) { return nullptr; }
 
 }  // namespace hobbit

@@ -108,17 +108,17 @@ void session::set_thresholds(float t1, float t2) {
     dispatcher_->set_thresholds({ t1, t2 });
 }
 
-void session::route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const float * x,
-                    size_t n_embd, size_t x_stride, float * out_weights) {
+void session::route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const router_rows & rows,
+                    float * out_weights) {
     try {
         if (!running()) {
             fail(HOBBIT_ERR_STATE, "the model was used before its expert pool was made or after it was closed");
         }
-        dispatcher_->route(layer, key, sel, ids, x, n_embd, x_stride, out_weights);
+        dispatcher_->route(layer, key, sel, ids, rows, out_weights);
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
-            if (trace_depth_ > 0 && x != nullptr) {
-                record_predictions(layer, sel.n_tokens, x, x_stride);
+            if (trace_depth_ > 0 && rows.x != nullptr) {
+                record_predictions(layer, sel.n_tokens, rows.x, rows.x_stride);
             }
         }
     } catch (...) {

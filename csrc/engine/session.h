@@ -42,10 +42,9 @@ class session : public std::enable_shared_from_this<session> {
     void begin_sequence();
 
     // The router of a layer has spoken: decides, requests, predicts. Compute thread 0 only. `ids`: those of `sel`, overwritten while
-    // routing is replayed. `x`: router input, n_tokens rows of n_embd floats, `x_stride` apart, or NULL. Records an error
-    // instead of throwing.
-    void route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const float * x, size_t n_embd,
-               size_t x_stride, float * out_weights);
+    // routing is replayed. `rows`: what the router saw and said, a row per token. Records an error instead of throwing.
+    void route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const router_rows & rows,
+               float * out_weights);
 
     // The pass in work; valid between route() and the next route(), NULL when not running.
     layer_pass * pass() { return dispatcher_ ? &dispatcher_->pass() : nullptr; }

@@ -38,8 +38,9 @@ class product {
         const auto begin = steady::now();
         prepare(pass);
         ggml_barrier(params_->threadpool);
+        // First of all, by one thread while the others compute: what is predicted now is read meanwhile.
+        owner_.idle();
         work(pass);
-        owner_.idle();  // the others still compute: what is predicted now is read meanwhile
         owner_.places().settle(params_->ith, params_->nth);
         if (params_->ith == 0) {
             pass.parts_done |= 1u << part_;
@@ -251,7 +252,7 @@ bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * 
             sel.ids_stride = ids->nb[1] / sizeof(int32_t);
             sel.k          = (uint32_t) ids->ne[0];
             sel.n_tokens   = (uint32_t) ids->ne[1];
-            owner.route(layer_, ids, sel, (int32_t *) ids->data, nullptr, 0, 0, nullptr);
+            owner.route(layer_, ids, sel, (int32_t *) ids->data, {}, nullptr);
         }
         ggml_barrier(params->threadpool);
     }

@@ -19,6 +19,7 @@ static void run_route(ggml_tensor * dst, int ith, int, void * userdata) {
     const ggml_tensor * weights = dst->src[0];
     const ggml_tensor * ids     = dst->src[1];
     const ggml_tensor * input   = dst->src[2];  // NULL: not known
+    const ggml_tensor * logits  = dst->src[3];  // as input
 
     layer_pass::selections sel;
     sel.ids            = (const int32_t *) ids->data;
@@ -33,16 +34,22 @@ static void run_route(ggml_tensor * dst, int ith, int, void * userdata) {
     if (sel.n_tokens == 0) {
         return;
     }
-    const bool known = input != nullptr;
-    expert->owner().route(expert->layer(), ids, sel, (int32_t *) ids->data, known ? (const float *) input->data : nullptr,
-                          known ? (size_t) input->ne[0] : 0, known ? input->nb[1] / sizeof(float) : 0, (float *) dst->data);
+    router_rows rows;
+    if (input != nullptr) {
+        rows.x             = (const float *) input->data;
+        rows.n_embd        = (size_t) input->ne[0];
+        rows.x_stride      = input->nb[1] / sizeof(float);
+        rows.logits        = (const float *) logits->data;
+        rows.logits_stride = logits->nb[1] / sizeof(float);
+    }
+    expert->owner().route(expert->layer(), ids, sel, (int32_t *) ids->data, rows, (float *) dst->data);
 }
 
 // The product of a router's weights [n_embd, n_expert] with its input that `ids` were chosen by: up through what
 // build_moe_ffn does with the logits (bias, probabilities, groups, sorting), whoever multiplied. Not always the layer's
 // own input: some routers look at the attention's output, at the layer's input, or at the full width of a latent. NULL
 // when the ids come from elsewhere (a table by token id).
-static const ggml_tensor * find_router_product(const ggml_tensor * t, int64_t n_expert, int depth) {
+static ggml_tensor * find_router_product(ggml_tensor * t, int64_t n_expert, int depth) {
     constexpr int MAX_DEPTH = 20;
     if (t == nullptr || t->op == GGML_OP_NONE || depth > MAX_DEPTH) {
         return nullptr;
@@ -50,8 +57,8 @@ static const ggml_tensor * find_router_product(const ggml_tensor * t, int64_t n_
     if (t->op == GGML_OP_MUL_MAT) {
         return t->src[0]->op == GGML_OP_NONE && t->src[0]->ne[1] == n_expert ? t : nullptr;
     }
-    for (const ggml_tensor * src : t->src) {
-        if (const ggml_tensor * found = find_router_product(src, n_expert, depth + 1)) {
+    for (ggml_tensor * src : t->src) {
+        if (ggml_tensor * found = find_router_product(src, n_expert, depth + 1)) {
             return found;
         }
     }
@@ -79,18 +86,18 @@ ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor
     if (expert == nullptr || !plain) {
         return weights;  // the products then find their experts by themselves, in high precision
     }
-    const int64_t       n_expert = expert->owner().index().layers()[expert->layer()].n_expert;
-    const ggml_tensor * product  = find_router_product(ids, n_expert, 0);
-    ggml_tensor *       input    = product == nullptr ? nullptr : product->src[1];
+    const int64_t n_expert = expert->owner().index().layers()[expert->layer()].n_expert;
+    ggml_tensor * product  = find_router_product(ids, n_expert, 0);
+    ggml_tensor * input    = product == nullptr ? nullptr : product->src[1];
     if (product != nullptr && expert->owner().routers() != nullptr) {
         ((ggml_routers *) expert->owner().routers())->learn(expert->layer(), moe, product, (uint32_t) ids->ne[0]);
     }
     // Rows of the input must be the rows of the selection (a model may drop tokens without output in between).
     const bool usable = input != nullptr && input->type == GGML_TYPE_F32 && input->ne[1] == ids->ne[1] &&
                         input->ne[2] == 1 && input->ne[3] == 1 && input->nb[0] == sizeof(float);
-    ggml_tensor * args[] = { weights, ids, input };
+    ggml_tensor * args[] = { weights, ids, input, product };
     ggml_tensor * out =
-        ggml_custom_4d(ctx, GGML_TYPE_F32, 1, weights->ne[1], weights->ne[2], 1, args, usable ? 3 : 2, run_route, 1, expert);
+        ggml_custom_4d(ctx, GGML_TYPE_F32, 1, weights->ne[1], weights->ne[2], 1, args, usable ? 4 : 2, run_route, 1, expert);
     ggml_set_name(out, "hobbit_route");
     return out;
 }

@@ -66,6 +66,8 @@ bool ggml_routers::shape(uint32_t layer, policy::router_shape & out) {
     return true;
 }
 
+const float * ggml_routers::bias(uint32_t layer) { return routers_[layer].bias; }
+
 const float * ggml_routers::selection_bias(uint32_t layer) { return routers_[layer].selection_bias; }
 
 bool ggml_routers::logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) {

@@ -20,6 +20,7 @@ class ggml_routers : public router_source {
 
     bool          shape(uint32_t layer, policy::router_shape & out) override;
     bool          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
+    const float * bias(uint32_t layer) override;
     const float * selection_bias(uint32_t layer) override;
 
   private:

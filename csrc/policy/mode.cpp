@@ -6,7 +6,7 @@ namespace hobbit::policy {
 
 static const mode MODES[] = {
     // The paper's system: mixed precision on a miss, layer-ahead prefetch, cost-aware eviction.
-    { "hobbit", HOBBIT_PRECISION_MISS, HOBBIT_EVICT_FORESIGHT, 1, 0.05f, 0 },
+    { "hobbit", HOBBIT_PRECISION_MISS, HOBBIT_EVICT_FORESIGHT, 2, 0.05f, 0 },
     // Fate (arXiv 2502.12224): reads ahead in high precision what the next router says and one expert more, on demand in low; a
     // cache that favours the first layers, ARC in each. The share of low copies is not published.
     { "fate", HOBBIT_PRECISION_DEMAND, HOBBIT_EVICT_FATE, 1, 0.05f, 1 },

@@ -46,7 +46,7 @@ class replay::runner {
         for (uint32_t layer = 0; layer < index_.layers().size(); ++layer) {
             compute(setup_.layer_seconds * (1.0 - setup_.expert_share));
             layer_pass::selections sel = sel_;
-            dispatcher_.route(layer, nullptr, sel, ids_.data(), nullptr, 0, 0, nullptr);
+            dispatcher_.route(layer, nullptr, sel, ids_.data(), {}, nullptr);
             products(layer);
         }
     }

@@ -48,6 +48,8 @@ class OffloadParams:
         prefetch_always: read ahead for single tokens even where trials at run time say that it does not pay.
         prefetch_extra: experts read ahead in a layer beyond the k that are predicted.
         norm_correction: rescale the router input by w_norm[l+d] / w_norm[l] before predicting.
+        gate_correction: learn, while the model runs, what those predictions miss: the routers' answers are regressed on the
+            predicted logits and those of the router before. None: the mode's, on for "hobbit", off for "fate".
         expert_cache: the expert pool in bytes or as text; None: what `memory` leaves.
         low_share: share of the pool for low-precision copies, 0 to 0.9. Default: it follows demand.
         io_threads: reader threads, that is, the queue depth.
@@ -76,6 +78,7 @@ class OffloadParams:
     prefetch_always: Optional[bool] = None
     prefill_low: Optional[float] = None
     norm_correction: bool = True
+    gate_correction: Optional[bool] = None
     expert_cache: Optional[Size] = None
     low_share: Optional[float] = None
     io_threads: Optional[int] = None
@@ -181,3 +184,5 @@ class OffloadParams:
         c.fixed_split = self.low_share is not None
         if self.prefetch_always is not None:
             c.prefetch_always = self.prefetch_always
+        if self.gate_correction is not None:
+            c.gate_correction = self.gate_correction

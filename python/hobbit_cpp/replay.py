@@ -211,8 +211,8 @@ class Replay:
         given.apply_to(c)
         if settings.prefetch is not None:
             c.prefetch_depth = settings.prefetch
-        elif policy not in _MODES or self.trace.depth == 0:
-            c.prefetch_depth = 0
+        else:
+            c.prefetch_depth = min(c.prefetch_depth, self.trace.depth) if policy in _MODES else 0
         if policy == "belady":
             c.prefetch_depth = 0
         if c.prefetch_depth > self.trace.depth:

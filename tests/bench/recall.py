@@ -33,7 +33,7 @@ def main() -> None:
     vocabulary = Llama(args.model, vocab_only=True, verbose=False)
     tokens = vocabulary.tokenize(args.text.read_bytes()[512 : 512 + 16 * args.tokens])[: args.tokens]
     vocabulary.close()
-    for norm_correction in (False, True):
+    for norm_correction in (True,):
         recall = run(args.model, tokens, args.depth, norm_correction).recall
         line = ", ".join(f"{d} ahead {value:.3f}" for d, value in sorted(recall.items()))
         print(f"norm correction {'on ' if norm_correction else 'off'}: recall {line} ({len(tokens)} tokens)")

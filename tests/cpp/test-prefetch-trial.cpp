@@ -18,11 +18,11 @@ constexpr uint32_t TRIAL = prefetch_trial::FIRST + 2 * prefetch_trial::N_EACH;
 
 }  // namespace
 
-TEST("it is off until it was tried") {
+TEST("it is on until it was tried") {
     prefetch_trial trial;
-    CHECK(!trial.on() && trial.ratio() == 0.0);
-    decode(trial, prefetch_trial::FIRST - 1, 1.0, 2.0);
-    CHECK(!trial.on() && !trial.trying());
+    CHECK(trial.on() && trial.ratio() == 0.0);
+    decode(trial, prefetch_trial::FIRST - 1, 2.0, 1.0);
+    CHECK(trial.on() && !trial.trying());
 }
 
 TEST("where it is faster it stays on, where it is not it stays off") {

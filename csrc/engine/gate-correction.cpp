@@ -1,0 +1,129 @@
+#include "gate-correction.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace hobbit {
+
+namespace {
+
+constexpr float    RIDGE = 3.0f;  // samples' worth of belief that there is nothing to correct
+constexpr double   FADE  = 0.05;  // of the mean errors, per sample
+constexpr uint32_t FIRST = 8;     // samples before the first correction
+
+void add(float * to, const float * from, float factor, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        to[i] += factor * from[i];
+    }
+}
+
+// Without what they have in common: it does not change which experts are chosen.
+double variance(const float * x, size_t n) {
+    const double mean = std::accumulate(x, x + n, 0.0) / (double) n;
+    double       sum  = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+        sum += (x[i] - mean) * (x[i] - mean);
+    }
+    return sum / (double) n;
+}
+
+}  // namespace
+
+size_t gate_correction::n_features(uint32_t n_from, uint32_t n_to) {
+    const size_t all = (size_t) n_to + n_from + 1;
+    return all <= MAX_FEATURES ? all : n_to < MAX_FEATURES ? n_to + 1 : 0;
+}
+
+size_t gate_correction::bytes(uint32_t n_from, uint32_t n_to) {
+    const size_t n = n_features(n_from, n_to);
+    return n * (n + n_to) * sizeof(float);
+}
+
+gate_correction::gate_correction(uint32_t n_from, uint32_t n_to) :
+    n_to_(n_to), n_(n_features(n_from, n_to)), d_(n_ * n_to), c_(n_ * n_), gain_(n_), error_(n_to) {}
+
+void gate_correction::features(const float * from, const float * predicted, float * f) {
+    if (n_ == 0) {
+        return;
+    }
+    std::copy_n(predicted, n_to_, f);
+    std::copy_n(from, n_ - 1 - n_to_, f + n_to_);
+    if (one_ == 0.0f) {
+        one_ = std::sqrt(std::inner_product(f, f + n_ - 1, f, 0.0f) / (float) (n_ - 1));
+    }
+    f[n_ - 1] = one_;
+}
+
+void gate_correction::expected(const float * f, float * out) const {
+    std::fill_n(out, n_to_, 0.0f);
+    for (size_t i = 0; i < n_; ++i) {
+        add(out, &d_[i * n_to_], f[i], n_to_);
+    }
+}
+
+void gate_correction::correct(const float * f, float * logits) {
+    if (n_samples_ < FIRST || after_ >= before_) {
+        return;
+    }
+    expected(f, error_.data());
+    add(logits, error_.data(), 1.0f, n_to_);
+}
+
+float gate_correction::standard_error() const {
+    return n_samples_ < FIRST ? 0.0f : (float) std::sqrt(std::min(before_, after_));
+}
+
+void gate_correction::forget(const float * f) {
+    const float square = std::inner_product(f, f + n_, f, 0.0f) / (float) n_;
+    std::fill(c_.begin(), c_.end(), 0.0f);
+    for (size_t i = 0; i < n_; ++i) {
+        c_[i * n_ + i] = 1.0f / (RIDGE * std::max(square, 1e-12f));
+    }
+}
+
+void gate_correction::learn(const float * f, const float * actual) {
+    if (n_ == 0) {
+        return;
+    }
+    if (n_samples_ % MEMORY == 0) {
+        forget(f);
+    }
+    // gain = C f / (1 + f^T C f);  D += gain (actual - predicted - D^T f)^T;  C -= gain (C f)^T
+    std::fill(gain_.begin(), gain_.end(), 0.0f);
+    for (size_t i = 0; i < n_; ++i) {
+        add(gain_.data(), &c_[i * n_], f[i], n_);
+    }
+    const float scale = 1.0f + std::inner_product(f, f + n_, gain_.begin(), 0.0f);
+
+    expected(f, error_.data());
+    float sum = 0.0f;  // finite when all are
+    for (uint32_t e = 0; e < n_to_; ++e) {
+        error_[e] = actual[e] - f[e] - error_[e];
+        sum += error_[e] + actual[e];
+    }
+    if (!(scale >= 1.0f) || !std::isfinite(scale) || !std::isfinite(sum)) {
+        // Rounding has spoilt C, or these are not numbers.
+        if (std::isfinite(sum)) {
+            forget(f);
+        }
+        return;
+    }
+    const double after = variance(error_.data(), n_to_);
+    for (size_t i = 0; i < n_; ++i) {
+        add(&d_[i * n_to_], error_.data(), gain_[i] / scale, n_to_);
+    }
+    for (size_t i = 0; i < n_; ++i) {
+        add(&c_[i * n_], gain_.data(), -gain_[i] / scale, n_);
+    }
+    for (uint32_t e = 0; e < n_to_; ++e) {
+        error_[e] = actual[e] - f[e];
+    }
+    const double before = variance(error_.data(), n_to_);
+    const double weight = n_samples_ == 0 ? 1.0 : FADE;
+    before_ += weight * (before - before_);
+    after_ += weight * (after - after_);
+    n_samples_++;
+}
+
+}  // namespace hobbit
