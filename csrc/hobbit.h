@@ -90,10 +90,11 @@ typedef struct hobbit_model_info {
     uint64_t bytes_cycle; /* experts of one token: sum over layers of k x expert, high precision */
     uint64_t slot_high;   /* memory of one resident high-precision expert, with padding */
     uint64_t slot_low;
-    uint64_t pool_min;     /* the smallest expert pool that works */
-    uint64_t pool_max;     /* a pool that holds every expert */
-    uint32_t direct_io;    /* 1: reads go past the page cache */
-    uint32_t io_alignment; /* of direct reads; 1 when buffered */
+    uint64_t pool_min;      /* the smallest expert pool that works */
+    uint64_t pool_max;      /* a pool that holds every expert */
+    uint32_t direct_io;     /* 1: reads go past the page cache */
+    uint32_t io_alignment;  /* of direct reads; 1 when buffered */
+    uint64_t bytes_learned; /* what the correction of predictions comes to hold, beside the pool */
 } hobbit_model_info;
 
 /* Writes the fingerprint of the routed experts of a model (the first part of a split one) into `text`, at most `size` bytes with

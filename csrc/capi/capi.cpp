@@ -135,12 +135,13 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         for (const auto & layer : index.layers()) {
             i.bytes_cycle += index.n_expert_used * layer.expert_bytes(hobbit::precision::high);
         }
-        i.slot_high    = index.max_slot[0];
-        i.slot_low     = index.max_slot[1];
-        i.pool_min     = hobbit::pool_min(index);
-        i.pool_max     = hobbit::pool_max(index, s->core->params());
-        i.direct_io    = index.direct();
-        i.io_alignment = index.alignment();
+        i.slot_high     = index.max_slot[0];
+        i.slot_low      = index.max_slot[1];
+        i.pool_min      = hobbit::pool_min(index);
+        i.pool_max      = hobbit::pool_max(index, s->core->params());
+        i.direct_io     = index.direct();
+        i.io_alignment  = index.alignment();
+        i.bytes_learned = hobbit::prefetcher::bytes_learned(index, s->core->params());
         copy_out(info, i);
     });
 }

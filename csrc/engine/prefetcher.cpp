@@ -298,6 +298,17 @@ void prefetcher::observe(uint32_t layer, const int32_t * ids, uint32_t k) {
     }
 }
 
+uint64_t prefetcher::bytes_learned(const expert_index & index, const hobbit_params & params) {
+    const auto & layers = index.layers();
+    uint64_t     sum    = 0;
+    for (size_t d = 1; params.gate_correction != 0 && d <= params.prefetch_depth; ++d) {
+        for (size_t to = d; to < layers.size(); ++to) {
+            sum += gate_correction::bytes(layers[to - d].n_expert, layers[to].n_expert);
+        }
+    }
+    return sum;
+}
+
 void prefetcher::recall(uint64_t * predicted, uint64_t * right, bool reset) {
     std::lock_guard<std::mutex> lock(recall_mutex_);
     for (uint32_t d = 0; d < HOBBIT_MAX_LOOKAHEAD; ++d) {

@@ -74,6 +74,9 @@ class prefetcher {
     // What the router of `layer` really chose for a single token, for the recall figures.
     void observe(uint32_t layer, const int32_t * ids, uint32_t k);
 
+    // What a prefetcher comes to hold for corrections.
+    static uint64_t bytes_learned(const expert_index & index, const hobbit_params & params);
+
     void recall(uint64_t * predicted, uint64_t * right, bool reset);
 
   private:

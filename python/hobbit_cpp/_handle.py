@@ -33,6 +33,7 @@ class ModelInfo:
     pool_max: int
     direct_io: bool
     io_alignment: int
+    bytes_learned: int
 
 
 def struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:
