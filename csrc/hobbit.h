@@ -185,6 +185,11 @@ HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t
 /* Stops the threads; decoding fails from then on. Call before the llama model is freed. */
 HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 
+/* Compute threads that stay from one graph to the next, for a llama_context, which must be freed before the session. Without it
+ * llama.cpp starts new ones for every token, and on two processors with slow reads Linux puts both on the same one: they take
+ * turns at every barrier until the first expert product, 14 of 70 ms a token. HOBBIT_ERR_NO_MEMORY. */
+HOBBIT_API hobbit_status hobbit_session_keep_threads(hobbit_session * session, void * context, hobbit_error * error);
+
 /* From now on the expert pool may take `pool_bytes` (at most what is of use): shrinking gives memory back to the system, what is in
  * use at the moment goes at the next tokens. From any thread. HOBBIT_ERR_BUDGET below hobbit_model_info.pool_min, HOBBIT_ERR_NO_MEMORY
  * (then it is as before), HOBBIT_ERR_UNSUPPORTED with slots of its own for each layer, HOBBIT_ERR_STATE before the start. */

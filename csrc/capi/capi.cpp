@@ -1,5 +1,6 @@
 // A session: a model file, its expert pool and its parameters; and what is asked of the library itself.
 #include "../ggml/compute-probe.h"
+#include "../ggml/compute-threads.h"
 #include "../ggml/context-memory.h"
 #include "../ggml/expert-buffer.h"
 #include "../ggml/routers.h"
@@ -166,6 +167,13 @@ hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobb
     return guarded(error, [&] {
         require(s != nullptr, "no session");
         s->core->start(pool_bytes);
+    });
+}
+
+hobbit_status hobbit_session_keep_threads(hobbit_session * s, void * context, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr && context != nullptr, "session and context are needed");
+        s->threads = hobbit::attach_threads(context);
     });
 }
 

@@ -12,6 +12,7 @@
 
 struct hobbit_session {
     std::shared_ptr<hobbit::session> core;
+    std::shared_ptr<void>            threads;  // of the context
 };
 
 namespace hobbit {

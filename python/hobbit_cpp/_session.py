@@ -150,6 +150,7 @@ class Session(Observed):
             self.memory_budget = held + pool + _SLACK
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
+        self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
         stats = self.stats()
         if self.params.yield_memory:
             self._yield_memory()

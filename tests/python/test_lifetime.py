@@ -43,6 +43,24 @@ def test_close_and_collection_while_reads_and_prefetches_run(model: Path) -> Non
     )
 
 
+def test_compute_threads_stay_from_token_to_token_and_go_with_the_model(model: Path) -> None:
+    run(
+        """
+        before = None
+        for n in (1, 3, 1, 3):
+            llm = open_model(model, "lru", pool=3 * smallest(model), threads=n)
+            llm.eval(words(llm, 4))
+            here = set(os.listdir("/proc/self/task"))
+            llm.eval(words(llm, 2))
+            assert set(os.listdir("/proc/self/task")) == here
+            before = before or len(here)
+            assert len(here) == before + n - 1
+            llm.close()
+        """,
+        model=model,
+    )
+
+
 def test_close_while_other_threads_decode(model: Path) -> None:
     run(
         """
