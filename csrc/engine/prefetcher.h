@@ -4,8 +4,8 @@
 // cached are protected from eviction until their layer has passed, and the missing ones are queued: in the paper at the first layer
 // where any is missing. With correction, which says how sure a prediction is, those of every layer that are likely enough to be chosen.
 //
-// The router input of a single token waits in a mailbox until a compute thread has nothing to do but wait for a read, or is through
-// with the layer: a thread of its own would take a processor from the products for each prediction (57 instead of 62 ms a token on two
+// The router input of a single token waits in a mailbox until the layer's first product begins, and one compute thread takes it while the
+// others multiply: a thread of its own would take a processor from the products for each prediction (57 instead of 62 ms a token on two
 // cores). That of a batch, which takes longer, goes to the prefetch thread.
 #pragma once
 

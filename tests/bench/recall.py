@@ -1,4 +1,4 @@
-"""How well the routers of the next layers are predicted, with and without norm correction, on real text one token per decode.
+"""How well the routers of the next layers are predicted, with and without corrections, on real text one token per decode.
 
     python tests/bench/recall.py --model MODEL --text FILE [--tokens 256] [--depth 3]
 """
@@ -13,9 +13,15 @@ from typing import Any, List
 from hobbit_cpp import Llama, OffloadParams
 
 
-def run(model: str, tokens: List[int], depth: int, norm_correction: bool) -> Any:
-    params = OffloadParams(exact=True, prefetch_depth=depth, norm_correction=norm_correction)
-    llm = Llama(model, offload=params, expert_cache="100%", n_ctx=len(tokens), n_threads=os.cpu_count(), verbose=False)
+def run(model: str, tokens: List[int], depth: int, norm_correction: bool, gate_correction: bool) -> Any:
+    params = OffloadParams(
+        exact=True,
+        prefetch_depth=depth,
+        prefetch_always=True,
+        norm_correction=norm_correction,
+        gate_correction=gate_correction,
+    )
+    llm = Llama(model, offload=params, expert_cache="25%", n_ctx=len(tokens), n_threads=os.cpu_count(), verbose=False)
     for token in tokens:
         llm.eval([token])
     stats = llm.offload_stats()
@@ -33,10 +39,11 @@ def main() -> None:
     vocabulary = Llama(args.model, vocab_only=True, verbose=False)
     tokens = vocabulary.tokenize(args.text.read_bytes()[512 : 512 + 16 * args.tokens])[: args.tokens]
     vocabulary.close()
-    for norm_correction in (True,):
-        recall = run(args.model, tokens, args.depth, norm_correction).recall
+    for norm_correction, gate_correction in ((False, False), (True, False), (True, True)):
+        recall = run(args.model, tokens, args.depth, norm_correction, gate_correction).recall
         line = ", ".join(f"{d} ahead {value:.3f}" for d, value in sorted(recall.items()))
-        print(f"norm correction {'on ' if norm_correction else 'off'}: recall {line} ({len(tokens)} tokens)")
+        state = f"norm correction {'on ' if norm_correction else 'off'}, gate correction {'on ' if gate_correction else 'off'}"
+        print(f"{state}: recall {line} ({len(tokens)} tokens)")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ _NODE = (_F32, 64, 64)
 # Figures when nothing can be measured: an ordinary SATA SSD, and one channel of memory.
 _ASSUMED_DISK, _ASSUMED_RATE = 500e6, 8e9
 # Prefetched and not used, of all that is read: predictions of the next layer are right about nine times in ten.
-_WASTE = 0.08
+_WASTE = 0.05
 # Of what is missing, read ahead; and how much of a token's computing that is read under, at most: measured on two cores, which
-# the reads disturb, 8 to 9.5 ms of some 21.
-_AHEAD, _UNDER = 0.7, 0.4
+# the reads disturb.
+_AHEAD, _UNDER = 0.8, 0.6
 _DISK_SPREAD = 0.15
 _LOW_COST = 0.55
 
