@@ -185,9 +185,10 @@ HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t
 /* Stops the threads; decoding fails from then on. Call before the llama model is freed. */
 HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 
-/* Compute threads that stay from one graph to the next, for a llama_context, which must be freed before the session. Without it
- * llama.cpp starts new ones for every token, and on two processors with slow reads Linux puts both on the same one: they take
- * turns at every barrier until the first expert product, 14 of 70 ms a token. HOBBIT_ERR_NO_MEMORY. */
+/* Compute threads that stay from one graph to the next, for one llama_context: as many as it has now, and not more later. The
+ * context computes no more once the session is freed. Without it llama.cpp starts new ones for every token, and on two
+ * processors with slow reads Linux puts both on the same one: they take turns at every barrier until the first expert
+ * product, 14 of 70 ms a token. HOBBIT_ERR_STATE the second time. */
 HOBBIT_API hobbit_status hobbit_session_keep_threads(hobbit_session * session, void * context, hobbit_error * error);
 
 /* From now on the expert pool may take `pool_bytes` (at most what is of use): shrinking gives memory back to the system, what is in

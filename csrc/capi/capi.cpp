@@ -173,6 +173,9 @@ hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobb
 hobbit_status hobbit_session_keep_threads(hobbit_session * s, void * context, hobbit_error * error) {
     return guarded(error, [&] {
         require(s != nullptr && context != nullptr, "session and context are needed");
+        if (s->threads != nullptr) {
+            hobbit::fail(HOBBIT_ERR_STATE, "the session has compute threads already");
+        }
         s->threads = hobbit::attach_threads(context);
     });
 }

@@ -112,6 +112,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
     if (sample.x != nullptr && n_rows > 0) {
         sample.x_stride *= sel.n_tokens / n_rows;
         sample.logits_stride *= sel.n_tokens / n_rows;
+        sample.of_tokens = sel.n_tokens;
         prefetcher_->post(layer, sample, n_rows, how_);
     }
 }

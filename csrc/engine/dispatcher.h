@@ -27,7 +27,7 @@ class dispatcher {
     dispatcher(const expert_index & index, const hobbit_params & params, uint64_t pool_bytes,
                const dispatcher_parts & parts);
 
-    // `ids`: those of `sel`, to be overwritten where routing is replayed, which also replaces the weights in `sel`. `key`, `x` and the rest:
+    // `ids`: those of `sel`, to be overwritten where routing is replayed, which also replaces the weights in `sel`. `key`, `rows` and the rest:
     // see session::route.
     void route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids, const router_rows & rows,
                float * out_weights);
@@ -44,7 +44,7 @@ class dispatcher {
 
     prefetcher * prefetching() { return prefetcher_.get(); }
 
-    // A compute thread has nothing to do: predicts what comes, if that is still to be done. True when it did.
+    // By a compute thread that can be spared: predicts what comes, if that is still to be done. True when it did.
     bool idle() { return prefetcher_ && prefetcher_->run_pending(); }
 
     void stats(hobbit_stats & out);

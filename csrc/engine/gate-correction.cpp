@@ -12,6 +12,11 @@ constexpr float    RIDGE = 3.0f;  // samples' worth of belief that there is noth
 constexpr double   FADE  = 0.05;  // of the mean errors, per sample
 constexpr uint32_t FIRST = 8;     // samples before the first correction
 
+// Of large ones every so many samples count after the first: to learn is to go through C three times, which no cache holds.
+constexpr size_t   LARGE    = 160;
+constexpr uint32_t PRACTICE = 256;
+constexpr uint32_t EVERY    = 4;
+
 void add(float * to, const float * from, float factor, size_t n) {
     for (size_t i = 0; i < n; ++i) {
         to[i] += factor * from[i];
@@ -49,7 +54,7 @@ void gate_correction::features(const float * from, const float * predicted, floa
     }
     std::copy_n(predicted, n_to_, f);
     std::copy_n(from, n_ - 1 - n_to_, f + n_to_);
-    if (one_ == 0.0f) {
+    if (!(one_ > 0.0f) || !std::isfinite(one_)) {
         one_ = std::sqrt(std::inner_product(f, f + n_ - 1, f, 0.0f) / (float) (n_ - 1));
     }
     f[n_ - 1] = one_;
@@ -83,7 +88,7 @@ void gate_correction::forget(const float * f) {
 }
 
 void gate_correction::learn(const float * f, const float * actual) {
-    if (n_ == 0) {
+    if (n_ == 0 || (n_ > LARGE && n_samples_ >= PRACTICE && ++n_passed_ % EVERY != 0)) {
         return;
     }
     if (n_samples_ % MEMORY == 0) {

@@ -2,8 +2,8 @@
 //
 // The router of a layer sees the input of an earlier one without what the layers between add to it (Fate, HOBBIT: they predict all the
 // same). Part of that is the same for every token, and part goes with what the earlier router has said, so the error of the predicted
-// logits is regressed on both: e = D^T f with f = [predicted logits, logits of the earlier router, 1]. Recursive least squares, after
-// each token: the recall of two layers ahead becomes that of one.
+// logits is regressed on both: e = D^T f with f = [predicted logits, logits of the earlier router, 1]. Recursive least squares, with
+// each token, of a prompt with a sample of them: the recall of two layers ahead becomes that of one.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +49,7 @@ class gate_correction {
     std::vector<float> error_;            // scratch [n_to]
     float              one_       = 0.0;  // the constant feature: of the size of the others
     uint32_t           n_samples_ = 0;
+    uint32_t           n_passed_  = 0;  // since not every sample counts
     double             before_ = 0.0, after_ = 0.0;
 };
 

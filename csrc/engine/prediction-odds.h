@@ -1,7 +1,8 @@
 // How likely it is that a predicted expert will be chosen, by how clearly it was: counted while the model runs.
 //
 // The margin of an expert is its predicted logit less that of the best one that is not expected to be chosen, in standard errors of the
-// prediction. Where the errors were normal, that would say it all; how often it was right is counted instead.
+// prediction. Were the errors normal, and nothing but logits ranked the experts (a bias may, or groups), that would say it all; how often
+// it was right is counted instead.
 #pragma once
 
 #include <array>

@@ -16,8 +16,16 @@ prefetcher::prefetcher(expert_store & store, const expert_index & index, const h
     for (auto & per_layer : last_) {
         per_layer.resize(index.layers().size());
     }
-    for (auto & per_layer : corrections_) {
-        per_layer.resize(index.layers().size());
+    const auto & layers = index.layers();
+    for (size_t d = 1; d <= HOBBIT_MAX_LOOKAHEAD; ++d) {
+        corrections_[d - 1].resize(layers.size());
+        // Now, since where they are used nobody could say that there is no memory. Replayed routing has no logits to learn from.
+        for (size_t to = d; threaded && params.gate_correction != 0 && d <= params.prefetch_depth && to < layers.size();
+             ++to) {
+            if (gate_correction::n_features(layers[to - d].n_expert, layers[to].n_expert) > 0) {
+                corrections_[d - 1][to] = std::make_unique<gate_correction>(layers[to - d].n_expert, layers[to].n_expert);
+            }
+        }
     }
     if (threaded) {
         thread_ = std::thread([this] { run(); });
@@ -42,7 +50,9 @@ bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_
     n_quiet_ = n_loads > 0 ? 0 : n_quiet_ + 1;
     // From the first router of a token to its last: what comes before and after, a chat's user among it, is not ours. Without threads,
     // in a replay, there is no time.
-    if (n_tokens == 1 && thread_.joinable()) {
+    // Of a prompt llama.cpp computes the last layer for one token only.
+    timing_ = n_tokens == 1 && thread_.joinable() && (layer == 0 || timing_);
+    if (timing_) {
         if (layer == 0) {
             token_began_ = timeline::clock::now();
             token_loads_ = 0;
@@ -61,11 +71,12 @@ void prefetcher::post(uint32_t layer, const router_rows & rows, uint32_t n_token
     const size_t n_expert = index_.layers()[layer].n_expert;
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        mail_.layer    = layer;
-        mail_.n_tokens = n_tokens;
-        mail_.pass     = pass_;
-        mail_.n_embd   = n_embd;
-        mail_.how      = how;
+        mail_.layer     = layer;
+        mail_.n_tokens  = n_tokens;
+        mail_.pass      = pass_;
+        mail_.of_tokens = rows.of_tokens;
+        mail_.n_embd    = n_embd;
+        mail_.how       = how;
         mail_.x.resize(n_tokens * n_embd);
         mail_.logits.resize(rows.logits == nullptr ? 0 : n_tokens * n_expert);
         for (uint32_t i = 0; i < n_tokens; ++i) {
@@ -140,19 +151,16 @@ bool prefetcher::predict_logits(const job & j, uint32_t d, uint32_t token, float
     if (!routers_.logits(j.layer, to, j.x.data() + token * j.n_embd, params_.norm_correction != 0, logits)) {
         return false;
     }
-    if (j.logits.empty() || params_.gate_correction == 0) {
+    const auto & correction = corrections_[d - 1][to];
+    if (j.logits.empty() || !correction) {
         return true;
     }
     const uint32_t n_from     = index_.layers()[j.layer].n_expert;
-    const uint32_t n_to       = index_.layers()[to].n_expert;
-    const size_t   n_features = gate_correction::n_features(n_from, n_to);
-    auto &         correction = corrections_[d - 1][to];
-    if (!correction) {
-        correction = std::make_unique<gate_correction>(n_from, n_to);
-    }
-    sample & s = samples_[d - 1][(j.pass + d) % (HOBBIT_MAX_LOOKAHEAD + 1)];
-    s.pass     = j.pass + d;
-    s.n_tokens = j.n_tokens;
+    const size_t   n_features = gate_correction::n_features(n_from, index_.layers()[to].n_expert);
+    sample &       s          = samples_[d - 1][(j.pass + d) % (HOBBIT_MAX_LOOKAHEAD + 1)];
+    s.pass                    = j.pass + d;
+    s.n_tokens                = j.n_tokens;
+    s.of_tokens               = j.of_tokens;
     s.features.resize(j.n_tokens * n_features);
     float * f = s.features.data() + token * n_features;
     correction->features(&j.logits[token * n_from], logits, f);
@@ -170,7 +178,7 @@ void prefetcher::learn(const job & j) {
     std::vector<float> logits(n_expert);
     for (uint32_t d = 1; d <= std::min<uint32_t>(j.layer, HOBBIT_MAX_LOOKAHEAD); ++d) {
         const sample & s = samples_[d - 1][j.pass % (HOBBIT_MAX_LOOKAHEAD + 1)];
-        if (s.pass != j.pass || s.n_tokens != j.n_tokens) {
+        if (s.pass != j.pass || s.of_tokens != j.of_tokens || s.n_tokens != j.n_tokens) {
             continue;
         }
         gate_correction & correction = *corrections_[d - 1][j.layer];
@@ -209,11 +217,9 @@ void prefetcher::predict_token(const job & j) {
         now.bins.assign(n_read, prediction_odds::UNKNOWN);
         const auto & correction = corrections_[d - 1][to];
         const float  error      = correction ? correction->standard_error() : 0.0f;
-        if (error > 0.0f && found.experts.size() > n_used) {
-            for (uint32_t i = 0; i < n_read; ++i) {
-                const float other = raw[found.experts[i < n_used ? n_used : n_used - 1]];
-                now.bins[i]       = prediction_odds::bin((raw[found.experts[i]] - other) / error);
-            }
+        // What is read beyond the k that are expected is read however unlikely: that was asked for.
+        for (uint32_t i = 0; error > 0.0f && n_used < found.experts.size() && i < n_used; ++i) {
+            now.bins[i] = prediction_odds::bin((raw[found.experts[i]] - raw[found.experts[n_used]]) / error);
         }
         now.experts.assign(found.experts.begin(), found.experts.begin() + n_read);
         float chance[UINT8_MAX + 1];

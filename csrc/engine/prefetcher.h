@@ -2,7 +2,8 @@
 //
 // The router input of layer l is put through the routers of layers l+1 .. l+p. Going outwards, the predicted experts that are
 // cached are protected from eviction until their layer has passed, and the missing ones are queued: in the paper at the first layer
-// where any is missing. With correction, which says how sure a prediction is, those of every layer that are likely enough to be chosen.
+// where any is missing. With correction, which says how sure a prediction is, at every layer, and this is done for those alone that are
+// likely enough to be chosen.
 //
 // The router input of a single token waits in a mailbox until the layer's first product begins, and one compute thread takes it while the
 // others multiply: a thread of its own would take a processor from the products for each prediction (57 instead of 62 ms a token on two
@@ -30,6 +31,7 @@ struct router_rows {
     size_t        x_stride      = 0;
     const float * logits        = nullptr;  // rows of n_expert, before a bias is added; NULL: not known
     size_t        logits_stride = 0;
+    uint32_t      of_tokens     = 0;  // tokens of the batch, of which the rows may be a sample
 };
 
 // The model's routers, as far as they are known. Implemented at the seam to ggml.
@@ -81,10 +83,11 @@ class prefetcher {
 
   private:
     struct job {
-        uint32_t           layer    = 0;
-        uint32_t           n_tokens = 0;
-        uint64_t           pass     = 0;  // of all layers and batches
-        size_t             n_embd   = 0;
+        uint32_t           layer     = 0;
+        uint32_t           n_tokens  = 0;
+        uint32_t           of_tokens = 0;  // see router_rows
+        uint64_t           pass      = 0;  // of all layers and batches
+        size_t             n_embd    = 0;
         policy::serving    how;
         std::vector<float> x;
         std::vector<float> logits;  // [n_tokens][n_expert]; empty: not known
@@ -92,8 +95,9 @@ class prefetcher {
 
     // A prediction that waits for what its router will say.
     struct sample {
-        uint64_t           pass     = 0;
-        uint32_t           n_tokens = 0;
+        uint64_t           pass      = 0;
+        uint32_t           n_tokens  = 0;
+        uint32_t           of_tokens = 0;
         std::vector<float> features;  // [n_tokens][n_features]
     };
 
@@ -117,12 +121,13 @@ class prefetcher {
     std::mutex              work_mutex_;  // held while predicting: scratch memory is shared
     bool                    stop_ = false;
 
-    // By distance - 1; guarded by work_mutex_.
+    // By distance - 1; guarded by work_mutex_. NULL where nothing is learned.
     std::vector<std::unique_ptr<gate_correction>> corrections_[HOBBIT_MAX_LOOKAHEAD];                        // [layer]
     sample                                        samples_[HOBBIT_MAX_LOOKAHEAD][HOBBIT_MAX_LOOKAHEAD + 1];  // [pass]
 
     prefetch_trial              trial_;
     timeline::clock::time_point token_began_;
+    bool                        timing_      = false;  // a single token, from its first layer on
     uint64_t                    token_loads_ = 0;
     uint64_t                    pass_        = 0;
     size_t                      n_quiet_     = 0;  // layer passes since something had to be read
@@ -134,7 +139,7 @@ class prefetcher {
     };
 
     // By distance - 1.
-    std::mutex         recall_mutex_;                // guards all below
+    std::mutex         recall_mutex_;                // guards what is below, but for the thread
     std::vector<guess> last_[HOBBIT_MAX_LOOKAHEAD];  // [layer]
     prediction_odds    odds_[HOBBIT_MAX_LOOKAHEAD];
     uint64_t           predicted_[HOBBIT_MAX_LOOKAHEAD] = {};

@@ -34,7 +34,7 @@ class session : public std::enable_shared_from_this<session> {
 
     bool running() const { return dispatcher_ != nullptr; }
 
-    // A compute thread has nothing to do but wait: see dispatcher::idle.
+    // A compute thread can be spared, or has nothing to do but wait: see dispatcher::idle.
     bool idle() { return dispatcher_->idle(); }
 
     // See expert_store::resize. HOBBIT_ERR_STATE before start().

@@ -1,7 +1,5 @@
 #include "compute-threads.h"
 
-#include "../base/error.h"
-
 #include "ggml-cpu.h"
 #include "llama.h"
 
@@ -18,9 +16,6 @@ std::shared_ptr<void> attach_threads(void * context) {
     ggml_threadpool_params params = ggml_threadpool_params_default(n);
     params.poll                   = 0;  // between two graphs they sleep
     ggml_threadpool * pool        = ggml_threadpool_new(&params);
-    if (pool == nullptr) {
-        fail(HOBBIT_ERR_NO_MEMORY, format("cannot start %d compute threads", n));
-    }
     llama_attach_threadpool(ctx, pool, pool);
     return { pool, [](void * p) { ggml_threadpool_free((ggml_threadpool *) p); } };
 }

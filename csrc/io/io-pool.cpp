@@ -47,11 +47,42 @@ void io_pool::demand(const std::vector<io_request> & requests) {
     }
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        demand_.insert(demand_.end(), requests.begin(), requests.end());
-        n_demand_.fetch_add((uint32_t) requests.size(), std::memory_order_relaxed);
+        for (const io_request & r : requests) {
+            push_demand(r);
+        }
     }
     // Who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain.
     work_.notify_one();
+}
+
+void io_pool::push_demand(const io_request & request) {
+    if (request.bytes - request.done <= 2 * PIECE) {
+        demand_.push_back({ request, nullptr });
+        n_demand_.fetch_add(1, std::memory_order_relaxed);
+        return;
+    }
+    auto of    = std::make_shared<pieces>();
+    of->whole  = request;
+    uint32_t n = 0;
+    for (uint64_t at = request.done; at < request.bytes; at += PIECE) {
+        io_request r = request;
+        r.offset += at;
+        r.dst += at;
+        r.bytes     = std::min(PIECE, request.bytes - at);
+        r.must_have = request.must_have > at ? std::min(r.bytes, request.must_have - at) : 0;
+        r.done      = 0;
+        demand_.push_back({ r, of });
+        n++;
+    }
+    of->left = n;  // nobody looks before the mutex is free
+    n_demand_.fetch_add(n, std::memory_order_relaxed);
+}
+
+bool io_pool::end_piece(pieces & of, std::exception_ptr & why) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    of.why = of.why ? of.why : why;
+    why    = of.why;
+    return --of.left == 0;
 }
 
 void io_pool::prefetch(const std::vector<io_request> & requests) {
@@ -148,9 +179,9 @@ void io_pool::run() {
             return;
         }
         const bool is_demand = !demand_.empty();
-        auto &     queue     = is_demand ? demand_ : prefetch_;
-        io_request request   = queue.front();
-        queue.pop_front();
+        io_request request   = is_demand ? demand_.front().request : prefetch_.front();
+        const auto of        = is_demand ? demand_.front().of : nullptr;
+        is_demand ? demand_.pop_front() : prefetch_.pop_front();
         n_prefetching_ += is_demand ? 0 : 1;
         n_running_++;
         const bool more = has_work();
@@ -174,6 +205,11 @@ void io_pool::run() {
             outcome = io_outcome::failed;
             why     = std::current_exception();
         }
+        if (of != nullptr) {
+            ended   = end_piece(*of, why);
+            request = of->whole;
+            outcome = why ? io_outcome::failed : io_outcome::done;
+        }
         if (ended) {
             on_end_(request, outcome, why);
         }
@@ -187,7 +223,7 @@ void io_pool::run() {
             n_prefetching_--;
             if (!ended && !stop_) {
                 if (is_set(request.urgent)) {
-                    demand_.push_front(request);
+                    demand_.push_front({ request, nullptr });
                     n_demand_.fetch_add(1, std::memory_order_relaxed);
                 } else {
                     prefetch_.push_front(request);

@@ -101,7 +101,7 @@ class Session(Observed):
         """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
         ctx = self._ffi.cast("void *", context)
         sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + int(self._lib.hobbit_context_compute_bytes(ctx))
-        return self._refusal(_memory.resident() + sizes - self.info.bytes_high + extra)
+        return self._refusal(_memory.resident() + sizes - self.info.bytes_high + self.info.bytes_learned + extra)
 
     def _refusal(self, held: int) -> MemoryBudgetError:
         """`held`: what the process holds with everything but the expert pool."""
@@ -127,7 +127,7 @@ class Session(Observed):
             extra: bytes that the caller will come to use beside what it holds now.
         """
         ctx = self._ffi.cast("void *", context)
-        held = _memory.resident() + int(self._lib.hobbit_context_compute_bytes(ctx)) + extra
+        held = _memory.resident() + int(self._lib.hobbit_context_compute_bytes(ctx)) + self.info.bytes_learned + extra
         pool: Optional[int] = None
         if self.params.expert_cache is not None:
             pool = self._parse_pool(self.params.expert_cache)

@@ -254,15 +254,12 @@ class Llama(OffloadMethods, _Llama):
         return ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
 
     def _memory_to_come(self) -> int:
-        """Bytes that are still to be touched beside the ggml buffers and the pool: logits, candidates, the work buffer of a
-        graph, and what is learned to predict experts.
-        """
+        """Bytes that this object will touch beside the ggml buffers: logits, candidates, the work buffer of a graph."""
         n_vocab, n_batch = self.n_vocab(), self.n_batch
         rows = 0
         if self._logits_all:
             rows = self.n_ctx() + n_batch  # `scores`, and llama.cpp's output buffer
-        learned = 0 if self._session is None else self._session.info.bytes_learned
-        return n_vocab * (64 + 4 * rows) + learned
+        return n_vocab * (64 + 4 * rows)
 
     # ---- calls: one at a time, and any thread may cancel ----
 

@@ -6,8 +6,11 @@
 #include "temp-folder.h"
 #include "test.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <map>
 #include <memory>
 #include <set>
@@ -418,6 +421,69 @@ TEST("a pool that goes away drops what is queued and calls nobody afterwards") {
             }
         }
     }
+}
+
+TEST("a large demand request is read in pieces and ends once, in the order it was asked for") {
+    constexpr uint64_t      SIZE = 3 * io_pool::PIECE + 5 * PAGE + 100;
+    const test::temp_folder folder;
+    test::write_all(folder.path("large"), test::content(9, SIZE));
+    for (const bool direct : { false, true }) {
+        file                    from(folder.path("large"), direct);
+        std::mutex              mutex;
+        std::condition_variable changed;
+        std::vector<ended>      log;
+        io_pool                 pool(2, BLOCK, 1, [&](const io_request & r, io_outcome o, std::exception_ptr why) {
+            std::lock_guard<std::mutex> lock(mutex);
+            log.push_back({ r.part, o, r.bytes, why ? "failed" : "" });
+            changed.notify_all();
+        });
+        const auto              wait = [&](size_t n) {
+            std::unique_lock<std::mutex> lock(mutex);
+            changed.wait(lock, [&] { return log.size() >= n; });
+        };
+        region     room[2] = { region(align_up(SIZE, PAGE), true), region(align_up(SIZE, PAGE), true) };
+        io_request r[2];
+        for (uint32_t i = 0; i < 2; ++i) {
+            r[i].src       = &from;
+            r[i].bytes     = align_up(SIZE, PAGE);
+            r[i].must_have = SIZE;
+            r[i].dst       = room[i].data();
+            r[i].part      = i;
+        }
+        r[1].done = 2 * PAGE;  // as of a prefetch that stood back
+        pool.demand({ r[0], r[1] });
+        wait(2);
+        pool.drain();
+        CHECK_EQ(log.size(), 2u);
+        CHECK_EQ(log[0].part, 0u);
+        CHECK_EQ(log[0].done, align_up(SIZE, PAGE));
+        CHECK(log[0].outcome == io_outcome::done && log[1].outcome == io_outcome::done);
+        for (uint32_t i = 0; i < 2; ++i) {
+            for (uint64_t at = r[i].done; at < SIZE; ++at) {
+                if ((unsigned char) r[i].dst[at] != test::byte_at(9, at)) {
+                    test::fail(__FILE__, __LINE__, "wrong at " + std::to_string(at));
+                }
+            }
+        }
+        CHECK_EQ(pool.demand_pending(), 0u);
+    }
+    file    cut(folder.path("large"), false);
+    region  room(align_up(SIZE, PAGE), true);
+    int     n_ended = 0, n_failed = 0;
+    io_pool pool(3, BLOCK, 1, [&](const io_request &, io_outcome o, std::exception_ptr why) {
+        n_ended++;
+        n_failed += o == io_outcome::failed && why;
+    });
+    CHECK_EQ(truncate(folder.path("large").c_str(), io_pool::PIECE), 0);
+    io_request r;
+    r.src       = &cut;
+    r.bytes     = align_up(SIZE, PAGE);
+    r.must_have = SIZE;
+    r.dst       = room.data();
+    pool.demand({ r });
+    pool.drain();
+    CHECK_EQ(n_ended, 1);
+    CHECK_EQ(n_failed, 1);
 }
 
 TEST_MAIN()

@@ -91,7 +91,7 @@ class _Unloaded(Llama):
         ctx = session._ffi.cast("void *", self._context_address())
         weights = int(self._model.size())
         kv = max(0, int(session._lib.hobbit_context_resident_bytes(ctx)) - weights)
-        buffers = int(session._lib.hobbit_context_compute_bytes(ctx)) + self._memory_to_come()
+        buffers = int(session._lib.hobbit_context_compute_bytes(ctx)) + session.info.bytes_learned + self._memory_to_come()
         dense = weights - session.info.bytes_high
         return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers)
 
