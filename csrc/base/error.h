@@ -1,9 +1,11 @@
-// Errors inside the core: one exception type that carries what hobbit_error needs. The C API turns it into a status; nothing
-// else catches it, except threads, which keep it for the caller.
+// Errors inside the core: one exception type that carries what hobbit_error needs. The C API turns it into a status (guarded);
+// nothing else catches it, except threads, which keep it for the caller.
 #pragma once
 
 #include "../hobbit.h"
 
+#include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -35,5 +37,26 @@ std::string human_bytes(unsigned long long bytes);
 
 // Copies into the caller's struct; a NULL `out` is fine.
 void fill_error(hobbit_error * out, hobbit_status status, int os_errno, const std::string & message);
+
+// Runs `body`; its exceptions become a status and fill `out`.
+template <typename F>
+hobbit_status guarded(hobbit_error * out, F && body) {
+    try {
+        body();
+        return HOBBIT_OK;
+    } catch (const error & e) {
+        fill_error(out, e.status(), e.os_errno(), e.what());
+        return e.status();
+    } catch (const std::bad_alloc &) {
+        fill_error(out, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
+        return HOBBIT_ERR_NO_MEMORY;
+    } catch (const std::exception & e) {
+        fill_error(out, HOBBIT_ERR_INTERNAL, 0, e.what());
+        return HOBBIT_ERR_INTERNAL;
+    } catch (...) {
+        fill_error(out, HOBBIT_ERR_INTERNAL, 0, "unknown exception");
+        return HOBBIT_ERR_INTERNAL;
+    }
+}
 
 }  // namespace hobbit

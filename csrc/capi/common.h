@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <new>
 
 struct hobbit_session {
     std::shared_ptr<hobbit::session> core;
@@ -16,27 +15,6 @@ struct hobbit_session {
 };
 
 namespace hobbit {
-
-// Runs `body`; its exceptions become a status and fill `error`.
-template <typename F>
-hobbit_status guarded(hobbit_error * error, F && body) {
-    try {
-        body();
-        return HOBBIT_OK;
-    } catch (const hobbit::error & e) {
-        fill_error(error, e.status(), e.os_errno(), e.what());
-        return e.status();
-    } catch (const std::bad_alloc &) {
-        fill_error(error, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
-        return HOBBIT_ERR_NO_MEMORY;
-    } catch (const std::exception & e) {
-        fill_error(error, HOBBIT_ERR_INTERNAL, 0, e.what());
-        return HOBBIT_ERR_INTERNAL;
-    } catch (...) {
-        fill_error(error, HOBBIT_ERR_INTERNAL, 0, "unknown exception");
-        return HOBBIT_ERR_INTERNAL;
-    }
-}
 
 inline void require(bool ok, const char * message) {
     if (!ok) {

@@ -182,9 +182,9 @@ class expert_store {
     uint32_t                      n_experts_    = 0;
     bool                          with_low_     = false;  // pool_plan::with_low
     bool                          border_moves_ = false;  // with what high and low copies are worth
-    int      border_to_  = -1;  // to which precision the border was to move when it was looked at last; -1: to neither
-    uint32_t border_run_ = 0;   // so often in a row
-    std::exception_ptr error_;
+    int                           border_to_    = -1;     // whom the last look gave slots to; -1: nobody
+    uint32_t                      border_run_   = 0;      // looks in a row that said so
+    std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };
     std::mutex              arrive_mutex_;  // only for the condition variable

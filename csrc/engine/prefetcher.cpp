@@ -10,22 +10,34 @@ namespace hobbit {
 // prediction will be a better one.
 static constexpr float MIN_CHANCE[HOBBIT_MAX_LOOKAHEAD] = { 0.6f, 0.75f, 0.85f, 0.9f };
 
+// `body(distance, to, n_from, n_to)` for the predictions that are corrected, of layer `to` from the one so far before it; of experts each.
+template <typename F>
+static void for_each_corrected(const expert_index & index, const hobbit_params & params, F && body) {
+    const auto & layers = index.layers();
+    for (uint32_t d = 1; params.gate_correction != 0 && d <= params.prefetch_depth; ++d) {
+        for (uint32_t to = d; to < layers.size(); ++to) {
+            if (gate_correction::n_features(layers[to - d].n_expert, layers[to].n_expert) > 0) {
+                body(d, to, layers[to - d].n_expert, layers[to].n_expert);
+            }
+        }
+    }
+}
+
 prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
                        router_source & routers, bool threaded) :
     store_(store), index_(index), params_(params), routers_(routers) {
     for (auto & per_layer : last_) {
         per_layer.resize(index.layers().size());
     }
-    const auto & layers = index.layers();
-    for (size_t d = 1; d <= HOBBIT_MAX_LOOKAHEAD; ++d) {
-        corrections_[d - 1].resize(layers.size());
-        // Now, since where they are used nobody could say that there is no memory. Replayed routing has no logits to learn from.
-        for (size_t to = d; threaded && params.gate_correction != 0 && d <= params.prefetch_depth && to < layers.size();
-             ++to) {
-            if (gate_correction::n_features(layers[to - d].n_expert, layers[to].n_expert) > 0) {
-                corrections_[d - 1][to] = std::make_unique<gate_correction>(layers[to - d].n_expert, layers[to].n_expert);
-            }
-        }
+    for (auto & per_layer : corrections_) {
+        per_layer.resize(index.layers().size());
+    }
+    // Now, since where they are used nobody could say that there is no memory. Replayed routing has no logits to learn from.
+    if (threaded) {
+        for_each_corrected(index, params, [&](uint32_t d, uint32_t to, uint32_t n_from, uint32_t n_to) {
+            corrections_[d - 1][to] = std::make_unique<gate_correction>(n_from, n_to);
+            learns_                 = true;
+        });
     }
     if (threaded) {
         thread_ = std::thread([this] { run(); });
@@ -62,8 +74,8 @@ bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_
             trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(), token_loads_ > 0);
         }
     }
-    // From the last layer nothing is predicted; what was predicted of it is compared.
-    return n_quiet_ < n_layer && (n_tokens > 1 || on());
+    // From the last layer nothing is predicted; what was predicted of it is learned from.
+    return (layer + 1 < n_layer || learns_) && n_quiet_ < n_layer && (n_tokens > 1 || on());
 }
 
 void prefetcher::post(uint32_t layer, const router_rows & rows, uint32_t n_tokens, const policy::serving & how) {
@@ -222,11 +234,11 @@ void prefetcher::predict_token(const job & j) {
             now.bins[i] = prediction_odds::bin((raw[found.experts[i]] - raw[found.experts[n_used]]) / error);
         }
         now.experts.assign(found.experts.begin(), found.experts.begin() + n_read);
-        float chance[UINT8_MAX + 1];
+        std::vector<float> chance;
         {
             std::lock_guard<std::mutex> lock(recall_mutex_);
             for (const uint8_t bin : now.bins) {
-                chance[bin] = odds_[d - 1].chance(bin);
+                chance.push_back(odds_[d - 1].chance(bin));
             }
             last_[d - 1][to] = now;
         }
@@ -240,7 +252,7 @@ void prefetcher::predict_token(const job & j) {
         }
         wants.clear();
         for (uint32_t i = 0; i < n_read; ++i) {
-            if (chance[now.bins[i]] >= MIN_CHANCE[d - 1]) {
+            if (chance[i] >= MIN_CHANCE[d - 1]) {
                 expert_want w;
                 w.expert = now.experts[i];
                 w.need   = needs[i];
@@ -305,13 +317,10 @@ void prefetcher::observe(uint32_t layer, const int32_t * ids, uint32_t k) {
 }
 
 uint64_t prefetcher::bytes_learned(const expert_index & index, const hobbit_params & params) {
-    const auto & layers = index.layers();
-    uint64_t     sum    = 0;
-    for (size_t d = 1; params.gate_correction != 0 && d <= params.prefetch_depth; ++d) {
-        for (size_t to = d; to < layers.size(); ++to) {
-            sum += gate_correction::bytes(layers[to - d].n_expert, layers[to].n_expert);
-        }
-    }
+    uint64_t sum = 0;
+    for_each_corrected(index, params, [&](uint32_t, uint32_t, uint32_t n_from, uint32_t n_to) {
+        sum += gate_correction::bytes(n_from, n_to);
+    });
     return sum;
 }
 

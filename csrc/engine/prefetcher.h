@@ -129,6 +129,7 @@ class prefetcher {
     timeline::clock::time_point token_began_;
     bool                        timing_      = false;  // a single token, from its first layer on
     uint64_t                    token_loads_ = 0;
+    bool                        learns_      = false;  // there are corrections
     uint64_t                    pass_        = 0;
     size_t                      n_quiet_     = 0;  // layer passes since something had to be read
 

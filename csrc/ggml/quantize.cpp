@@ -13,8 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
-#include <new>
 
 namespace hobbit {
 
@@ -140,24 +138,6 @@ void dequantize(int32_t type_id, const void * src, float * dst, int64_t n) {
         memcpy(dst, src, (size_t) n * sizeof(float));
     } else {
         traits->to_float(src, dst, n);
-    }
-}
-
-// No exception crosses the C API.
-template <typename F>
-hobbit_status guarded(hobbit_error * out, const F & body) {
-    try {
-        body();
-        return HOBBIT_OK;
-    } catch (const error & e) {
-        fill_error(out, e.status(), e.os_errno(), e.what());
-        return e.status();
-    } catch (const std::bad_alloc &) {
-        fill_error(out, HOBBIT_ERR_NO_MEMORY, 0, "out of memory");
-        return HOBBIT_ERR_NO_MEMORY;
-    } catch (const std::exception & e) {
-        fill_error(out, HOBBIT_ERR_INTERNAL, 0, e.what());
-        return HOBBIT_ERR_INTERNAL;
     }
 }
 

@@ -1,9 +1,9 @@
 // The reader threads: the only threads that read expert data.
 //
 // Two queues. Demand requests are what compute threads wait for and always go first, large ones in pieces, so that what was asked for
-// first is there first instead of everything at the end. Prefetch requests start only when no demand request
-// is queued and the last few of them are running, at most `max_prefetch` at a time. They are read block by block, and between two blocks
-// stop when cancelled and stand back when demand requests have come in.
+// first is there first instead of everything at the end. Prefetch requests start only when no demand request is queued and the last few
+// of them are running, at most `max_prefetch` at a time. They are read block by block, and between two blocks stop when cancelled and
+// stand back when demand requests have come in.
 #pragma once
 
 #include "reader.h"

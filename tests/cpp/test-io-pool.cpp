@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <map>
 #include <memory>
 #include <set>
@@ -27,6 +26,7 @@ constexpr char     UNTOUCHED = 0x5A;
 struct ended {
     uint32_t    part;
     io_outcome  outcome;
+    uint64_t    bytes;
     uint64_t    done;
     std::string why;
 };
@@ -35,8 +35,9 @@ struct ended {
 // the reader thread, after the read.
 class reading {
   public:
-    explicit reading(bool direct, uint32_t n_threads = 1, uint32_t max_prefetch = 1) : n_threads_(n_threads) {
-        test::write_all(folder_.path("data"), test::content(7, FILE_SIZE));
+    explicit reading(bool direct, uint32_t n_threads = 1, uint32_t max_prefetch = 1, uint64_t size = FILE_SIZE) :
+        size_(size), n_threads_(n_threads) {
+        test::write_all(folder_.path("data"), test::content(7, size));
         file_ = std::make_unique<file>(folder_.path("data"), direct);
         pool_ = std::make_unique<io_pool>(
             n_threads, BLOCK, max_prefetch,
@@ -66,7 +67,7 @@ class reading {
         return r;
     }
 
-    io_request whole(uint32_t part) { return read(part, 0, FILE_SIZE); }
+    io_request whole(uint32_t part) { return read(part, 0, size_); }
 
     io_request small(uint32_t part, const void * owner = nullptr) { return read(part, part * BLOCK, BLOCK, owner); }
 
@@ -136,7 +137,7 @@ class reading {
     }
 
     static bool right(const io_request & r, uint64_t from, uint64_t to) {
-        for (uint64_t i = from; i < std::min(to, FILE_SIZE - r.offset); ++i) {
+        for (uint64_t i = from; i < std::min(to, r.src->size() - r.offset); ++i) {
             if ((unsigned char) r.dst[i] != test::byte_at(7, r.offset + i)) {
                 return false;
             }
@@ -160,7 +161,7 @@ class reading {
     static constexpr uint32_t HELD = 1000;
 
     void on_end(const io_request & r, io_outcome outcome, std::exception_ptr why) {
-        ended e { r.part, outcome, r.done, "" };
+        ended e { r.part, outcome, r.bytes, r.done, "" };
         if (why) {
             try {
                 std::rethrow_exception(why);
@@ -180,6 +181,7 @@ class reading {
     test::temp_folder          folder_;
     std::map<uint32_t, region> rooms_;
     std::unique_ptr<file>      file_;
+    uint64_t                   size_;
     uint32_t                   n_threads_;
 
     std::mutex              mutex_;
@@ -424,66 +426,33 @@ TEST("a pool that goes away drops what is queued and calls nobody afterwards") {
 }
 
 TEST("a large demand request is read in pieces and ends once, in the order it was asked for") {
-    constexpr uint64_t      SIZE = 3 * io_pool::PIECE + 5 * PAGE + 100;
-    const test::temp_folder folder;
-    test::write_all(folder.path("large"), test::content(9, SIZE));
+    constexpr uint64_t LARGE = 3 * io_pool::PIECE + 5 * PAGE + 100;
     for (const bool direct : { false, true }) {
-        file                    from(folder.path("large"), direct);
-        std::mutex              mutex;
-        std::condition_variable changed;
-        std::vector<ended>      log;
-        io_pool                 pool(2, BLOCK, 1, [&](const io_request & r, io_outcome o, std::exception_ptr why) {
-            std::lock_guard<std::mutex> lock(mutex);
-            log.push_back({ r.part, o, r.bytes, why ? "failed" : "" });
-            changed.notify_all();
-        });
-        const auto              wait = [&](size_t n) {
-            std::unique_lock<std::mutex> lock(mutex);
-            changed.wait(lock, [&] { return log.size() >= n; });
-        };
-        region     room[2] = { region(align_up(SIZE, PAGE), true), region(align_up(SIZE, PAGE), true) };
-        io_request r[2];
-        for (uint32_t i = 0; i < 2; ++i) {
-            r[i].src       = &from;
-            r[i].bytes     = align_up(SIZE, PAGE);
-            r[i].must_have = SIZE;
-            r[i].dst       = room[i].data();
-            r[i].part      = i;
-        }
-        r[1].done = 2 * PAGE;  // as of a prefetch that stood back
-        pool.demand({ r[0], r[1] });
-        wait(2);
-        pool.drain();
-        CHECK_EQ(log.size(), 2u);
-        CHECK_EQ(log[0].part, 0u);
-        CHECK_EQ(log[0].done, align_up(SIZE, PAGE));
-        CHECK(log[0].outcome == io_outcome::done && log[1].outcome == io_outcome::done);
-        for (uint32_t i = 0; i < 2; ++i) {
-            for (uint64_t at = r[i].done; at < SIZE; ++at) {
-                if ((unsigned char) r[i].dst[at] != test::byte_at(9, at)) {
-                    test::fail(__FILE__, __LINE__, "wrong at " + std::to_string(at));
-                }
+        for (const uint32_t n_threads : { 1, 3 }) {
+            reading    reads(direct, n_threads, 1, LARGE);
+            io_request first = reads.whole(0), second = reads.whole(1);
+            second.done = 2 * PAGE;  // as of a prefetch that stood back
+            reads.pool().demand({ first, second });
+            for (const io_request & q : { first, second }) {
+                const ended e = reads.wait_for(q.part);
+                CHECK(e.outcome == io_outcome::done);
+                CHECK_EQ(e.bytes, q.bytes);
+                CHECK(reading::right(q, q.done, q.must_have));
             }
+            reads.pool().drain();
+            CHECK_EQ(reads.order().size(), 2u);
+            CHECK(n_threads > 1 || reads.order() == parts({ 0, 1 }));  // several may end their last pieces in any order
+            CHECK_EQ(reads.pool().demand_pending(), 0u);
         }
-        CHECK_EQ(pool.demand_pending(), 0u);
     }
-    file    cut(folder.path("large"), false);
-    region  room(align_up(SIZE, PAGE), true);
-    int     n_ended = 0, n_failed = 0;
-    io_pool pool(3, BLOCK, 1, [&](const io_request &, io_outcome o, std::exception_ptr why) {
-        n_ended++;
-        n_failed += o == io_outcome::failed && why;
-    });
-    CHECK_EQ(truncate(folder.path("large").c_str(), io_pool::PIECE), 0);
-    io_request r;
-    r.src       = &cut;
-    r.bytes     = align_up(SIZE, PAGE);
-    r.must_have = SIZE;
-    r.dst       = room.data();
-    pool.demand({ r });
-    pool.drain();
-    CHECK_EQ(n_ended, 1);
-    CHECK_EQ(n_failed, 1);
+    reading          reads(false, 3, 1, LARGE);
+    const io_request r = reads.whole(0);
+    CHECK_EQ(truncate(reads.path().c_str(), io_pool::PIECE), 0);
+    reads.pool().demand({ r });
+    reads.pool().drain();
+    CHECK(reads.order() == parts({ 0 }));
+    CHECK(reads.wait_for(0).outcome == io_outcome::failed);
+    CHECK(!reads.wait_for(0).why.empty());
 }
 
 TEST_MAIN()
