@@ -106,7 +106,7 @@ hobbit_session * hobbit_session_init(const char * path, const char * low_path, c
         auto core = std::make_shared<session>(path, low_path == nullptr ? "" : low_path, p);
         hobbit::arrange_repacking(*core);
         core->set_routers(std::make_unique<hobbit::ggml_routers>(core->index()));
-        out = new hobbit_session { std::move(core) };
+        out = new hobbit_session { std::move(core), nullptr };
     });
     return out;
 }

@@ -140,7 +140,7 @@ class product {
             return true;
         }
         const cut pieces(o.weights.ne[1], item.n_rows, params_->nth, o.repacked == nullptr ? 1 : o.repacked->columns,
-                         o.by_gemm);
+                         o.by_gemm || o.tiles != nullptr);
         while (true) {
             const int32_t piece = progress.next.fetch_add(1, std::memory_order_relaxed);
             if (piece >= pieces.n) {

@@ -22,6 +22,7 @@ void make_operand(operand & o, const ggml_tensor * op, const tensor_source & sou
     o.result         = *op;
     o.result.src[0]  = &o.weights;
     o.vec_dot        = ggml_get_type_traits_cpu(o.weights.type)->vec_dot;
+    o.tiles          = find_tile_kernel(source.type);
 }
 
 void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, char * to) {
@@ -58,6 +59,29 @@ static void multiply_block(const operand & o, ggml_tensor * dst, const char * sl
                 memcpy(out + rr, tmp, (r_end - rr) * sizeof(float));
             }
         }
+    }
+}
+
+// At most GEMM_ROWS batch rows at a time.
+static void multiply_tiles(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
+                           int64_t r1, int64_t c0, int64_t c1) {
+    thread_local std::vector<std::byte> room;
+
+    const int64_t n    = o.weights.ne[0];
+    const int64_t ne11 = dst->src[1]->ne[1];
+    room.resize(o.tiles->prepared_bytes(n, GEMM_ROWS) + 64);
+    auto * inputs = (std::byte *) (((uintptr_t) room.data() + 63) / 64 * 64);
+    for (int64_t c = c0; c < c1; c += GEMM_ROWS) {
+        const int64_t n_c = std::min(GEMM_ROWS, c1 - c);
+        const char *  x[GEMM_ROWS];
+        float *       out[GEMM_ROWS];
+        for (int64_t i = 0; i < n_c; ++i) {
+            const pass_row at = rows[c + i];
+            x[i]              = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
+            out[i]            = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]) + r0;
+        }
+        o.tiles->prepare(x, n, n_c, inputs);
+        o.tiles->multiply(n, slice + r0 * o.weights.nb[1], o.weights.nb[1], r1 - r0, inputs, n_c, out);
     }
 }
 
@@ -104,7 +128,10 @@ static void multiply_repacked(const operand & o, ggml_tensor * dst, const char *
 
 void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
               int64_t c0, int64_t c1) {
-    (o.repacked == nullptr ? multiply_block : multiply_repacked)(o, dst, slice, rows, r0, r1, c0, c1);
+    const auto how = o.repacked != nullptr               ? multiply_repacked
+                     : o.tiles != nullptr && c1 - c0 > 1 ? multiply_tiles
+                                                         : multiply_block;
+    how(o, dst, slice, rows, r0, r1, c0, c1);
 }
 
 cut::cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm) {

@@ -3,6 +3,7 @@
 
 #include "../engine/layer-pass.h"
 #include "repacking.h"
+#include "tile-q8_0.h"
 
 #include "ggml-cpu.h"
 
@@ -21,6 +22,7 @@ struct operand {
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
     bool                  by_gemm       = false;    // of it, for four batch rows and more
+    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for two batch rows and more
 };
 
 inline ggml_type kernel_type(int32_t type) { return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type; }
@@ -42,7 +44,7 @@ struct cut {
     int64_t n_row_pieces;
     int32_t n;
 
-    // `multiple`: of rows that stay together. `by_gemm`: few pieces in rows, since each interleaves its inputs for itself.
+    // `multiple`: of rows that stay together. `by_gemm`: few pieces in rows, since each prepares its inputs for itself.
     cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm);
 };
 

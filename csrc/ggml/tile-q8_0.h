@@ -1,0 +1,32 @@
+// Q8_0 experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and
+// unpacked once serves many products. Upstream has the product of two rows alone for this type (its tiled kernels take K- and I-quants).
+//
+// The same numbers are added in the same order as by upstream's product of two rows, so the result has the same bits: a block of 32 is
+// summed in integers, times the product of both scales it is added to one of eight running sums.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace hobbit {
+
+struct tile_kernel {
+    const char * name;
+    // Bytes that prepare() fills for `n_c` rows of inputs, `n` long.
+    size_t (*prepared_bytes)(int64_t n, int64_t n_c);
+    // Rows of inputs, quantised to Q8_0 -> the operand of multiply, aligned to 64 bytes.
+    void (*prepare)(const char * const * rows, int64_t n, int64_t n_c, std::byte * to);
+    // out[c][0 .. n_r) = n_r rows of weights, `row_bytes` apart, times row c of the inputs.
+    void (*multiply)(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, const std::byte * inputs, int64_t n_c,
+                     float * const * out);
+};
+
+// Those that the library was built with, the fastest first.
+const std::vector<tile_kernel> & tile_kernels();
+
+// NULL for a type that there is none for, where none was built, and where its bits are not those of upstream's product: tried on this CPU
+// with some random numbers.
+const tile_kernel * find_tile_kernel(int32_t type);
+
+}  // namespace hobbit

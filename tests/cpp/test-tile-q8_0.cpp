@@ -1,0 +1,79 @@
+// ggml/tile-q8_0.h: each kernel that was built gives the bits of upstream's product of two rows.
+#include "ggml/tile-q8_0.h"
+
+#include "test.h"
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 32;
+
+// Rows of any bytes; `least`: of the quants. Scales are finite: +-2^-14 to 2.
+std::vector<char> random_rows(int64_t n, int64_t n_rows, int least, std::mt19937 & random) {
+    std::vector<char> rows(ggml_row_size(GGML_TYPE_Q8_0, n) * (size_t) n_rows);
+    char *            to = rows.data();
+    for (int64_t b = 0; b < n / BLOCK * n_rows; ++b) {
+        const auto scale = (uint16_t) (0x0400 + random() % 0x3c00 + (random() % 2 << 15));
+        memcpy(to, &scale, sizeof(scale));
+        to += sizeof(scale);
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            *to++ = (char) std::uniform_int_distribution<int>(least, 127)(random);
+        }
+    }
+    return rows;
+}
+
+// Of n_c inputs to n_r rows: nothing is written beyond.
+bool same_bits(const hobbit::tile_kernel & kernel, int64_t n, int64_t n_r, int64_t n_c, std::mt19937 & random) {
+    const auto              vec_dot = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->vec_dot;
+    const size_t            row     = ggml_row_size(GGML_TYPE_Q8_0, n);
+    const std::vector<char> w       = random_rows(n, n_r, -128, random);
+    const std::vector<char> x       = random_rows(n, n_c, -127, random);  // quantising gives no -128
+
+    std::vector<const char *> inputs;
+    std::vector<float>        tiled((size_t) ((n_r + 1) * n_c), -1.0f), plain = tiled;
+    std::vector<float *>      out;
+    for (int64_t c = 0; c < n_c; ++c) {
+        inputs.push_back(&x[(size_t) c * row]);
+        out.push_back(&tiled[(size_t) (c * (n_r + 1))]);
+        for (int64_t r = 0; r < n_r; ++r) {
+            vec_dot((int) n, &plain[(size_t) (c * (n_r + 1) + r)], 0, &w[(size_t) r * row], 0, inputs.back(), 0, 1);
+        }
+    }
+    std::vector<std::byte> room(kernel.prepared_bytes(n, n_c) + 64);
+    auto *                 prepared = (std::byte *) (((uintptr_t) room.data() + 63) / 64 * 64);
+    kernel.prepare(inputs.data(), n, n_c, prepared);
+    kernel.multiply(n, w.data(), row, n_r, prepared, n_c, out.data());
+    return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+TEST("a tile has the bits of the product of two rows, at every width") {
+    ggml_cpu_init();
+    std::mt19937 random(11);
+    for (const hobbit::tile_kernel & kernel : hobbit::tile_kernels()) {
+        for (int64_t n : { 32, 96, 768 }) {
+            for (int64_t n_r : { 1, 4, 7, 24 }) {
+                for (int64_t n_c = 1; n_c <= 17; ++n_c) {
+                    CHECK(same_bits(kernel, n, n_r, n_c, random));
+                }
+            }
+        }
+    }
+}
+
+TEST("there is a kernel for Q8_0 where upstream has AVX2, and for no other type") {
+    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q8_0) != nullptr || !ggml_cpu_has_avx2());
+    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_0) == nullptr);
+    CHECK(hobbit::find_tile_kernel(-1) == nullptr);
+}
+
+TEST_MAIN()
