@@ -16,9 +16,7 @@ static void for_each_corrected(const expert_index & index, const hobbit_params &
     const auto & layers = index.layers();
     for (uint32_t d = 1; params.gate_correction != 0 && d <= params.prefetch_depth; ++d) {
         for (uint32_t to = d; to < layers.size(); ++to) {
-            if (gate_correction::n_features(layers[to - d].n_expert, layers[to].n_expert) > 0) {
-                body(d, to, layers[to - d].n_expert, layers[to].n_expert);
-            }
+            body(d, to, layers[to - d].n_expert, layers[to].n_expert);
         }
     }
 }
@@ -167,16 +165,16 @@ bool prefetcher::predict_logits(const job & j, uint32_t d, uint32_t token, float
     if (j.logits.empty() || !correction) {
         return true;
     }
-    const uint32_t n_from     = index_.layers()[j.layer].n_expert;
-    const size_t   n_features = gate_correction::n_features(n_from, index_.layers()[to].n_expert);
-    sample &       s          = samples_[d - 1][(j.pass + d) % (HOBBIT_MAX_LOOKAHEAD + 1)];
-    s.pass                    = j.pass + d;
-    s.n_tokens                = j.n_tokens;
-    s.of_tokens               = j.of_tokens;
-    s.features.resize(j.n_tokens * n_features);
-    float * f = s.features.data() + token * n_features;
-    correction->features(&j.logits[token * n_from], logits, f);
-    correction->correct(f, logits);
+    const uint32_t n_from = index_.layers()[j.layer].n_expert;
+    const size_t   size   = gate_correction::sample_size(n_from, index_.layers()[to].n_expert);
+    sample &       s      = samples_[d - 1][(j.pass + d) % (HOBBIT_MAX_LOOKAHEAD + 1)];
+    s.pass                = j.pass + d;
+    s.n_tokens            = j.n_tokens;
+    s.of_tokens           = j.of_tokens;
+    s.rows.resize(j.n_tokens * size);
+    float * row = s.rows.data() + token * size;
+    correction->sample(&j.logits[token * n_from], logits, row);
+    correction->correct(row, logits);
     return true;
 }
 
@@ -198,7 +196,7 @@ void prefetcher::learn(const job & j) {
             for (size_t e = 0; e < n_expert; ++e) {
                 logits[e] = j.logits[i * n_expert + e] + (bias == nullptr ? 0.0f : bias[e]);
             }
-            correction.learn(s.features.data() + i * (s.features.size() / s.n_tokens), logits.data());
+            correction.learn(s.rows.data() + i * (s.rows.size() / s.n_tokens), logits.data());
         }
     }
 }

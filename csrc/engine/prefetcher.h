@@ -98,7 +98,7 @@ class prefetcher {
         uint64_t           pass      = 0;
         uint32_t           n_tokens  = 0;
         uint32_t           of_tokens = 0;
-        std::vector<float> features;  // [n_tokens][n_features]
+        std::vector<float> rows;  // [n_tokens][gate_correction::sample_size]
     };
 
     void run();
