@@ -46,6 +46,7 @@ void dispatcher::make_prefetcher() {
 }
 
 void dispatcher::set_routing(recorded_routing * routing) {
+    std::lock_guard<std::mutex> lock(statistics_mutex_);
     prefetcher_.reset();  // its thread may be looking at what is replaced
     routing_ = routing;
     make_prefetcher();
@@ -119,6 +120,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
 
 void dispatcher::stats(hobbit_stats & out) {
     store_.stats(out);
+    std::lock_guard<std::mutex> lock(statistics_mutex_);
     if (prefetcher_) {
         prefetcher_->recall(out.predicted, out.predicted_right, false);
         out.prefetch_on    = prefetcher_->on();
@@ -128,6 +130,7 @@ void dispatcher::stats(hobbit_stats & out) {
 
 void dispatcher::reset_stats() {
     store_.reset_stats();
+    std::lock_guard<std::mutex> lock(statistics_mutex_);
     if (prefetcher_) {
         uint64_t unused[2][HOBBIT_MAX_LOOKAHEAD];
         prefetcher_->recall(unused[0], unused[1], true);

@@ -6,6 +6,7 @@
 #include "recorded-routing.h"
 
 #include <memory>
+#include <mutex>
 
 namespace hobbit {
 
@@ -47,6 +48,7 @@ class dispatcher {
     // By a compute thread that can be spared: predicts what comes, if that is still to be done. True when it did.
     bool idle() { return prefetcher_ && prefetcher_->run_pending(); }
 
+    // Any thread.
     void stats(hobbit_stats & out);
     void reset_stats();
 
@@ -62,6 +64,7 @@ class dispatcher {
 
     expert_store                store_;
     layer_pass                  pass_;
+    std::mutex                  statistics_mutex_;  // for who looks at prefetcher_ while no batch is computed
     std::unique_ptr<prefetcher> prefetcher_;
     recorded_routing *          routing_ = nullptr;
     std::vector<float>          routed_weights_;
