@@ -265,6 +265,15 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     }
 }
 
+uint64_t expert_store::bytes_needed() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t                    sum = 0;
+    for (const hobbit_counts & c : counts_) {
+        sum += c.bytes_demand + c.bytes_prefetch - c.bytes_wasted;
+    }
+    return sum;
+}
+
 void expert_store::release(const std::vector<expert_want> & wants) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const expert_want & w : wants) {

@@ -77,6 +77,9 @@ class expert_store {
     // Starts a read into a streaming slot; `slot.ready` tells the end.
     void stream(uint32_t layer, uint32_t expert, precision p, uint32_t part, stream_slot & slot);
 
+    // Read since the statistics were reset, but for what was read in vain.
+    uint64_t bytes_needed();
+
     std::vector<std::unique_ptr<stream_slot>> & stream_slots() { return stream_slots_; }
 
     // Sleeps until something arrived since `seen` was taken from arrivals(), or until the store failed.

@@ -64,12 +64,14 @@ bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_
     timing_ = n_tokens == 1 && thread_.joinable() && (layer == 0 || timing_);
     if (timing_) {
         if (layer == 0) {
-            token_began_ = timeline::clock::now();
-            token_loads_ = 0;
+            token_began_  = timeline::clock::now();
+            bytes_needed_ = store_.bytes_needed();
         }
-        token_loads_ += n_loads;
         if (layer + 1 == n_layer) {
-            trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(), token_loads_ > 0);
+            // Less than before: the statistics were reset meanwhile.
+            const uint64_t bytes = store_.bytes_needed();
+            trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(),
+                            bytes > bytes_needed_ ? bytes - bytes_needed_ : 0);
         }
     }
     // From the last layer nothing is predicted; what was predicted of it is learned from.

@@ -127,11 +127,11 @@ class prefetcher {
 
     prefetch_trial              trial_;
     timeline::clock::time_point token_began_;
-    bool                        timing_      = false;  // a single token, from its first layer on
-    uint64_t                    token_loads_ = 0;
-    bool                        learns_      = false;  // there are corrections
-    uint64_t                    pass_        = 0;
-    size_t                      n_quiet_     = 0;  // layer passes since something had to be read
+    bool                        timing_       = false;  // a single token, from its first layer on
+    uint64_t                    bytes_needed_ = 0;      // by the store, when it began
+    bool                        learns_       = false;  // there are corrections
+    uint64_t                    pass_         = 0;
+    size_t                      n_quiet_      = 0;  // layer passes since something had to be read
 
     // Experts that were predicted, best first, and how clearly each.
     struct guess {
