@@ -56,7 +56,8 @@ class Calls:
         # Methods of the model that holds this object: weakly, so that the last reference to a model frees it at once.
         self._stop = weakref.WeakMethod(stop)
         self._clear = weakref.WeakMethod(clear)
-        self._closed = False
+        self._closing = False  # nothing begins any more
+        self._closed = False  # nothing may be used any more
         self._make_locks()
         _all.add(self)
 
@@ -68,6 +69,7 @@ class Calls:
         self.gate = threading.RLock()
         self._depth = 0  # of calls within calls; belongs to the holder of _lock
         self._current: Optional[Call] = None
+        self._free: Optional[Callable[[], None]] = None  # at the end of the call that this thread is in
 
     def _set_current(self, call: Optional[Call]) -> None:
         with self.gate:
@@ -102,25 +104,37 @@ class Calls:
     def alone(self) -> Iterator[None]:
         """Keeps other threads out. Does not begin a call: for what leaves the text in the context as it is."""
         with self._lock:
+            if self._closing and self._depth == 0:
+                raise StateError("the model is closed")
             self.check_open()
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
+                if self._depth == 0 and self._free is not None:
+                    free, self._free = self._free, None
+                    self._set_current(None)
+                    free()
 
     def check_open(self) -> None:
         if self._closed:
             raise StateError("the model is closed")
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Cancels the current call and waits for its end; no call begins any more."""
+    def close(self, free: Callable[[], None]) -> None:
+        """Cancels the current call, waits for its end, and calls `free`; no call begins any more.
+
+        From inside of a call (a signal handler, a callback of it) there is no waiting: its end calls `free`.
+        """
+        self._closing = True
         self.cancel()
         with self._lock:
             self._closed = True
+            if self._depth > 0:
+                self._free = free
+                return
             self._set_current(None)
-            yield
+            free()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -38,7 +38,8 @@ _VERSION = 1
 def cache_folder() -> Path:
     """$HOBBIT_CACHE_DIR, else hobbit-cpp/ of the user's cache folder."""
     given = os.environ.get("HOBBIT_CACHE_DIR")
-    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "hobbit-cpp")
+    # os.path leaves "~" as it is where there is no home.
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hobbit-cpp")
 
 
 def wanted(params_heat: bool) -> bool:

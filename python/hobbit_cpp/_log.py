@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from typing import Any, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 from .errors import HobbitError, ModelFormatError, OutOfMemoryError, ReadError
 
@@ -23,7 +23,7 @@ from .errors import HobbitError, ModelFormatError, OutOfMemoryError, ReadError
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
 _MOST_KEPT = 20
 
-_thread = threading.local()  # .level: of the line before; .errors: lines since errors_explained() was entered
+_thread = threading.local()  # .level: of the line before; since errors_explained() was entered .errors: lines; .interrupted
 _callback: Any = None  # kept alive for llama.cpp
 
 
@@ -33,6 +33,10 @@ def install(c: Any) -> None:
     logger = importlib.import_module("llama_cpp._logger").logger  # its level is what verbose= sets
 
     def log(level: int, text: bytes, data: Any) -> None:
+        with _interrupt_kept():
+            take(level, text)
+
+    def take(level: int, text: bytes) -> None:
         _thread.level = _LEVELS.get(level, getattr(_thread, "level", logging.INFO))
         if logger.level < logging.ERROR:
             if _thread.level >= logger.level:
@@ -44,6 +48,31 @@ def install(c: Any) -> None:
 
     _callback = c.llama_log_callback(log)
     c.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def _interrupt_kept() -> Iterator[None]:
+    """Around the body of a callback of llama.cpp, out of which no exception comes: Ctrl-C is kept for errors_explained()."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _thread.interrupted = True
+
+
+def _interrupted() -> bool:
+    return bool(getattr(_thread, "interrupted", False))
+
+
+def stoppable(progress: Optional[Callable[[float], bool]]) -> Callable[[float, Any], bool]:
+    """A callback for llama.cpp's loading, which goes on while it is true: until `progress` is false, or Ctrl-C came."""
+
+    def go_on(done: float, data: Any) -> bool:
+        more = False
+        with _interrupt_kept():
+            more = progress is None or bool(progress(done))
+        return more and not _interrupted()
+
+    return go_on
 
 
 def _reason(errors: List[str]) -> str:
@@ -69,9 +98,14 @@ def errors_explained(path: str) -> Iterator[None]:
     """Around calls of llama.cpp on the model `path`: exceptions of llama-cpp-python get the reason from the log."""
     errors: List[str] = []
     _thread.errors = errors
+    _thread.interrupted = False
     try:
         yield
+        if _interrupted():
+            raise KeyboardInterrupt
     except (ValueError, RuntimeError) as e:
+        if _interrupted():
+            raise KeyboardInterrupt from e
         if not errors or isinstance(e, HobbitError):
             raise
         if "Failed to load model" in str(e):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import numbers
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,8 @@ def parse_size(size: Size, *, of: Optional[int] = None) -> int:
     Raises:
         ParameterError: not a size, or not positive.
     """
+    if isinstance(size, numbers.Integral) and not isinstance(size, bool):
+        size = int(size)  # numpy's too
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ParameterError(f"a size is a number of bytes or a text like '4GiB', not {size!r}")
     if isinstance(size, int):

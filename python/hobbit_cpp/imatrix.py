@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple, Union
 import numpy as np
 import numpy.typing as npt
 
+from ._handle import fingerprint
 from ._memory import Size
 from .convert.header import TensorInfo, pad, string_value, strings_value, u32_value, write_header
 from .convert.imatrix import imatrix_path
@@ -93,6 +94,7 @@ def record_imatrix(
     if batch < 1:
         raise ParameterError(f"a batch of {batch} tokens is none")
     batch = min(batch, context)
+    fingerprint(os.fspath(model))  # a model without experts is refused before it is loaded
     llm = _Collecting(
         model,
         # low copies are of no use here, and a sidecar of another model no obstacle

@@ -9,20 +9,21 @@ import ctypes
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
 from . import _lib, _memory
+from ._arguments import check_with_offload, check_without_offload
 from ._calls import Calls
-from ._log import errors_explained
+from ._log import errors_explained, stoppable
 from ._memory import Size
 from ._offloaded import OffloadMethods
 from ._session import Session
 from ._sidecar import LowModel
 from .calibrate.dial import feedback_for, resolve
 from .calibrate.quality import CalibrationFile
-from .errors import HobbitWarning, ModelFileError, ModelFormatError, NotMoeError, ParameterError
+from .errors import HobbitWarning, NotMoeError
 from .params import OffloadParams
 
 llama_cpp: Any = _lib.load_bindings()
@@ -32,20 +33,6 @@ if TYPE_CHECKING:
     from llama_cpp import Llama as _Llama
 else:
     _Llama = llama_cpp.Llama
-
-
-def _check_lora(path: str) -> None:
-    """Raises what says more than llama.cpp when an adapter cannot be read."""
-    from .convert.errors import ConvertError
-    from .convert.header import read_header
-
-    try:
-        with open(path, "rb") as file:
-            read_header(file, path, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise ModelFileError(f"there is no file {path} (lora_path)") from None
-    except ConvertError as e:
-        raise ModelFormatError(str(e)) from e
 
 
 # With offload, and not closed yet.
@@ -112,12 +99,15 @@ class Llama(OffloadMethods, _Llama):
         self._begin(progress)
         path = os.fspath(model_path)
         if offload is None:
-            given: Dict[str, Any] = {"memory": memory, "expert_cache": expert_cache, "exact": exact}
-            given.update(precision_rule=precision_rule, low_model=None if low_model in (False, "none") else low_model)
-            given.update(quality=quality, calibration=None if calibration in (False, "none") else calibration)
-            set_ = [name for name, value in given.items() if value is not None]
-            if set_:
-                raise ParameterError(f"{', '.join(set_)} needs offload='hobbit' or offload='lru'")
+            check_without_offload(
+                memory=memory,
+                expert_cache=expert_cache,
+                exact=exact,
+                precision_rule=precision_rule,
+                low_model=low_model,
+                quality=quality,
+                calibration=calibration,
+            )
             with errors_explained(path):
                 super().__init__(path, **kwargs)
             self._fit_arrays()
@@ -132,16 +122,7 @@ class Llama(OffloadMethods, _Llama):
             quality=quality,
             calibration=calibration,
         )
-        for name, why in (
-            ("use_mlock", "the expert pool and the dense weights are in anonymous memory already"),
-            ("vocab_only", "there are no experts to offload in a vocabulary"),
-        ):
-            if kwargs.get(name):
-                raise ParameterError(f"{name}=True does not go with offload: {why}")
-        if not os.path.exists(path):
-            raise ModelFileError(f"there is no file {path}")
-        if kwargs.get("lora_path"):
-            _check_lora(kwargs["lora_path"])
+        check_with_offload(path, kwargs, Llama.__init__, _Llama.__init__)
         if kwargs.get("embedding"):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
             kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
@@ -182,8 +163,7 @@ class Llama(OffloadMethods, _Llama):
         self._session = None
         self._calls = Calls(self._stop_decoding, self._clear_stop)
         self._no_alloc = False
-        # kept as long as llama.cpp may call it
-        self._progress = None if progress is None else _c.llama_progress_callback(lambda done, _: bool(progress(done)))
+        self._progress = _c.llama_progress_callback(stoppable(progress))  # kept as long as llama.cpp may call it
 
     # llama_cpp.Llama makes these two structs in its constructor, fills them in and hands them to llama.cpp. As properties
     # they carry what the offload needs on top, whatever the constructor has set.
@@ -191,8 +171,7 @@ class Llama(OffloadMethods, _Llama):
     @property
     def model_params(self) -> Any:
         params = self.__dict__["_model_params"]
-        if self._progress is not None:
-            params.progress_callback = self._progress
+        params.progress_callback = self._progress
         if self._no_alloc:
             params.load_mode = _c.LLAMA_LOAD_MODE_NONE
             params.no_alloc = True
@@ -354,9 +333,23 @@ class Llama(OffloadMethods, _Llama):
         self._calls.check_open()
         return super().tokenize(*args, **kwargs)
 
-    def detokenize(self, *args: Any, **kwargs: Any) -> Any:
+    def detokenize(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         self._calls.check_open()
-        return super().detokenize(*args, **kwargs)
+        # llama.cpp would end the process
+        strange = [t for t in tokens if not 0 <= t < self.n_vocab()]
+        if strange:
+            raise ValueError(f"there is no token {strange[0]}: a vocabulary of {self.n_vocab()}")
+        return super().detokenize(list(tokens), *args, **kwargs)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        grammar = kwargs.get("grammar")
+        if grammar is not None:
+            # llama_cpp does not look at what comes of it, and llama.cpp would end the process.
+            found = _c.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
+            if not found:
+                raise ValueError("llama.cpp cannot read the grammar (GBNF)")
+            _c.llama_sampler_free(found)
+        return super()._init_sampler(*args, **kwargs)
 
     def save_state(self) -> Any:
         with self._calls.alone():
@@ -383,19 +376,24 @@ class Llama(OffloadMethods, _Llama):
         return super().__getstate__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Frees the model and the expert pool; safe to call twice. A call that runs in another thread is cancelled first."""
+        """Frees the model and the expert pool; safe to call twice.
+
+        A call that runs in another thread is cancelled first. One that this thread is in (a signal handler closes the model) is
+        cancelled too, and frees it when it ends.
+        """
         calls = self.__dict__.get("_calls")
-        if calls is None:  # the constructor was never reached
-            return
-        session = self._session
-        _open_models.discard(self)
-        with calls.closing():
-            with calls.gate:
-                if session is not None:
-                    session.stop()
-            self._sampler = None
-            if "_stack" in self.__dict__:
-                super().close()
-            with calls.gate:
-                if session is not None:
-                    session.close()
+        if calls is not None:  # else the constructor was never reached
+            _open_models.discard(self)
+            calls.close(self._free)
+
+    def _free(self) -> None:
+        session, gate = self._session, self._calls.gate
+        with gate:
+            if session is not None:
+                session.stop()
+        self._sampler = None
+        if "_stack" in self.__dict__:
+            super().close()
+        with gate:
+            if session is not None:
+                session.close()

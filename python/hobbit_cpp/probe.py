@@ -114,9 +114,10 @@ def probe_disk(model: Pathlike, *, low: bool = False, fresh: bool = False, secon
         key += "" if limit is None else f" at most {limit}"
         kept = None if fresh else _recall(key)
         if kept is not None:
-            with contextlib.suppress(TypeError, ValueError):
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
                 rates = {int(depth): float(rate) for depth, rate in kept.pop("bandwidth").items()}
-                return DiskProbe(bandwidth=rates, **kept)
+                if rates:
+                    return DiskProbe(bandwidth=rates, **kept)
         rates = {}
         reads = n_bytes = 0
         for depth in DEPTHS:
@@ -214,9 +215,10 @@ def _load() -> Dict[str, Any]:
 
 def _recall(key: str) -> Optional[Dict[str, Any]]:
     value = _load().get(key)
-    if not isinstance(value, dict) or time.time() - float(value.get("measured") or 0) > _KEEP_SECONDS:
+    if not isinstance(value, dict):
         return None
-    return dict(value)
+    measured = value.get("measured")
+    return dict(value) if isinstance(measured, (int, float)) and time.time() - measured <= _KEEP_SECONDS else None
 
 
 def is_busy() -> bool:
@@ -235,8 +237,3 @@ def _remember(key: str, value: Dict[str, Any]) -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps({"format": _FORMAT, "figures": {**_load(), key: value}}, indent=1), encoding="utf-8")
         partial.replace(path)
-
-
-def threads_or_all(threads: Optional[int]) -> int:
-    """The number of threads that is used when none is given: as llama-cpp-python, half of the processors."""
-    return threads or max((os.cpu_count() or 2) // 2, 1)

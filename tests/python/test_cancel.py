@@ -16,6 +16,7 @@ import pytest
 from decode import TEXT, load, logits, words
 from hobbit_cpp import EvaluationCancelled, Llama, OffloadParams, ReadError, StateError
 from hobbit_cpp._session import Session
+from hobbit_cpp.llama import llama_cpp
 from models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
@@ -233,6 +234,36 @@ def test_close_cancels_what_runs_in_another_thread(offload: Any) -> None:
     for call in (lambda: llm.eval(tokens[:5]), lambda: llm.create_completion(tokens[:5]), llm.save_state, llm.reset):
         with pytest.raises(StateError, match="closed"):
             call()
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_close_from_inside_of_a_call_frees_at_its_end(offload: Any) -> None:
+    """As a signal handler does."""
+    llm = long_context(offload)
+    scores_seen = []
+
+    def closes(ids: Any, scores: Any) -> Any:
+        scores_seen.append(scores.copy())
+        llm.close()
+        return scores
+
+    with pytest.raises((EvaluationCancelled, StateError)):
+        llm.create_completion("the lazy", max_tokens=5, logits_processor=llama_cpp.LogitsProcessorList([closes]))
+    assert len(scores_seen) == 1
+    with pytest.raises(StateError, match="closed"):
+        llm.eval([1])
+    llm.close()
+
+
+def test_close_lets_no_call_begin_that_waits() -> None:
+    llm = long_context("hobbit", n_batch=64)
+    tokens = words(llm, LONG)
+    running = [in_thread(lambda: llm.eval(tokens)) for _ in range(4)]
+    while llm.n_tokens < 128:
+        time.sleep(0.001)
+    llm.close()
+    ends = [type(r.exception(60)) for r in running]
+    assert ends.count(EvaluationCancelled) == 1 and ends.count(StateError) == 3, ends
 
 
 def test_cancels_at_random_moments() -> None:

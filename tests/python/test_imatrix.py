@@ -18,6 +18,7 @@ from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.imatrix import Imatrix
 from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor
 from hobbit_cpp.convert.quantise import Quantiser
+from models import tiny, tiny_dense
 
 Floats = npt.NDArray[np.float32]
 # name -> mean squares [expert, column], tokens [expert]
@@ -259,3 +260,23 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "IQ2_XXS" in capsys.readouterr().err
     assert main([*flags, "--force", "--imatrix", str(tmp_path / "missing")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("hobbit: cannot read")
+
+
+def test_force_replaces_neither_what_is_read_nor_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = tmp_path / "m.gguf", tmp_path / "t.txt"
+    model.write_bytes(tiny("mixtral").read_bytes())
+    text.write_text("a text")
+    before = model.read_bytes()
+    read, folder, device = "is what is read", "is a folder", "not a file"
+    for output, says in ((model, read), (text, read), (tmp_path, folder), ("/dev/null", device)):
+        assert main(["imatrix", str(model), "--text", str(text), "-o", str(output), "-f"]) == 1
+        assert says in capsys.readouterr().err
+    assert model.read_bytes() == before and Path("/dev/null").is_char_device()
+
+
+def test_a_dense_model_is_refused_before_it_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("a text")
+    for command in ("imatrix", "trace"):
+        assert main([command, str(tiny_dense()), "--text", str(text), "-o", str(tmp_path / "out")]) == 1
+        assert "no routed experts" in capsys.readouterr().err

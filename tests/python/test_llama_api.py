@@ -350,3 +350,26 @@ def test_the_reason_why_a_file_cannot_be_loaded_is_in_the_error(tmp_path: Path, 
     assert isinstance(ModelFormatError("x"), ValueError)  # which is what stock raises
 
 
+
+
+def test_arguments_that_there_are_not() -> None:
+    path = str(tiny("mixtral"))
+    for wrong, says in (
+        ({"memroy": "1GiB"}, "is 'memory' meant"),
+        ({"prefetch_depth": 0}, r"OffloadParams\(prefetch_depth="),
+        ({"quite_else": 1}, "no argument 'quite_else'"),
+    ):
+        with pytest.raises(ParameterError, match=says):
+            Llama(path, offload="hobbit", verbose=False, **wrong)
+
+
+def test_a_grammar_and_tokens_that_are_none() -> None:
+    llm = offloaded()
+    grammar = llama_cpp.LlamaGrammar.from_string("bad ::", verbose=False)
+    with pytest.raises(ValueError, match="grammar"):
+        llm.create_completion("x", max_tokens=2, grammar=grammar)
+    for token in (-1, llm.n_vocab()):
+        with pytest.raises(ValueError, match="no token"):
+            llm.detokenize([token])
+    assert llm.detokenize([]) == b""
+    llm.close()

@@ -215,12 +215,23 @@ def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([str(tmp_path / "absent.gguf")], "no such file"),
         ([str(junk)], "GGUF"),
         ([str(tiny("mixtral")), "--memory", "lots"], "is not a size"),
-        ([str(tiny("mixtral")), "-c", "-5"], "must not be negative"),
-        ([str(tiny("mixtral")), "-t", "0"], "--threads must be at least 1"),
     ):
         assert main(["plan", *arguments]) == 1
         err = capsys.readouterr().err
         assert says in err and len(err.strip().splitlines()) == 1
+    for arguments, says in (
+        (["-c", "-5"], "-5 is negative"),
+        (["-c", "4294967296"], "is too large"),
+        (["-t", "0"], "0 is not a positive number"),
+    ):
+        assert main(["plan", str(tiny("mixtral")), *arguments]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_more_memory_than_there_is_brings_no_more() -> None:
+    plan = run_plan(tiny("mixtral"), "--memory", "99999GiB")
+    assert plan["fits"] and any("bring no more" in note for note in plan["notes"])
+    assert "99999" not in plan["command"] and sum(v for k, v in plan["memory"].items() if k != "n_ctx") < 1 << 45
 
 
 def test_products_of_a_token() -> None:

@@ -180,15 +180,26 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
         (CHAT, chat("x", response_format={"type": "json_schema"}), "json_schema"),
         (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, "temperature"),
         ("/v1/embeddings", {"input": 5}, "input"),
+        (COMPLETIONS, {"prompt": "x", "grammar": "bad ::"}, "grammar"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, "one text"),
+        (COMPLETIONS, {"prompt": "x", "n": 2}, "n must be 1"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        (CHAT, {**chat("x"), "n": 2}, "n must be 1"),
+        (CHAT, 5, ""),
+        ("/extras/detokenize", {"tokens": [999999]}, "no token 999999"),
+        ("/extras/detokenize", {"tokens": [-5]}, "no token -5"),
     ):
         status, answer = server.ask(path, body)
         assert status == 400 and answer["error"]["type"] == "invalid_request_error", (path, body, answer)
         assert says in answer["error"]["message"] and "\n" not in answer["error"]["message"], answer
-    for path in (CHAT, COMPLETIONS):
-        connection = server.begin(path, data='{"prompt": ')
+    (chunk,) = server.stream(COMPLETIONS, {"prompt": "x", "grammar": "bad ::"})
+    assert "grammar" in chunk["error"]["message"]
+    for path, data in ((CHAT, '{"prompt": '), (COMPLETIONS, '{"prompt": '), (COMPLETIONS, "[" * 3000)):
+        connection = server.begin(path, data=data)
         response = connection.getresponse()
         assert response.status == 400 and "not JSON" in json.loads(response.read())["error"]["message"]
     assert server.ask(COMPLETIONS, {"prompt": "the", "max_tokens": 1})[0] == 200
+    assert server.ask(CHAT, chat("x", max_tokens=None, max_completion_tokens=2))[1]["usage"]["completion_tokens"] <= 2
 
 
 SCHEMA = {
@@ -328,6 +339,8 @@ def test_what_stands_in_the_way_is_said(capsys: pytest.CaptureFixture[str], monk
     assert main(["serve", model, "--host", "no.such.host.invalid"]) == 1
     assert "cannot listen at no.such.host.invalid" in capsys.readouterr().err
     assert main(["serve", model, "--port", "70000"]) == 2
+    assert main(["serve", model, "--port", "0", "--chat-format", "nonsense"]) == 1
+    assert "no chat format 'nonsense'" in capsys.readouterr().err
     assert main(["serve", str(Path("no.gguf")), "--port", "0"]) == 1
     assert "no.gguf: no such file" in capsys.readouterr().err
     for name in [n for n in sys.modules if n.startswith("hobbit_cpp.server")]:

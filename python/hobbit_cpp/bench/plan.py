@@ -72,7 +72,7 @@ def make_plan(
             problem += f" ({human(sizes.kv)} of it is the KV cache of {sizes.n_ctx} tokens: a smaller context helps)"
     elif budget > free and sizes.held + sizes.pool(budget) > free:
         problem = f"{human(budget)} is more than is free on this machine now ({human(free)})"
-    at = max(budget, sizes.smallest)
+    at = max(min(budget, max(sizes.largest, free)), sizes.smallest)
     mode, reason = _mode(sizes, weights, machine, at)
     others = [m for m in ("hobbit", "exact", "lru") if m != mode and (m != "hobbit" or sizes.info.has_low)]
     modes = [forecast(sizes, weights, machine, at, m) for m in (mode, *others)]
@@ -91,7 +91,7 @@ def make_plan(
         table=table,
         choices=choices,
         command=_command(model, at, sizes.n_ctx, (n_batch, n_ubatch), threads, mode),
-        notes=_notes(sizes, weights, machine, modes[0]),
+        notes=_notes(sizes, weights, machine, modes[0], budget),
     )
 
 
@@ -132,9 +132,11 @@ def _command(model: Path, budget: int, n_ctx: int, batch: Tuple[int, int], threa
     return f"hobbit run {shlex.quote(str(model))} {where}{flags}"
 
 
-def _notes(sizes: Sizes, weights: Weights, machine: Machine, chosen: Forecast) -> List[str]:
+def _notes(sizes: Sizes, weights: Weights, machine: Machine, chosen: Forecast, budget: int) -> List[str]:
     info = sizes.info
     notes = []
+    if budget > sizes.largest:
+        notes.append(f"from {human(sizes.largest)} on every expert is in memory: {human(budget)} bring no more")
     if weights.random:
         notes.append("the weights are random: no expert is preferred, and the hit rate is the share that is cached")
     if not info.has_low and chosen.share < 1:
@@ -218,6 +220,7 @@ def forecast_json(f: Forecast) -> Dict[str, Any]:
 def print_plans(plans: Sequence[Plan]) -> None:
     """To stdout, for people."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -225,7 +228,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
     info = first.sizes.info
     low = f", low copies {human(info.bytes_low)}" if info.has_low else ""
     console.print(
-        f"[bold]{first.weights.name}[/]: {info.n_expert} experts in each of {info.n_moe_layer} layers, "
+        f"[bold]{escape(first.weights.name)}[/]: {info.n_expert} experts in each of {info.n_moe_layer} layers, "
         f"{info.n_expert_used} used; experts {human(info.bytes_high)}{low}"
     )
     disk, compute = first.machine.disk, first.machine.compute
@@ -271,7 +274,7 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
     console.print(f"a prompt takes about {chosen.prompt_s:.1f} s of reading for each batch, whatever its length")
     for c in plan.choices:
         console.print(f"{c.setting} = {c.value}: {c.why}")
-    console.print(f"[bold]{plan.command}[/]")
+    console.print(plan.command, style="bold", markup=False)
     more = table_class(title=f"what memory buys ({chosen.mode})", title_justify="left")
     for head in ("memory", "resident", "hit rate", "MB/token", "tokens/s", "band"):
         more.add_column(head, justify="right")
@@ -283,4 +286,4 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
         )
     console.print(more)
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)

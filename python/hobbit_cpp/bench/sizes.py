@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from hobbit_cpp import _memory
 from hobbit_cpp._handle import ModelInfo
+from hobbit_cpp._log import errors_explained
 from hobbit_cpp._session import _SLACK, _SLACK_SHARE, Session
 from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.convert.ggtypes import load_types
@@ -105,8 +106,9 @@ def measure_sizes(model: Path, n_ctx: int, n_batch: int, n_ubatch: int, threads:
     kwargs = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": threads, "n_threads_batch": threads}
     llm: Optional[_Unloaded] = None
     try:
-        llm = _Unloaded(str(model), OffloadParams(low_model=low_model), kwargs)
-        return llm.sizes()
+        with errors_explained(str(model)):
+            llm = _Unloaded(str(model), OffloadParams(low_model=low_model), kwargs)
+            return llm.sizes()
     finally:
         if llm is not None:
             llm.close()

@@ -104,7 +104,8 @@ def print_calibration(found: Calibration) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     text, curve = found.text, found.curve
-    console.print(f"{text['tokens']} tokens of {text['name']}, perplexity in exact mode {text['perplexity']:.2f}")
+    tokens = f"{text['tokens']} tokens of {text['name']}, perplexity in exact mode {text['perplexity']:.2f}"
+    console.print(tokens, markup=False)
     measured = Table("high/low/skipped", "perplexity", "± (s.e.)", "KL, nats", "same top-1", "bytes asked", box=None)
     for p in curve.points:
         high, low, skipped = p.served

@@ -27,6 +27,19 @@ __all__ = [
 ]
 
 
+# That say how experts are offloaded.
+_OFFLOAD_FLAGS = (
+    "expert_cache",
+    "exact",
+    "precision_rule",
+    "drop_fraction",
+    "max_experts",
+    "low_model",
+    "quality",
+    "calibration",
+)
+
+
 def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> None:
     """The model, how it is run, and --verbose. `ctx_size`: the default of -c."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
@@ -74,7 +87,7 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("-n", "--n-predict", metavar="N", type=int, default=-1, help="most tokens; -1: until the end")
+    group.add_argument("-n", "--n-predict", metavar="N", type=_most_tokens, default=-1, help="most tokens; -1: until the end")
     group.add_argument("-s", "--seed", metavar="N", type=int, default=-1, help="-1: random")
     group.add_argument("--temp", metavar="X", type=float, default=0.8, help="default: 0.8; 0: greedy")
     group.add_argument("--top-k", metavar="N", type=int, default=40, help="default: 40; 0: off")
@@ -97,6 +110,11 @@ def check_model_flags(args: argparse.Namespace) -> None:
     """What argparse cannot see."""
     if args.exact and args.precision_rule is not None:
         raise ValueError("--exact leaves nothing to --precision-rule: give one of them")
+    if args.offload == "none":
+        given = [name for name in _OFFLOAD_FLAGS if getattr(args, name) not in (None, False, "none")]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{flags} means nothing with --offload none")
     if (args.precision_rule == "drop") != (args.drop_fraction is not None):
         raise ValueError("--precision-rule drop and --drop-fraction F go together")
 
@@ -167,6 +185,13 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
+def _most_tokens(text: str) -> int:
+    n = int(text)
+    if n < 1 and n != -1:
+        raise argparse.ArgumentTypeError(f"{n} is neither a positive number nor -1")
+    return n
+
+
 def positive(text: str) -> int:
     """For argparse: a number above 0."""
     n = int(text)
@@ -180,4 +205,6 @@ def whole(text: str) -> int:
     n = int(text)
     if n < 0:
         raise argparse.ArgumentTypeError(f"{n} is negative")
+    if n >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{n} is too large")
     return n

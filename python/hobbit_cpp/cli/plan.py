@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import positive, whole
 from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
@@ -23,10 +24,10 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     add("--memory", metavar="SIZE", help="budget of the process: 8GiB, 50%%, or bytes (default: as hobbit run)")
-    add("-c", "--ctx-size", metavar="N", type=int, nargs="+", default=[4096], help="contexts (default: 4096)")
-    add("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
-    add("-b", "--batch-size", metavar="N", type=int, default=512, help="default: 512")
-    add("-ub", "--ubatch-size", metavar="N", type=int, default=512, help="default: 512")
+    add("-c", "--ctx-size", metavar="N", type=whole, nargs="+", default=[4096], help="contexts (default: 4096)")
+    add("-t", "--threads", metavar="N", type=positive, help="threads (default: all cores)")
+    add("-b", "--batch-size", metavar="N", type=positive, default=512, help="default: 512")
+    add("-ub", "--ubatch-size", metavar="N", type=positive, default=512, help="default: 512")
     add("--fresh", action="store_true", help="probe disk and cores again")
     add("--json", metavar="FILE", type=Path, help="write the plan as JSON; - for stdout")
     add("-v", "--verbose", action="store_true", help="a traceback when something fails")
@@ -42,11 +43,6 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.json)
     if not args.model.exists():
         raise FileNotFoundError(f"{args.model}: no such file")
-    for name in ("threads", "batch_size", "ubatch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    if min(args.ctx_size) < 0:
-        raise ValueError("--ctx-size must not be negative")
     memory = int(args.memory) if args.memory and args.memory.isdigit() else args.memory
     if memory is not None:
         parse_size(memory, of=1 << 60)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
 from typing import Any
 
+from .loading import load_with_progress
 from .options import add_model_flags, check_model_flags, load_model
+from .worker import Worker
 
 __all__ = ["add_parser", "serve"]
 
@@ -46,7 +49,13 @@ def serve(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as e:
             raise ValueError(f"hobbit serve needs {e.name}, which is not installed: pip install 'hobbit-cpp[server]'") from e
         print(f"loading {args.model}", file=sys.stderr, flush=True)
-        llm = load_model(args, chat_format=args.chat_format, embedding=args.embedding, logits_all=args.logprobs)
+        _check_chat_format(args.chat_format)
+
+        def load(args: argparse.Namespace, **more: Any) -> Any:
+            return load_model(args, chat_format=args.chat_format, embedding=args.embedding, logits_all=args.logprobs, **more)
+
+        with contextlib.closing(Worker()) as worker:
+            llm = load_with_progress(load, args, worker)
         try:
             name = args.alias or args.model.stem
             key = args.api_key or os.environ.get("HOBBIT_API_KEY") or None
@@ -58,6 +67,16 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         listener.close()
     return 0
+
+
+def _check_chat_format(name: str | None) -> None:
+    from llama_cpp import llama_chat_format
+
+    if name is not None:
+        try:
+            llama_chat_format.get_chat_completion_handler(name)
+        except llama_chat_format.LlamaChatCompletionHandlerNotFoundException:
+            raise ValueError(f"llama-cpp-python has no chat format {name!r}") from None
 
 
 def _port(text: str) -> int:

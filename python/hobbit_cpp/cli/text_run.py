@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .options import _size, positive
+from .output import check_writable
 
 __all__ = ["add_text_run_flags", "check_text_run", "read_text"]
 
@@ -26,15 +27,20 @@ def check_text_run(args: argparse.Namespace, output: Path, stdin: bool = True) -
 
     Raises:
         FileNotFoundError: one of them is not.
+        ValueError: the new file cannot be written, or is one of those that are read.
         FileExistsError: the new file is there already, and --force is not given.
     """
     for path in (args.model, args.text):
         if not (path.exists() or (stdin and str(path) == "-")):
             raise FileNotFoundError(f"{path}: no such file")
-    if output.exists() and not args.force:
-        raise FileExistsError(f"{output} exists: --force replaces it")
-    if not output.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is not a folder")
+    check_writable(output)
+    if output.exists():
+        if any(path.exists() and output.samefile(path) for path in (args.model, args.text)):
+            raise ValueError(f"{output} is what is read: give another name")
+        if not output.is_file():
+            raise ValueError(f"{output} is not a file")
+        if not args.force:
+            raise FileExistsError(f"{output} exists: --force replaces it")
 
 
 def read_text(path: Path) -> str:

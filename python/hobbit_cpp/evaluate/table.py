@@ -27,7 +27,7 @@ def show(result: Dict[str, Any], console: Any) -> None:
             table.add_row(name, *[c or "-" for c in cells])
     console.print(table)
     for line in notes(result):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def _name(row: Dict[str, Any]) -> str:

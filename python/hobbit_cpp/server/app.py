@@ -48,6 +48,7 @@ _Proxy: Any = llama_cpp.server.model.LlamaProxy
 _ErrorHandler: Any = llama_cpp.server.errors.RouteErrorHandler
 _upstream_error_message = _ErrorHandler.error_message_wrapper
 _ChatRequest: Any = llama_cpp.server.types.CreateChatCompletionRequest
+_CompletionRequest: Any = llama_cpp.server.types.CreateCompletionRequest
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 SHUTTING_DOWN = 503
@@ -56,11 +57,17 @@ _SHUTDOWN_SECONDS = 10
 
 
 class ChatRequest(_ChatRequest):  # type: ignore[misc]
-    """Takes {"type": "json_schema", "json_schema": {"schema": ...}}, as OpenAI has it: upstream's json_object with a schema."""
+    """Takes what upstream knows under another name, as OpenAI has it, and refuses what it would ignore.
+
+    {"type": "json_schema", "json_schema": {"schema": ...}} is its json_object with a schema; max_completion_tokens is max_tokens.
+    """
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _json_schema(cls, data: Any) -> Any:
+    def _as_openai_has_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
+            data = {**data, "max_tokens": data["max_completion_tokens"]}
+        _check_request(data)
         form = data.get("response_format") if isinstance(data, dict) else None
         if not isinstance(form, dict) or form.get("type") != "json_schema":
             return data
@@ -68,6 +75,31 @@ class ChatRequest(_ChatRequest):  # type: ignore[misc]
         if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
             raise ValueError("response_format of type json_schema needs a json_schema with a schema")
         return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
+
+
+class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
+    """Refuses what upstream would ignore or fail at."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_answer(cls, data: Any) -> Any:
+        _check_request(data)
+        prompt = data.get("prompt") if isinstance(data, dict) else None
+        if isinstance(prompt, list) and len(prompt) != 1 and any(not isinstance(token, int) for token in prompt):
+            raise ValueError("prompt must be one text: a request has one answer")
+        return data
+
+
+def _check_request(data: Any) -> None:
+    """Of both kinds of completions."""
+    if not isinstance(data, dict):
+        return
+    for name in ("n", "best_of"):
+        if data.get(name) not in (None, 1):
+            raise ValueError(f"{name} must be 1: a request has one answer")
+    most = data.get("max_tokens")
+    if isinstance(most, int) and most < 1 and most != -1:
+        raise ValueError("max_tokens must be at least 1")
 
 
 class App:
@@ -99,6 +131,11 @@ class App:
         @router.post("/v1/chat/completions", dependencies=protected, response_model=None)
         async def chat(request: Request, body: ChatRequest) -> Any:
             return await upstream.create_chat_completion(request, body)
+
+        @router.post("/v1/completions", dependencies=protected, response_model=None)
+        @router.post("/v1/engines/copilot-codex/completions", dependencies=protected, response_model=None)
+        async def completion(request: Request, body: CompletionRequest) -> Any:
+            return await upstream.create_completion(request, body)
 
         @router.get("/metrics", dependencies=protected)
         async def metrics() -> Any:
@@ -190,6 +227,7 @@ def _upstream_app(llm: Llama, name: str, api_key: str | None) -> Any:
     model = upstream_settings.ModelSettings.model_construct(model=name, model_alias=name)
     app = upstream.create_app(server_settings=server, model_settings=[model])
     app.add_exception_handler(json.JSONDecodeError, _not_json)
+    app.add_exception_handler(RecursionError, _not_json)
     return app
 
 
@@ -213,6 +251,8 @@ def _error_message(self: Any, error: Exception, body: Any = None) -> tuple[int, 
     elif isinstance(error, RequestValidationError):
         reasons = (f"{'.'.join(str(at) for at in e['loc'] if at != 'body')}: {e['msg']}".lstrip(": ") for e in error.errors())
         return 400, _error("invalid_request_error", "; ".join(reasons))
+    elif isinstance(error, (AssertionError, RecursionError)):
+        return 400, _error("invalid_request_error", f"the server cannot do what is asked: {error or type(error).__name__}")
     elif isinstance(error, ValueError) and not known:
         code, kind = 400, "invalid_request_error"
     else:

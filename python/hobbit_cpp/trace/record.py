@@ -7,6 +7,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 
+from .._handle import fingerprint
 from .._memory import Size
 from ..errors import ParameterError
 from ..params import OffloadParams
@@ -85,10 +86,12 @@ def record(
         raise ParameterError("a context of fewer than 2 tokens has no text in it")
     if n_tokens is not None and n_tokens < 1:
         raise ParameterError(f"{n_tokens} tokens are none")
+    fingerprint(os.fspath(model))  # a model without experts is refused before it is loaded
     batch = min(context, 128)  # llama.cpp keeps the logits of all of them
     llm = Llama(
         model,
-        offload=OffloadParams(exact=True, prefetch_depth=0, heat=False),
+        # low copies are of no use here, and a sidecar of another model no obstacle
+        offload=OffloadParams(exact=True, low_model=False, prefetch_depth=0, heat=False),
         memory=memory,
         expert_cache=expert_cache,
         n_ctx=context,

@@ -31,7 +31,7 @@ _DIM, _RED, _PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 def history_file() -> Path:
     """Where the lines of earlier sessions are kept."""
     base = os.environ.get("XDG_STATE_HOME") or ""
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state"
+    folder = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.local/state"))
     return folder / "hobbit-cpp" / "chat-history"
 
 

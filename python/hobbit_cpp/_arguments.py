@@ -1,0 +1,73 @@
+"""What `Llama` is given, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+from typing import Any, Callable, Dict
+
+from .errors import ModelFileError, ModelFormatError, ParameterError
+from .params import OffloadParams
+
+_REFUSED = {
+    "use_mlock": "the expert pool and the dense weights are in anonymous memory already",
+    "vocab_only": "there are no experts to offload in a vocabulary",
+}
+
+
+def check_without_offload(**ours: Any) -> None:
+    """Arguments of ours that are set say that offload was meant. False or "none", where that means nothing, is not set.
+
+    Raises:
+        ParameterError: some are.
+    """
+    may_be_none = ("low_model", "calibration")
+    given = [k for k, v in ours.items() if v is not None and not (k in may_be_none and v in (False, "none"))]
+    if given:
+        raise ParameterError(f"{', '.join(given)} needs offload='hobbit' or offload='lru'")
+
+
+def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callable[..., Any]) -> None:
+    """What goes on to llama-cpp-python's class, which ignores names that it does not know: a misspelt memory limit must not be.
+
+    Args:
+        constructors: whose arguments are known.
+
+    Raises:
+        ParameterError: an argument that there is not, or that does not go with offload.
+        ModelFileError, ModelFormatError: a file that is not there, or an adapter that is none.
+    """
+    known = {name for f in constructors for name in inspect.signature(f).parameters}
+    for name in kwargs:
+        if name not in known:
+            raise ParameterError(_no_such(name, known))
+    for name, why in _REFUSED.items():
+        if kwargs.get(name):
+            raise ParameterError(f"{name}=True does not go with offload: {why}")
+    if not os.path.exists(path):
+        raise ModelFileError(f"there is no file {path}")
+    if kwargs.get("lora_path"):
+        _check_lora(kwargs["lora_path"])
+
+
+def _no_such(name: str, known: set[str]) -> str:
+    if name in {field.name for field in dataclasses.fields(OffloadParams)}:
+        return f"{name} is one of OffloadParams: offload=OffloadParams({name}=...)"
+    close = difflib.get_close_matches(name, known, 1)
+    return f"Llama has no argument {name!r}" + (f": is {close[0]!r} meant?" if close else "")
+
+
+def _check_lora(path: str) -> None:
+    """Raises what says more than llama.cpp when an adapter cannot be read."""
+    from .convert.errors import ConvertError
+    from .convert.header import read_header
+
+    try:
+        with open(path, "rb") as file:
+            read_header(file, path, os.fstat(file.fileno()).st_size)
+    except FileNotFoundError:
+        raise ModelFileError(f"there is no file {path} (lora_path)") from None
+    except ConvertError as e:
+        raise ModelFormatError(str(e)) from e
