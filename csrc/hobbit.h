@@ -5,8 +5,9 @@
  *
  * Conventions
  *  - Handles are opaque and come in init/free pairs; free accepts NULL.
- *  - Parameter and statistics structs begin with `struct_size`, set by the caller to sizeof(the struct).
- *    A field that a smaller, older struct does not have keeps its default.
+ *  - Parameter and statistics structs begin with `struct_size`, set by the caller to sizeof(the struct); those that come in
+ *    arrays (hobbit_counts, hobbit_heat, hobbit_event) do not. A field that a smaller, older struct does not have keeps its
+ *    default.
  *  - A call that can fail returns a hobbit_status and takes a caller-owned hobbit_error (may be NULL),
  *    which is written only on failure.
  *  - The library never prints, never aborts and lets no exception cross this boundary.
@@ -137,7 +138,7 @@ typedef struct hobbit_params {
     float    w_lhu;
     float    w_fld;
     uint32_t prefetch_depth;  /* layers ahead, 0 = no prefetch, at most HOBBIT_MAX_LOOKAHEAD */
-    uint32_t prefetch_reads;  /* most prefetch reads in flight */
+    uint32_t prefetch_reads;  /* most prefetch reads in flight for a single token; for batches io_threads */
     uint32_t norm_correction; /* 1: router input rescaled by w_norm[l+d]/w_norm[l] before predicting */
     uint32_t io_threads;      /* reader threads = queue depth */
     uint32_t io_block;        /* bytes of one prefetch read between two looks at the abort flag */
@@ -188,12 +189,13 @@ HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 /* Compute threads that stay from one graph to the next, for one llama_context: as many as it has now, and not more later. The
  * context computes no more once the session is freed. Without it llama.cpp starts new ones for every token, and on two
  * processors with slow reads Linux puts both on the same one: they take turns at every barrier until the first expert
- * product, 14 of 70 ms a token. HOBBIT_ERR_STATE the second time. */
+ * product, 14 of 70 ms a token. HOBBIT_ERR_STATE the second time (not where there is but one). */
 HOBBIT_API hobbit_status hobbit_session_keep_threads(hobbit_session * session, void * context, hobbit_error * error);
 
 /* From now on the expert pool may take `pool_bytes` (at most what is of use): shrinking gives memory back to the system, what is in
- * use at the moment goes at the next tokens. From any thread. HOBBIT_ERR_BUDGET below hobbit_model_info.pool_min, HOBBIT_ERR_NO_MEMORY
- * (then it is as before), HOBBIT_ERR_UNSUPPORTED with slots of its own for each layer, HOBBIT_ERR_STATE before the start. */
+ * use at the moment goes at the next tokens. From any thread, not beside start, stop and free. HOBBIT_ERR_BUDGET below
+ * hobbit_model_info.pool_min, HOBBIT_ERR_NO_MEMORY (then it is as before), HOBBIT_ERR_UNSUPPORTED with slots of its own for each
+ * layer, HOBBIT_ERR_STATE before the start. */
 HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
 
 /* Other thresholds (hobbit_params.t1, t2) from the next batch on, for a session that is started; t1 < 0: the paper's quantiles of the
@@ -305,7 +307,8 @@ typedef struct hobbit_event {
 
 /* Switches the recording on (a few clock readings per layer) or off, and forgets what was recorded. */
 HOBBIT_API void hobbit_session_timeline(hobbit_session * session, bool on);
-/* Optional, around a llama_decode: then the time before the first router and after the last product belongs to the token. */
+/* Optional, around a llama_decode: then the time before the first router and after the last product belongs to the token. After
+ * the end nothing of the pool is in use, so that one that shrinks gives back all. */
 HOBBIT_API void hobbit_session_decode_begin(hobbit_session * session);
 HOBBIT_API void hobbit_session_decode_end(hobbit_session * session);
 /* Events of the last single token decoded since, or of the slowest. Returns how many there are; copies at most max_events. */

@@ -38,13 +38,15 @@ void foresight::observe(uint32_t layer, const int32_t * ids, size_t stride, uint
             std::fill_n(row(batch_ + i), n_words_, 0);
         }
     }
+    // Of a prompt llama.cpp computes the last layer for its last tokens only.
+    const uint64_t first = n_tokens_ - std::min<uint64_t>(n_tokens, n_tokens_ - batch_);
     for (uint32_t i = 0; i < n_tokens; ++i) {
         for (uint32_t e = 0; e < n_expert_; ++e) {
             use_record & use = cache_.use(layer, e);
             use.recent *= 1.0f - RECENT_STEP;
             use.rate *= 1.0f - RATE_STEP;
         }
-        const bool kept = n_tokens - i <= HISTORY && batch_ + i < n_tokens_;
+        const bool kept = n_tokens - i <= HISTORY && first + i < n_tokens_;
         for (uint32_t j = 0; j < k; ++j) {
             const auto   e   = (uint32_t) ids[i * stride + j];
             use_record & use = cache_.use(layer, e);
@@ -52,7 +54,7 @@ void foresight::observe(uint32_t layer, const int32_t * ids, size_t stride, uint
             use.rate += RATE_STEP;
             if (kept) {
                 const uint32_t bit = layer * n_expert_ + e;
-                row(batch_ + i)[bit / 64] |= (uint64_t) 1 << (bit % 64);
+                row(first + i)[bit / 64] |= (uint64_t) 1 << (bit % 64);
             }
         }
     }

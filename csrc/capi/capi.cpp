@@ -104,6 +104,7 @@ hobbit_session * hobbit_session_init(const char * path, const char * low_path, c
         const hobbit_params p = params_of(params);
         hobbit::register_expert_buffers();
         auto core = std::make_shared<session>(path, low_path == nullptr ? "" : low_path, p);
+        hobbit::check_kernels(core->index());
         hobbit::arrange_repacking(*core);
         core->set_routers(std::make_unique<hobbit::ggml_routers>(core->index()));
         out = new hobbit_session { std::move(core), nullptr };
@@ -150,7 +151,9 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
 void hobbit_session_bind_thread(hobbit_session * s) { hobbit::bind_thread(s == nullptr ? nullptr : s->core); }
 
 const void * hobbit_session_buft_overrides(hobbit_session * s) {
-    return s == nullptr ? nullptr : hobbit::buft_overrides(*s->core);
+    const void * out = nullptr;
+    guarded(nullptr, [&] { out = s == nullptr ? nullptr : hobbit::buft_overrides(*s->core); });
+    return out;
 }
 
 void * hobbit_abort_callback(void) { return (void *) abort_on_failure; }
@@ -200,9 +203,11 @@ void hobbit_session_begin_sequence(hobbit_session * s) {
 }
 
 void hobbit_session_cancel(hobbit_session * s) {
-    if (s != nullptr) {
-        s->core->cancel();
-    }
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            s->core->cancel();
+        }
+    });
 }
 
 hobbit_status hobbit_session_take_error(hobbit_session * s, hobbit_error * error) {

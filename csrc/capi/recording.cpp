@@ -38,9 +38,11 @@ uint64_t hobbit_session_timeline_read(hobbit_session * s, bool slowest, uint64_t
 }
 
 void hobbit_session_trace(hobbit_session * s, bool on) {
-    if (s != nullptr) {
-        s->core->trace(on);
-    }
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            s->core->trace(on);
+        }
+    });
 }
 
 uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {

@@ -3,6 +3,7 @@
 #include "../base/error.h"
 
 #include <algorithm>
+#include <system_error>
 
 namespace hobbit {
 
@@ -40,8 +41,13 @@ dispatcher::dispatcher(const expert_index & index, const hobbit_params & params,
 void dispatcher::make_prefetcher() {
     prefetcher_.reset();
     router_source * routers = routing_ != nullptr ? routing_ : routers_;
-    if (params_.prefetch_depth > 0 && routers != nullptr) {
+    if (params_.prefetch_depth == 0 || routers == nullptr) {
+        return;
+    }
+    try {
         prefetcher_ = std::make_unique<prefetcher>(store_, index_, params_, *routers, threads_);
+    } catch (const std::system_error & e) {
+        fail_os(HOBBIT_ERR_NO_MEMORY, e.code().value(), "cannot start the prefetch thread");
     }
 }
 
@@ -49,7 +55,12 @@ void dispatcher::set_routing(recorded_routing * routing) {
     std::lock_guard<std::mutex> lock(statistics_mutex_);
     prefetcher_.reset();  // its thread may be looking at what is replaced
     routing_ = routing;
-    make_prefetcher();
+    try {
+        make_prefetcher();
+    } catch (...) {
+        routing_ = nullptr;  // the caller will not keep it
+        throw;
+    }
 }
 
 void dispatcher::set_thresholds(policy::thresholds t) {

@@ -12,13 +12,20 @@ static constexpr uint32_t BORDER_TOKENS = 4;
 static constexpr double   BORDER_CLEAR  = 1.25;
 static constexpr uint32_t BORDER_SURE   = 4;
 
-// The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product.
+// The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product; of low copies as
+// many of these as there is room for beside the high ones.
 uint32_t expert_store::fewest(int precision) const {
     const cache_shape & shape = cache_->shape();
+    const uint32_t      k     = index_.n_expert_used;
     if (precision == 0) {
-        return index_.n_expert_used;
+        return k;
     }
-    return with_low_ && shape.n_slots[0] < n_experts_ ? std::min(index_.n_expert_used, shape.n_slots[1]) : 0;
+    if (!with_low_ || shape.n_slots[0] >= n_experts_) {
+        return 0;
+    }
+    const uint64_t high = k * shape.slot_bytes[0];
+    const uint64_t room = cache_->limit() > high ? (cache_->limit() - high) / shape.slot_bytes[1] : 0;
+    return (uint32_t) std::min<uint64_t>({ k, shape.n_slots[1], room });
 }
 
 // A slot fewer; its pages go back to the system.

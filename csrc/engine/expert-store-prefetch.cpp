@@ -49,7 +49,9 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<cache_entry *>  started;
     uint32_t                    n_missing    = 0;
-    const bool                  high_for_low = only_high((policy::precision_rule) params_.precision_rule);
+    const auto                  rule         = (policy::precision_rule) params_.precision_rule;
+    const bool                  high_for_low = only_high(rule);
+    const bool                  by_weight    = rule == policy::precision_rule::weight;
     // Never more than half of what could be evicted: the running layer and the next one need room too.
     uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
     for (const expert_want & w : predicted) {
@@ -58,7 +60,8 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         }
         cache_entry * high = cache_->find(layer, w.expert, 0);
         cache_entry * low  = cache_->find(layer, w.expert, 1);
-        cache_entry * have = high != nullptr ? high : w.need == policy::need::low ? low : nullptr;
+        // By weight a low need is served low, whatever is cached.
+        cache_entry * have = w.need == policy::need::low && (by_weight || high == nullptr) ? low : high;
         if (have != nullptr) {
             have->protected_until = cache_->pass + passes_ahead;
             if (given_up(*have)) {

@@ -223,6 +223,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                 cache_->used(layer, w.expert, true);
             }
             const bool in_flight = w.entry->now == cache_entry::state::in_flight;
+            w.ahead              = w.entry->prefetched;
             count_hit(*w.entry, in_flight);
             if (in_flight) {
                 w.entry->demanded.store(true, std::memory_order_relaxed);

@@ -31,6 +31,7 @@ struct expert_want {
     uint32_t       count  = 1;  // selections that it serves
     policy::action action = policy::action::skip;
     cache_entry *  entry  = nullptr;  // pinned. NULL with a load: no slot, has to be streamed
+    bool           ahead  = false;    // it was read ahead, or is
 };
 
 // A read past the cache, for experts that found no slot.

@@ -13,8 +13,11 @@ void layer_pass::release() {
         wants_.clear();
     }
     items_.clear();
-    key        = nullptr;
-    parts_done = 0;
+    rows_.clear();
+    skipped_.clear();
+    uses_[0] = uses_[1] = false;
+    key                 = nullptr;
+    parts_done          = 0;
 }
 
 void layer_pass::build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize,
@@ -80,7 +83,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
     store_.acquire(layer, how.rule, first_layer ? sel.n_tokens : 0, wants_);
 
     n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {
-        return w.action == action::load_high || w.action == action::load_low;
+        return w.ahead || w.action == action::load_high || w.action == action::load_low;
     });
 
     // Items: what is there, what comes, what has to be streamed.

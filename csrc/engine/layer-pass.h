@@ -65,14 +65,14 @@ class layer_pass {
 
     const std::vector<pass_row> & skipped() const { return skipped_; }
 
-    // Experts that had to be read.
+    // Experts that had to be read, ahead or now.
     uint32_t n_loads() const { return n_loads_; }
 
     bool uses(precision p) const { return uses_[(int) p]; }
 
     // ---- work on projection `part`, by all threads ----
 
-    // Pieces of an item are taken with take() and given back, finished, with finish().
+    // The next piece of an item to take, and how many are finished.
     struct progress {
         std::atomic<int32_t>       next { 0 };
         std::atomic<int32_t>       finished { 0 };

@@ -3,6 +3,7 @@
 #include "../base/thread-name.h"
 
 #include <algorithm>
+#include <new>
 
 namespace hobbit {
 
@@ -72,6 +73,8 @@ bool prefetcher::worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_
             const uint64_t bytes = store_.bytes_needed();
             trial_.measured(std::chrono::duration<double>(timeline::clock::now() - token_began_).count(),
                             bytes > bytes_needed_ ? bytes - bytes_needed_ : 0);
+            trial_on_    = trial_.on();
+            trial_ratio_ = trial_.ratio();
         }
     }
     // From the last layer nothing is predicted; what was predicted of it is learned from.
@@ -141,7 +144,11 @@ void prefetcher::run() {
             has_mail_ = false;
         }
         std::lock_guard<std::mutex> work(work_mutex_);
-        predict(now);
+        try {
+            predict(now);
+        } catch (const std::bad_alloc &) {
+            // Nothing is read ahead.
+        }
     }
 }
 

@@ -60,10 +60,10 @@ class prefetcher {
     // pass, in order, by one thread.
     bool worth_predicting(uint32_t layer, uint32_t n_tokens, uint32_t n_loads);
 
-    // Whether the next token is decoded with prefetch, and what the last trial said of it.
-    bool on() const { return params_.prefetch_always != 0 || !thread_.joinable() || trial_.on(); }
+    // Whether the next token is decoded with prefetch, and what the last trial said of it. Any thread.
+    bool on() const { return params_.prefetch_always != 0 || !thread_.joinable() || trial_on_; }
 
-    double ratio() const { return trial_.ratio(); }
+    double ratio() const { return trial_ratio_; }
 
     // Predicts from what is in the mailbox, if it is a single token's. False when there is nothing to do, or another thread does it. By
     // any compute thread.
@@ -126,6 +126,8 @@ class prefetcher {
     sample                                        samples_[HOBBIT_MAX_LOOKAHEAD][HOBBIT_MAX_LOOKAHEAD + 1];  // [pass]
 
     prefetch_trial              trial_;
+    std::atomic<bool>           trial_on_ { true };  // what it says, for other threads
+    std::atomic<double>         trial_ratio_ { 0.0 };
     timeline::clock::time_point token_began_;
     bool                        timing_       = false;  // a single token, from its first layer on
     uint64_t                    bytes_needed_ = 0;      // by the store, when it began

@@ -22,6 +22,7 @@ void check_params(const hobbit_params & p) {
     require(find_eviction_rule(p.eviction_rule) != nullptr, "unknown eviction rule");
     require(p.t1 <= p.t2, "t1 must not be above t2");
     require(p.prefetch_depth <= HOBBIT_MAX_LOOKAHEAD, "prefetch_depth is at most 4");
+    require(p.prefetch_extra <= UINT16_MAX, "prefetch_extra is at most 65535");
     require(p.io_threads >= 1 && p.io_threads <= 256, "io_threads must be 1 to 256");
     require(p.io_block >= 4096, "io_block must be at least 4096");
     require(p.drop_fraction >= 0.0f && p.drop_fraction <= 65536.0f, "drop_fraction must not be negative");
@@ -60,9 +61,9 @@ void session::start(uint64_t pool_bytes) {
         if (routing_) {
             dispatcher_->set_routing(routing_.get());
         }
-    } catch (const std::system_error & e) {
+    } catch (...) {
         stop();  // all or nothing
-        fail_os(HOBBIT_ERR_NO_MEMORY, e.code().value(), "cannot start the prefetch thread");
+        throw;
     }
     index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
 }
@@ -117,12 +118,15 @@ void session::route(uint32_t layer, const void * key, layer_pass::selections sel
         dispatcher_->route(layer, key, sel, ids, rows, out_weights);
         if (tracing_.load(std::memory_order_relaxed)) {
             record_trace(layer, sel);
-            if (trace_depth_ > 0 && rows.x != nullptr) {
+            if (rows.x != nullptr) {
                 record_predictions(layer, sel.n_tokens, rows.x, rows.x_stride);
             }
         }
     } catch (...) {
         record_failure(std::current_exception());
+        if (dispatcher_) {
+            pass()->release();  // it is of another layer, or half built
+        }
     }
 }
 
@@ -213,11 +217,13 @@ void session::reset_stats() {
     }
 }
 
-void session::trace(bool on) {
+void session::trace(bool on) { trace(on, 0); }
+
+void session::trace(bool on, uint32_t depth) {
     std::lock_guard<std::mutex> lock(trace_mutex_);
     tracing_.store(on, std::memory_order_relaxed);
     trace_rows_  = 0;
-    trace_depth_ = 0;
+    trace_depth_ = depth;
     trace_ids_.clear();
     trace_weights_.clear();
     trace_predicted_.clear();
@@ -228,12 +234,10 @@ void session::trace_predictions(uint32_t depth) {
     if (depth > HOBBIT_MAX_LOOKAHEAD) {
         fail(HOBBIT_ERR_INVALID_ARGUMENT, format("predictions reach at most %d layers ahead", HOBBIT_MAX_LOOKAHEAD));
     }
-    if (dispatcher_ && dispatcher_->prefetching() != nullptr) {
+    if (params_.prefetch_depth > 0) {
         fail(HOBBIT_ERR_STATE, "predictions are recorded without prefetch: load the model with prefetch_depth=0");
     }
-    trace(true);
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    trace_depth_ = depth;
+    trace(true, depth);
 }
 
 void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {

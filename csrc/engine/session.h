@@ -28,7 +28,7 @@ class session : public std::enable_shared_from_this<session> {
 
     const hobbit_params & params() const { return params_; }
 
-    // Makes the pool and starts the threads. `routers` must outlive the session's running time. Throws HOBBIT_ERR_BUDGET, _NO_MEMORY, _STATE.
+    // Makes the pool and starts the threads. Throws HOBBIT_ERR_BUDGET, _NO_MEMORY, _STATE.
     void start(uint64_t pool_bytes);
     void stop();
 
@@ -79,7 +79,7 @@ class session : public std::enable_shared_from_this<session> {
     void     trace(bool on);
     uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
     // With what the routers of the layers after predict from each layer's router input, up to `depth` layers ahead. Throws
-    // HOBBIT_ERR_STATE while there is a prefetch thread.
+    // HOBBIT_ERR_STATE with prefetch, which has a thread that uses the routers.
     void     trace_predictions(uint32_t depth);
     uint64_t trace_read_predictions(uint64_t max_rows, uint16_t * ids, float * weights);
 
@@ -108,6 +108,7 @@ class session : public std::enable_shared_from_this<session> {
     std::atomic<bool>     has_experts { false };
 
   private:
+    void trace(bool on, uint32_t depth);
     void record_trace(uint32_t layer, const layer_pass::selections & sel);
     void record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride);
 

@@ -215,6 +215,20 @@ void expert_tensor::refuse(const ggml_tensor * op) {
                owner_->index().path().c_str(), p.name.c_str(), ggml_op_name(op->op), op->name));
 }
 
+void check_kernels(const expert_index & index) {
+    for (const moe_layer & layer : index.layers()) {
+        for (const projection & p : layer.projections) {
+            for (const tensor_source & source : p.source) {
+                if (source.type >= 0 && ggml_get_type_traits_cpu((ggml_type) source.type)->vec_dot == nullptr) {
+                    fail(HOBBIT_ERR_UNSUPPORTED,
+                         format("%s: experts of %s in type %s cannot be multiplied", index.path().c_str(), p.name.c_str(),
+                                ggml_type_name((ggml_type) source.type)));
+                }
+            }
+        }
+    }
+}
+
 void arrange_repacking(session & owner) {
     const auto & layers = owner.index().layers();
     // By layer and part; most models need none.

@@ -59,6 +59,9 @@ class expert_tensor : public ggml::cpu::tensor_traits {
 // Registers buffer type and hooks; once, before the first offloaded model.
 void register_expert_buffers();
 
+// Throws HOBBIT_ERR_UNSUPPORTED for experts of a type that this CPU has no product for.
+void check_kernels(const expert_index & index);
+
 // Slices that stock llama.cpp would keep repacked are repacked when they arrive (repacking.h). Before the session starts.
 void arrange_repacking(session & owner);
 

@@ -1,5 +1,5 @@
-// MUL_MAT_ID on experts that live in the store: the same kernels on the same data in the same batch widths as ggml's own, so the
-// same bits; only where the slices lie and the order of the experts differ.
+// MUL_MAT_ID on experts that live in the store: ggml's kernels on the same data, or those that give the same bits (operand.h); only where
+// the slices lie and the order of the experts differ.
 //
 //     dst[:, slot, token] = expert[ids[slot, token]] * src1[:, slot % ne11, token]
 #include "expert-buffer.h"

@@ -89,12 +89,14 @@ ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor
     const int64_t n_expert = expert->owner().index().layers()[expert->layer()].n_expert;
     ggml_tensor * product  = find_router_product(ids, n_expert, 0);
     ggml_tensor * input    = product == nullptr ? nullptr : product->src[1];
-    if (product != nullptr && expert->owner().routers() != nullptr) {
-        ((ggml_routers *) expert->owner().routers())->learn(expert->layer(), moe, product, (uint32_t) ids->ne[0]);
+    auto *        routers  = (ggml_routers *) expert->owner().routers();
+    if (product != nullptr && routers != nullptr) {
+        routers->learn(expert->layer(), moe, product, (uint32_t) ids->ne[0]);
     }
     // Rows of the input must be the rows of the selection (a model may drop tokens without output in between).
     const bool usable = input != nullptr && input->type == GGML_TYPE_F32 && input->ne[1] == ids->ne[1] &&
-                        input->ne[2] == 1 && input->ne[3] == 1 && input->nb[0] == sizeof(float);
+                        input->ne[2] == 1 && input->ne[3] == 1 && input->nb[0] == sizeof(float) &&
+                        (routers == nullptr || routers->fits(input));
     ggml_tensor * args[] = { weights, ids, input, product };
     ggml_tensor * out =
         ggml_custom_4d(ctx, GGML_TYPE_F32, 1, weights->ne[1], weights->ne[2], 1, args, usable ? 4 : 2, run_route, 1, expert);

@@ -58,6 +58,8 @@ void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tens
     r.known.store(true, std::memory_order_release);
 }
 
+bool ggml_routers::fits(const ggml_tensor * input) const { return n_embd_ == 0 || input->ne[0] == n_embd_; }
+
 bool ggml_routers::shape(uint32_t layer, policy::router_shape & out) {
     if (!routers_[layer].known.load(std::memory_order_acquire)) {
         return false;

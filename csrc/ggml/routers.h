@@ -18,6 +18,9 @@ class ggml_routers : public router_source {
     // weights [n_embd, n_expert] and its input.
     void learn(uint32_t layer, const hobbit_moe & moe, const ggml_tensor * product, uint32_t k);
 
+    // Whether such an input is as wide as that of the routers known.
+    bool fits(const ggml_tensor * input) const;
+
     bool          shape(uint32_t layer, policy::router_shape & out) override;
     bool          logits(uint32_t from, uint32_t to, const float * x, bool norm_correction, float * out) override;
     const float * bias(uint32_t layer) override;

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hobbit_cpp import Llama, MemoryBudgetError, OffloadParams, ParameterError, StateError, UnsupportedModelError
-from models import tiny, tiny_dense
+from models import tiny, tiny_dense, tiny_dual
 
 PROGRAM = """
 import json, sys, warnings
@@ -88,4 +88,18 @@ def test_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryBudgetError, match="are free"):
         llm.resize_expert_cache("90%")
     assert llm.offload_stats().pool_bytes == before
+    llm.close()
+
+
+@pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
+def test_the_smallest_pool_is_no_larger_than_it_says() -> None:
+    """Low copies had slots, and there is no room for them beside the high ones any more."""
+    llm = Llama(str(tiny_dual("mixtral")), offload="hobbit", expert_cache="60%", n_ctx=64, n_threads=1, verbose=False)
+    info = llm.offload_info
+    llm.create_completion("the expert", max_tokens=4)
+    assert llm.offload_stats().slots_low > 0
+    llm.resize_expert_cache(info.pool_min)
+    llm.create_completion("the expert", max_tokens=4)
+    stats = llm.offload_stats()
+    assert stats.slots_high * info.slot_high + stats.slots_low * info.slot_low <= stats.pool_bytes <= info.pool_min + 4096
     llm.close()
