@@ -26,7 +26,7 @@ def check_without_offload(**ours: Any) -> None:
     may_be_none = ("low_model", "calibration")
     given = [k for k, v in ours.items() if v is not None and not (k in may_be_none and v in (False, "none"))]
     if given:
-        raise ParameterError(f"{', '.join(given)} needs offload='hobbit' or offload='lru'")
+        raise ParameterError(f"{', '.join(given)} needs an offload: 'hobbit', 'fate' or 'lru'")
 
 
 def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callable[..., Any]) -> None:

@@ -60,12 +60,10 @@ class Llama(OffloadMethods, _Llama):
         expert_cache: size of the expert pool alone.
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
-        low_model: a file with low-precision copies of the experts (`hobbit convert --sidecar`); None: `model.low.gguf` beside
-            `model.gguf` if it is there; False or "none": none.
+        low_model, calibration: files with low-precision copies (`hobbit convert --sidecar`) and of `hobbit calibrate`; None:
+            `model.low.gguf` and `model.calibration.json` beside `model.gguf` if they are there; False or "none": none.
         quality: how much may be lost: "exact", "1%" (perplexity above that of exact mode, at most, by the model's calibration:
             `hobbit calibrate`), "40MB/token" (read, on average), or "paper"; see `OffloadParams`, also for the default.
-        calibration: the file of `hobbit calibrate`; None: `model.calibration.json` beside `model.gguf` if it is there; False or
-            "none": none.
         progress: called while the weights that stay in memory are read, with the share of them that is there, 0 to 1. What
             it returns says whether to go on; False ends the loading with an exception. Must not raise.
 
@@ -298,6 +296,9 @@ class Llama(OffloadMethods, _Llama):
         with self._calls.running():
             if not self.context_params.embeddings:
                 return super().embed(*args, **kwargs)  # says that embedding=True is needed
+            texts = args[0] if args else kwargs.get("input")
+            if not texts or (isinstance(texts, list) and "" in texts):
+                raise ValueError("there is no embedding of an empty text")  # llama_cpp would write before its arrays
             if self._session is not None:
                 self._session.begin_sequence()
             context: Any = self._ctx

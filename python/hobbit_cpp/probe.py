@@ -162,7 +162,9 @@ def probe_compute(
 
 
 def remember_floor(model: Pathlike, threads: int, seconds: float) -> None:
-    """Keeps the time of a token with every expert of the model in memory, as it was measured."""
+    """Keeps the time of a token with every expert of the model in memory: the least that was measured of late, since what else
+    the machine did makes it longer."""
+    seconds = min(seconds, recall_floor(model, threads) or seconds)
     _remember(_floor_key(model, threads), {"seconds": seconds, "measured": time.time()})
 
 

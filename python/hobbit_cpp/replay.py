@@ -18,7 +18,7 @@ The cache is one capacity: a share of all experts in high precision, in bytes. L
 
 Figures of a row:
 
-    hit_rate       selections served from the cache, or by a read that was on its way, of all selections
+    hit_rate       selections that were there when they were asked for, cached or read ahead in time, of all selections
     miss_penalty   (loads_high + loads_low * bytes_low / bytes_high) / selections
     bytes          read, on demand and ahead
     gap_closed     of the bytes that LRU reads more than Belady's optimum, the share that this policy does not read: 0 as LRU,
@@ -261,7 +261,7 @@ class Replay:
             loads_high=int(t.loads_high),
             loads_low=int(t.loads_low),
             skips=int(t.skips),
-            hit_rate=(t.hits_high + t.hits_low) / t.selections,
+            hit_rate=(t.hits_high + t.hits_low - t.prefetches_late) / t.selections,
             miss_penalty=penalty / t.selections,
             bytes=n_bytes,
             bytes_per_token=n_bytes / tokens,

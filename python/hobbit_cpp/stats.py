@@ -12,7 +12,8 @@ class OffloadCounts:
 
         selections == hits_high + hits_low + loads_high + loads_low + skips
 
-    In a batch the first selection of an expert that had to be read is the load, the others are hits. Router mass is the
+    In a batch the first selection of an expert that had to be read is the load, the others are hits. A hit is late
+    (`prefetches_late`) when a read ahead of it was not through yet. Router mass is the
     sum of router weights, normalised over each token's selection: `mass_total` is the number of (token, layer) pairs.
     """
 
@@ -42,8 +43,8 @@ class OffloadCounts:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the selections that were served, or begun to be read, before they were asked for."""
-        return (self.hits_high + self.hits_low) / self.selections if self.selections else 0.0
+        """Share of the selections that were there when they were asked for: in the cache, or read ahead in time."""
+        return (self.hits_high + self.hits_low - self.prefetches_late) / self.selections if self.selections else 0.0
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_what_goes_together() -> None:
     base = OffloadParams(quality="2%")
     assert parse_setting("exact", base).params.exact and parse_setting("weight", base).params.quality == "2%"
     assert parse_setting("low", base).params.quality == "2%" and parse_setting("low=0.1:0.2", base).params.quality is None
-    with pytest.raises(ParameterError, match="needs offload"):
+    with pytest.raises(ParameterError, match="needs an offload"):
         Llama("nothing.gguf", quality="1%")
 
 

@@ -160,6 +160,9 @@ def test_embeddings(pooling: int) -> None:
                           np.concatenate([np.ravel(d["embedding"]) for d in out[1]["data"]]))  # fmt: skip
     assert out[0]["usage"] == out[1]["usage"]
     assert both[0].embed(texts[0], normalize=True) == both[1].embed(texts[0], normalize=True)
+    for nothing in ("", [], ["x", ""]):
+        with pytest.raises(ValueError, match="empty text"):
+            both[1].embed(nothing)
     # And a text after it.
     assert both[0](texts[1], temperature=0)["choices"][0]["text"] == both[1](texts[1], temperature=0)["choices"][0]["text"]
     for llm in both:

@@ -136,7 +136,7 @@ def test_llama_and_the_command_line_take_one(model: Path, tmp_path: Path, capsys
     llm = Llama(str(model), offload=OffloadParams(low_model=low), n_ctx=64, verbose=False)
     assert llm.offload_info.has_low
     llm.close()
-    with pytest.raises(ParameterError, match=r"low_model needs offload"):
+    with pytest.raises(ParameterError, match="low_model needs an offload"):
         Llama(str(model), low_model=low, verbose=False)
     Llama(str(model), low_model=False, n_ctx=64, verbose=False).close()
 

@@ -26,8 +26,9 @@ rows: medians of the runs of one contender at one memory:
     prompt_s, first_token_s, load_s, n_tokens, perplexity (when no run was cut short), user_ms, system_ms (CPU a token)
     mb_token (read for the experts of a token), disk_mb_token (what the system read for the process, page faults too),
     mb_wasted_token, needed_mb_token, prompt_mb_token, disk_written_mb
-    hit_rate, hit_rate_high, hit_rate_low, share_high, share_low, share_skipped, loads_high, loads_low (of the
-    selections), mass_low, mass_skipped (of the router weights), recall, prefetches, prefetches_useful,
+    hit_rate (there when asked for), late_rate (on the way), hit_rate_high, hit_rate_low (with those on the way),
+    share_high, share_low, share_skipped, loads_high, loads_low (of the selections), mass_low, mass_skipped (of the
+    router weights), recall, prefetches, prefetches_useful,
     prefetches_late, prefetches_wasted
     stall_share, stall_ms, expert_ms, prediction_ms, spent_ms (compute, stall, other), token_ms, bound_ms, bound_is,
     bound_share
@@ -178,7 +179,7 @@ def _print_speed(rows: Sequence[Row], console: Any) -> None:
 
 def _print_time(rows: Sequence[Row], console: Any) -> None:
     heads = (
-        "memory", "contender", "hits", "high", "low", "high/low/skipped", "stall", "ms: compute", "stall", "other", "prediction",
+        "memory", "contender", "hits", "late", "high/low/skipped", "stall", "ms: compute", "stall", "other", "prediction",
         "bound", "of bound",
     )  # fmt: skip
     table = _table("where the time went, and the roof", heads)
@@ -193,8 +194,8 @@ def _print_time(rows: Sequence[Row], console: Any) -> None:
         spent = row.get("spent_ms") or {}
         bound = f"{row['bound_ms']:.1f} {row['bound_is']}" if "bound_ms" in row else ""
         table.add_row(
-            _memory_text(row), row["contender"], _text(row, "hit_rate", "{:.0%}"), _text(row, "hit_rate_high", "{:.0%}"),
-            _text(row, "hit_rate_low", "{:.1%}"), mix, _text(row, "stall_share", "{:.0%}"), _text(spent, "compute"),
+            _memory_text(row), row["contender"], _text(row, "hit_rate", "{:.0%}"), _text(row, "late_rate", "{:.0%}"), mix,
+            _text(row, "stall_share", "{:.0%}"), _text(spent, "compute"),
             _text(spent, "stall"), _text(spent, "other"), _text(row, "prediction_ms"), bound, _text(row, "bound_share", "{:.0%}"),
         )  # fmt: skip
     if n_shown:

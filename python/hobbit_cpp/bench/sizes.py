@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from hobbit_cpp import _memory
 from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp._log import errors_explained
-from hobbit_cpp._session import _SLACK, _SLACK_SHARE, Session
+from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session
 from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor, is_expert
@@ -68,8 +68,8 @@ class Sizes:
 
     @property
     def smallest(self) -> int:
-        """The smallest budget that works."""
-        return self.budget(self.info.pool_min)
+        """The smallest budget that works, also in a process that holds a little more than this one."""
+        return self.budget(self.info.pool_min) + 2 * _ROUGHLY
 
     @property
     def largest(self) -> int:

@@ -96,6 +96,7 @@ def _stats(llm: Any, seconds: float) -> Dict[str, Any]:
         "mb_token": s.bytes_per_token / 1e6,
         "mb_wasted_token": s.bytes_wasted / tokens / 1e6,
         "hit_rate": s.hit_rate,
+        "late_rate": s.prefetches_late / n,
         "hit_rate_high": s.hits_high / n,
         "hit_rate_low": s.hits_low / n,
         "share_high": (s.hits_high + s.loads_high) / n,

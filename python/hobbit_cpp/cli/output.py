@@ -79,6 +79,8 @@ def one_line(e: BaseException) -> str:
     if not text or isinstance(e, (KeyError, IndexError, AttributeError, TypeError, AssertionError)):
         # nothing written for people
         text = f"{type(e).__name__}: {text} (HOBBIT_DEBUG=1 shows where)"
+    if "exceed context window" in text:
+        text += ": -c N makes it larger"
     return text
 
 

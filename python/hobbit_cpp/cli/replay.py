@@ -209,6 +209,9 @@ def notes(result: dict[str, Any]) -> list[str]:
     no_guess = result["trace"]["predictions"] == 0 and any(row["precision"] == "demand" for row in rows)
     if no_guess:
         out.append("fate lives on reading ahead, and the trace has no predictions: --recall 0.8 makes some up")
+    ahead = sorted({row["policy"] for row in rows if row["prefetches"]})
+    if ahead and len(ahead) < len({row["policy"] for row in rows}):
+        out.append(f"reads ahead by the trace's predictions: {', '.join(ahead)}; --prefetch 0 compares the caches alone")
     if conditions["bandwidth"] is not None:
         depth = conditions["queue_depth"] or "the engine's 8"
         out.append(

@@ -28,6 +28,7 @@ import llama_cpp.server.errors
 import llama_cpp.server.model
 import llama_cpp.server.settings
 import llama_cpp.server.types
+import numpy as np
 import pydantic
 import uvicorn
 from fastapi import APIRouter, Depends, Request, Response
@@ -68,6 +69,10 @@ class ChatRequest(_ChatRequest):  # type: ignore[misc]
         if isinstance(data, dict) and data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
             data = {**data, "max_tokens": data["max_completion_tokens"]}
         _check_request(data)
+        if isinstance(data, dict):
+            if not data.get("messages"):
+                raise ValueError("there are no messages")
+            data = {**data, **_tools_with_parameters(data)}
         form = data.get("response_format") if isinstance(data, dict) else None
         if not isinstance(form, dict) or form.get("type") != "json_schema":
             return data
@@ -85,9 +90,34 @@ class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
     def _one_answer(cls, data: Any) -> Any:
         _check_request(data)
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        if isinstance(prompt, list) and len(prompt) != 1 and any(not isinstance(token, int) for token in prompt):
+        if not prompt or prompt == [""]:
+            raise ValueError("there is no prompt")
+        if isinstance(prompt, list) and len(prompt) != 1:
             raise ValueError("prompt must be one text: a request has one answer")
         return data
+
+
+def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:
+    """A function without parameters may leave them out; upstream wants them."""
+    tools = data.get("tools")
+    if not isinstance(tools, list):
+        return {}
+    none = {"type": "object", "properties": {}}
+
+    def whole(tool: Any) -> Any:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        return {**tool, "function": {"parameters": none, **function}} if isinstance(function, dict) else tool
+
+    return {"tools": [whole(tool) for tool in tools]}
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's numbers, which upstream leaves in logprobs."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_request(data: Any) -> None:
@@ -130,7 +160,7 @@ class App:
 
         @router.post("/v1/chat/completions", dependencies=protected, response_model=None)
         async def chat(request: Request, body: ChatRequest) -> Any:
-            return await upstream.create_chat_completion(request, body)
+            return _plain(await upstream.create_chat_completion(request, body))
 
         @router.post("/v1/completions", dependencies=protected, response_model=None)
         @router.post("/v1/engines/copilot-codex/completions", dependencies=protected, response_model=None)
