@@ -174,8 +174,8 @@ HOBBIT_API void hobbit_session_bind_thread(hobbit_session * session);
 HOBBIT_API const void * hobbit_session_buft_overrides(hobbit_session * session);
 HOBBIT_API void *       hobbit_abort_callback(void);
 
-/* Bytes that a llama context holds or may come to hold beyond what is resident now: its compute buffers, and what
- * ggml needs to plan a graph. `context` is a llama_context *. */
+/* Bytes that a llama context holds or may come to hold beyond what is resident now: its compute buffers, and the buffer that
+ * ggml works in for its largest graph. `context` is a llama_context * that computes nothing now. */
 HOBBIT_API uint64_t hobbit_context_compute_bytes(const void * context);
 /* Model and context (KV) bytes of the ggml buffers of a llama context, host memory only. */
 HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);

@@ -1,4 +1,4 @@
-// What a llama context holds in ggml buffers.
+// What a llama context holds in ggml buffers, or will.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct context_bytes {
     uint64_t resident = 0;  // model and KV cache
 };
 
-// Host memory only, without the address range of the experts.
+// Host memory only, without the address range of the experts. Not while it computes.
 context_bytes context_memory(const llama_context * context);
 
 }  // namespace hobbit

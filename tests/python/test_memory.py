@@ -35,6 +35,18 @@ llm.close()
 """
 
 
+LONG = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from hobbit_cpp import Llama
+sizes = {"n_ctx": 4096, "n_batch": 2048, "n_ubatch": 2048, "n_threads": 2}
+llm = Llama(sys.argv[1], offload="lru", memory=int(sys.argv[2]), verbose=False, **sizes)
+llm.eval((llm.tokenize(b"the expert of the layer and the token in the wood ") * 1000)[:4000])
+s = llm.offload_stats()
+print(json.dumps({"peak": s.peak_memory, "budget": s.memory_budget, "pool": s.pool_bytes, "tokens": s.n_tokens}))
+"""
+
+
 def run(model: Path, mode: str, cgroup: Optional[Path] = None) -> Dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, str(model), str(BUDGET), mode]
     done = subprocess.run(command, preexec_fn=entering(cgroup), capture_output=True, text=True)
@@ -52,6 +64,17 @@ def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> Non
     # And it is used: the pool has what the rest leaves.
     assert out["pool"] > 0.25 * BUDGET, out
     assert out["tokens"] == 610 and out["read"] > out["pool"]
+
+
+def test_a_long_prompt_stays_under_the_budget(large_model: Path) -> None:
+    """What ggml works in (attention over the whole context, here 64 MiB) is part of it."""
+    budget = 480 << 20
+    command = [sys.executable, "-c", LONG, str(large_model), str(budget)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["budget"] == budget and out["tokens"] == 4000 and out["pool"] > 50 << 20, out
+    assert out["peak"] <= budget, out
 
 
 def test_in_a_memory_cgroup_nobody_is_killed(large_model: Path) -> None:
