@@ -9,20 +9,25 @@ from typing import Callable, Iterator, Optional
 
 import pytest
 
+from hobbit_cpp.bench import conditions
+
 
 @contextlib.contextmanager
 def memory_cgroup(limit: int) -> Iterator[Path]:
-    root = Path("/sys/fs/cgroup/memory")
-    folder = root / f"hobbit-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text(str(limit))
-    except OSError as e:
-        pytest.skip(f"no memory cgroup may be made here: {e}")
-    try:
-        yield folder
-    finally:
-        folder.rmdir()
+    """Of either version. Skips where none may be made."""
+    with conditions.memory_cgroup(limit) as cap:
+        if cap.folder is None:
+            pytest.skip(cap.how)
+        yield cap.folder
+
+
+def oom_kills(cgroup: Path) -> int:
+    """Processes of it that the kernel ended because its memory was used up."""
+    for name in ("memory.events", "memory.oom_control"):  # version 2, version 1
+        with contextlib.suppress(FileNotFoundError):
+            fields = dict(line.split() for line in (cgroup / name).read_text().splitlines())
+            return int(fields["oom_kill"])
+    raise AssertionError(f"{cgroup} does not say what was killed")
 
 
 def entering(cgroup: Optional[Path]) -> Callable[[], None]:

@@ -273,6 +273,23 @@ def test_a_run_that_was_cut_short_has_no_perplexity(tmp_path: Path) -> None:
     assert row["n_tokens"] == 1 and "perplexity" not in row and "slower than --patience" in row["notes"][0]
 
 
+def test_what_was_finished_before_ctrl_c_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once, names = runner.run_once, []
+
+    def interrupted(setting: Any, contender: Contender, memory: Any) -> Dict[str, Any]:
+        names.append(contender.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return once(setting, contender, memory)
+
+    monkeypatch.setattr(runner, "run_once", interrupted)
+    document = bench(
+        tmp_path, str(tiny("mixtral")), "--against", "exact,lru", "--memory", MEMORY, "--rounds", "2"
+    )  # fmt: skip
+    assert names == ["exact", "lru"] and [row["contender"] for row in document["rows"]] == ["exact"]
+    assert document["rows"][0]["tok_s"] > 0 and len(document["runs"]) == 1
+
+
 def test_warm_runs_and_runs_without_a_prompt(tmp_path: Path) -> None:
     document = bench(
         tmp_path, str(tiny("mixtral", "Q8_0")), "--against", "exact,resident", "--memory", MEMORY, "--rounds", "1", "--warm",

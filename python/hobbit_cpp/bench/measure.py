@@ -103,7 +103,10 @@ def measure(request: Request) -> Dict[str, Any]:
     medians = []
     for memory in request.memories:
         for contender in contenders:
-            row = median_row([r for r in runs if r["memory"] == memory and r["contender"] == contender.name])
+            of = [r for r in runs if r["memory"] == memory and r["contender"] == contender.name]
+            if not of:
+                continue  # interrupted before
+            row = median_row(of)
             add_roof(row, floor["ms"], machine.disk.best if machine.disk is not None else None)
             _add_plan(row, contender, request, sizes, weights, machine)
             medians.append(row)

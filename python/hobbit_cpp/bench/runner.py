@@ -77,8 +77,25 @@ def run_all(
     rounds: int,
     told: Callable[[str], None],
 ) -> List[Row]:
-    """All runs, in the order they were made; `told` hears of each."""
+    """All runs, in the order they were made; `told` hears of each. After Ctrl-C those that were finished, if there are any."""
     runs: List[Row] = []
+    try:
+        _run_all(setting, contenders, memories, rounds, told, runs)
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        told("interrupted: this is what was finished")
+    return runs
+
+
+def _run_all(
+    setting: Setting,
+    contenders: Sequence[Contender],
+    memories: Sequence[int],
+    rounds: int,
+    told: Callable[[str], None],
+    runs: List[Row],
+) -> None:
     total = len(memories) * len(contenders) * rounds
     for memory in memories:
         for number, order in enumerate(abba(contenders, rounds)):
@@ -91,7 +108,6 @@ def run_all(
                 runs.append(row)
                 what = row["error"] if "error" in row else f"{row['tok_s']:.2f} tokens/s"
                 told(f"[{len(runs)}/{total}] {memory / (1 << 20):.0f} MiB, {contender.name}: {what}")
-    return runs
 
 
 def run_once(setting: Setting, contender: Contender, memory: Optional[int]) -> Row:

@@ -199,8 +199,8 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
         first_token_s=out.get("prompt_s", 0.0) + (0.0 if n_prompt else laps[0]),
         user_ms=(os.times().user - user) / n * 1e3,
         system_ms=(os.times().system - system) / n * 1e3,
-        # of fewer tokens it would be that of another text
-        perplexity=math.exp(nll / n) if n == len(tokens) - n_prompt - 1 else None,
+        # of fewer tokens it would be that of another text; a model that is damaged has none
+        perplexity=math.exp(nll / n) if n == len(tokens) - n_prompt - 1 and nll / n < 700 else None,
         disk_mb_token=(_disk_reads() - reads) / n / 1e6,
     )
     if offloaded:
