@@ -158,9 +158,13 @@ const void * hobbit_session_buft_overrides(hobbit_session * s) {
 
 void * hobbit_abort_callback(void) { return (void *) abort_on_failure; }
 
-uint64_t hobbit_context_compute_bytes(const void * context) { return hobbit::context_memory((const llama_context *) context).compute; }
+uint64_t hobbit_context_compute_bytes(const void * context) {
+    return hobbit::context_memory((const llama_context *) context).compute;
+}
 
-uint64_t hobbit_context_resident_bytes(const void * context) { return hobbit::context_memory((const llama_context *) context).resident; }
+uint64_t hobbit_context_resident_bytes(const void * context) {
+    return hobbit::context_memory((const llama_context *) context).resident;
+}
 
 hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobbit_error * error) {
     return guarded(error, [&] {
