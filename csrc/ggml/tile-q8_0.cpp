@@ -12,6 +12,9 @@
 #    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 #        define HOBBIT_TILES_AVX512
 #    endif
+#    if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#        define HOBBIT_TILES_VNNI
+#    endif
 #    include <immintrin.h>
 #endif
 
@@ -33,12 +36,26 @@ static_assert(sizeof(block_q8_0) == 34);
 // A set of instructions: blocks of how many rows of inputs lie in one vector, and the product of a block of weights with them, in units
 // of both scales.
 
+// What those of 256 bits have in common.
+struct of_256 {
+    static constexpr int LANES = 1;
+    using floats               = __m256;
+
+    static floats set(float x) { return _mm256_set1_ps(x); }
+
+    static floats load(const float * x) { return _mm256_load_ps(x); }
+
+    static floats mul(floats a, floats b) { return _mm256_mul_ps(a, b); }
+
+    static floats add_product(floats a, floats b, floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+
+    static __m256 lane(floats x, int) { return x; }
+};
+
 // Plain AVX2 multiplies bytes without sign by bytes with sign: the sign goes to the other side.
-struct avx2 {
-    static constexpr const char * NAME  = "AVX2";
-    static constexpr int          LANES = 1;
+struct avx2 : of_256 {
+    static constexpr const char * NAME = "AVX2";
     static constexpr int VECTORS = 1;  // of inputs at a time, by four rows of weights: as many as there are registers for
-    using floats                 = __m256;
 
     struct inputs {
         int8_t quants[BLOCK];
@@ -60,21 +77,55 @@ struct avx2 {
         const __m256i y = _mm256_sign_epi8(_mm256_load_si256((const __m256i *) x.quants), w.sign);
         return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w.size, y), _mm256_set1_epi16(1)));
     }
-
-    static floats set(float x) { return _mm256_set1_ps(x); }
-
-    static floats load(const float * x) { return _mm256_load_ps(x); }
-
-    static floats mul(floats a, floats b) { return _mm256_mul_ps(a, b); }
-
-    static floats add_product(floats a, floats b, floats sum) { return _mm256_fmadd_ps(a, b, sum); }
-
-    static __m256 lane(floats x, int) { return x; }
 };
+
+// The instructions called VNNI sum four products without a detour, of bytes without sign by bytes with sign: (w + 128) x - 128 x, of which
+// the last is `offset`.
+[[maybe_unused]] void put_vnni(const block_q8_0 & x, int8_t * quants, int32_t * offset, float * scale) {
+    memcpy(quants, x.quants, sizeof(x.quants));
+    std::fill_n(scale, 8, _cvtsh_ss(x.scale));
+    for (int i = 0; i < 8; ++i) {
+        const int8_t * q = x.quants + i * 4;
+        offset[i]        = -128 * (q[0] + q[1] + q[2] + q[3]);
+    }
+}
+
+#    ifdef HOBBIT_TILES_VNNI
+
+struct avx_vnni : of_256 {
+    static constexpr const char * NAME    = "AVX VNNI";
+    static constexpr int          VECTORS = 2;
+
+    struct inputs {
+        int8_t  quants[BLOCK];
+        int32_t offset[8];
+        float   scale[8];
+    };
+
+    struct weights {
+        __m256i shifted;
+
+        explicit weights(const int8_t * q) :
+            shifted(_mm256_xor_si256(_mm256_loadu_si256((const __m256i *) q), _mm256_set1_epi8((char) 0x80))) {}
+    };
+
+    static void put(inputs & to, int, const block_q8_0 & x) { put_vnni(x, to.quants, to.offset, to.scale); }
+
+    static floats product(const weights & w, const inputs & x) {
+        const __m256i offset = _mm256_load_si256((const __m256i *) x.offset);
+        const __m256i quants = _mm256_load_si256((const __m256i *) x.quants);
+#        ifdef __AVXVNNI__
+        return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(offset, w.shifted, quants));
+#        else
+        return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(offset, w.shifted, quants));
+#        endif
+    }
+};
+
+#    endif
 
 #    ifdef HOBBIT_TILES_AVX512
 
-// Sums of four products without a detour, of bytes without sign by bytes with sign: (w + 128) x - 128 x.
 struct avx512_vnni {
     static constexpr const char * NAME    = "AVX512 VNNI";
     static constexpr int          LANES   = 2;
@@ -83,7 +134,7 @@ struct avx512_vnni {
 
     struct inputs {
         int8_t  quants[2 * BLOCK];
-        int32_t offset[16];  // -128 times the sum of four
+        int32_t offset[16];
         float   scale[16];
     };
 
@@ -96,12 +147,7 @@ struct avx512_vnni {
     };
 
     static void put(inputs & to, int lane, const block_q8_0 & x) {
-        memcpy(to.quants + lane * BLOCK, x.quants, sizeof(x.quants));
-        std::fill_n(to.scale + lane * 8, 8, _cvtsh_ss(x.scale));
-        for (int i = 0; i < 8; ++i) {
-            const int8_t * q        = x.quants + i * 4;
-            to.offset[lane * 8 + i] = -128 * (q[0] + q[1] + q[2] + q[3]);
-        }
+        put_vnni(x, to.quants + lane * BLOCK, to.offset + lane * 8, to.scale + lane * 8);
     }
 
     static floats product(const weights & w, const inputs & x) {
@@ -247,6 +293,9 @@ const std::vector<tile_kernel> & tile_kernels() {
 #ifdef HOBBIT_TILES
 #    ifdef HOBBIT_TILES_AVX512
         kernel<avx512_vnni>(),
+#    endif
+#    ifdef HOBBIT_TILES_VNNI
+        kernel<avx_vnni>(),
 #    endif
         kernel<avx2>(),
 #endif
