@@ -43,8 +43,6 @@ class dispatcher {
 
     expert_store & store() { return store_; }
 
-    prefetcher * prefetching() { return prefetcher_.get(); }
-
     // By a compute thread that can be spared: predicts what comes, if that is still to be done. True when it did.
     bool idle() { return prefetcher_ && prefetcher_->run_pending(); }
 

@@ -89,7 +89,7 @@ gate_correction::gate_correction(uint32_t n_from, uint32_t n_to) :
 
 void gate_correction::sample(const float * from, const float * predicted, float * sample) {
     std::copy_n(predicted, n_to_, sample);
-    float * const f = sample + (fold_ > 1 ? n_to_ : 0);
+    float * const f = sample + offset();
     put_folded(from, n_from_, fold_, put_folded(predicted, n_to_, fold_, f));
     if (!(one_ > 0.0f) || !std::isfinite(one_)) {
         one_ = std::sqrt(std::inner_product(f, f + n_ - 1, f, 0.0f) / (float) (n_ - 1));
@@ -108,7 +108,7 @@ void gate_correction::correct(const float * sample, float * logits) {
     if (n_samples_ < FIRST || after_ >= before_) {
         return;
     }
-    expected(features_of(sample), error_.data());
+    expected(sample + offset(), error_.data());
     add(logits, error_.data(), 1.0f, n_to_);
 }
 
@@ -128,7 +128,7 @@ void gate_correction::learn(const float * sample, const float * actual) {
     if (c_.size() + d_.size() > LARGE && n_samples_ >= PRACTICE && ++n_passed_ % EVERY != 0) {
         return;
     }
-    const float * f = features_of(sample);
+    const float * f = sample + offset();
     if (n_samples_ % MEMORY == 0) {
         forget(f);
     }

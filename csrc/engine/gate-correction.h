@@ -40,7 +40,8 @@ class gate_correction {
     float standard_error() const;
 
   private:
-    const float * features_of(const float * sample) const { return sample + (fold_ > 1 ? n_to_ : 0); }
+    // Where the features of a sample begin.
+    size_t offset() const { return fold_ > 1 ? n_to_ : 0; }
 
     void expected(const float * f, float * out) const;
     void forget(const float * f);

@@ -89,8 +89,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
     // Items: what is there, what comes, what has to be streamed.
     constexpr uint32_t NONE = UINT32_MAX;
     item_of_.assign(wants_.size(), NONE);
-    uses_[0] = uses_[1] = false;
-    const auto rank     = [](const expert_want & w) {
+    const auto rank = [](const expert_want & w) {
         return w.entry == nullptr ? 2 : w.action == action::use_high || w.action == action::use_low ? 0 : 1;
     };
     uint32_t first_row = 0;
@@ -113,7 +112,6 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         }
     }
     rows_.resize(first_row);
-    skipped_.clear();
     hobbit_counts masses = {};
     for (uint32_t token = 0; token < sel.n_tokens; ++token) {
         const float * weights = sel.weights == nullptr ? nullptr : sel.weights + token * sel.weights_stride;

@@ -40,19 +40,26 @@ void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, 
     }
 }
 
+// The row of inputs of a place in the batch, and the row of results.
+static const char * input_of(const operand & o, const ggml_tensor * dst, pass_row at) {
+    return o.rows + (at.slot % dst->src[1]->ne[1]) * o.row_stride[0] + at.token * o.row_stride[1];
+}
+
+static float * output_of(ggml_tensor * dst, pass_row at) {
+    return (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
+}
+
 static void multiply_block(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
                            int64_t r1, int64_t c0, int64_t c1) {
     const int64_t ne00 = o.weights.ne[0];
-    const int64_t ne11 = dst->src[1]->ne[1];
     const size_t  nb01 = o.weights.nb[1];
     float         tmp[16];
     for (int64_t cc = c0; cc < c1; cc += 16) {
         for (int64_t rr = r0; rr < r1; rr += 16) {
             const int64_t r_end = std::min(rr + 16, r1);
             for (int64_t c = cc; c < std::min(cc + 16, c1); ++c) {
-                const pass_row at  = rows[c];
-                const char *   x   = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
-                auto *         out = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]);
+                const char * x   = input_of(o, dst, rows[c]);
+                float *      out = output_of(dst, rows[c]);
                 for (int64_t r = rr; r < r_end; ++r) {
                     o.vec_dot((int) ne00, &tmp[r - rr], 0, slice + r * nb01, 0, x, 0, 1);
                 }
@@ -67,18 +74,16 @@ static void multiply_tiles(const operand & o, ggml_tensor * dst, const char * sl
                            int64_t r1, int64_t c0, int64_t c1) {
     thread_local std::vector<std::byte> room;
 
-    const int64_t n    = o.weights.ne[0];
-    const int64_t ne11 = dst->src[1]->ne[1];
+    const int64_t n = o.weights.ne[0];
     room.resize(o.tiles->prepared_bytes(n, GEMM_ROWS) + 64);
-    auto * inputs = (std::byte *) (((uintptr_t) room.data() + 63) / 64 * 64);
+    auto * inputs = (std::byte *) align_up((size_t) room.data(), 64);
     for (int64_t c = c0; c < c1; c += GEMM_ROWS) {
         const int64_t n_c = std::min(GEMM_ROWS, c1 - c);
         const char *  x[GEMM_ROWS];
         float *       out[GEMM_ROWS];
         for (int64_t i = 0; i < n_c; ++i) {
-            const pass_row at = rows[c + i];
-            x[i]              = o.rows + (at.slot % ne11) * o.row_stride[0] + at.token * o.row_stride[1];
-            out[i]            = (float *) ((char *) dst->data + at.slot * dst->nb[1] + at.token * dst->nb[2]) + r0;
+            x[i]   = input_of(o, dst, rows[c + i]);
+            out[i] = output_of(dst, rows[c + i]) + r0;
         }
         o.tiles->prepare(x, n, n_c, inputs);
         o.tiles->multiply(n, slice + r0 * o.weights.nb[1], o.weights.nb[1], r1 - r0, inputs, n_c, out);
@@ -91,17 +96,12 @@ static void multiply_repacked(const operand & o, ggml_tensor * dst, const char *
     if (r0 >= r1) {
         return;
     }
-    const auto    n    = (int) o.weights.ne[0];
-    const auto    n_r  = (int) (r1 - r0);
-    const int64_t ne11 = dst->src[1]->ne[1];
-    const char *  w    = slice + r0 * o.weights.nb[1];
-    const auto    x    = [&](int64_t c) {
-        return o.rows + (rows[c].slot % ne11) * o.row_stride[0] + rows[c].token * o.row_stride[1];
-    };
-    const auto out = [&](int64_t c) {
-        return (float *) ((char *) dst->data + rows[c].slot * dst->nb[1] + rows[c].token * dst->nb[2]) + r0;
-    };
-    int64_t c = c0;
+    const auto   n   = (int) o.weights.ne[0];
+    const auto   n_r = (int) (r1 - r0);
+    const char * w   = slice + r0 * o.weights.nb[1];
+    const auto   x   = [&](int64_t c) { return input_of(o, dst, rows[c]); };
+    const auto   out = [&](int64_t c) { return output_of(dst, rows[c]) + r0; };
+    int64_t      c   = c0;
     if (o.by_gemm) {
         thread_local std::vector<char>  inputs;
         thread_local std::vector<float> results;

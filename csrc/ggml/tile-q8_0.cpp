@@ -1,5 +1,7 @@
 #include "tile-q8_0.h"
 
+#include "../base/memory.h"
+
 #include "ggml-cpu.h"
 #include "ggml.h"
 
@@ -280,7 +282,7 @@ bool has_bits_of_upstream(const tile_kernel & kernel) {
         }
     }
     std::vector<std::byte> room(kernel.prepared_bytes(N, N_C) + 64);
-    auto *                 prepared = (std::byte *) (((uintptr_t) room.data() + 63) / 64 * 64);
+    auto *                 prepared = (std::byte *) align_up((size_t) room.data(), 64);
     kernel.prepare(inputs, N, N_C, prepared);
     kernel.multiply(N, rows.data(), row, N_R, prepared, N_C, out);
     return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;

@@ -15,14 +15,13 @@ from typing import Any, BinaryIO, Callable, Dict, List, Optional, Tuple, Union
 import numpy as np
 import numpy.typing as npt
 
-from ._handle import fingerprint
 from ._memory import Size
 from .convert.header import TensorInfo, pad, string_value, strings_value, u32_value, write_header
 from .convert.imatrix import imatrix_path
 from .errors import HobbitError, ParameterError
 from .llama import Llama
 from .params import OffloadParams
-from .trace.record import decode_sequence, sequences_of
+from .trace.record import decode_sequence, load_for_text, sequences_of
 
 __all__ = ["ImatrixReport", "imatrix_path", "record_imatrix"]
 
@@ -87,28 +86,20 @@ def record_imatrix(
         ParameterError: there is no text, or no token of it is wanted.
         HobbitError: the model gives numbers that are not finite; and what `hobbit_cpp.Llama` raises.
     """
-    if context < 2:
-        raise ParameterError("a context of fewer than 2 tokens has no text in it")
-    if n_tokens is not None and n_tokens < 1:
-        raise ParameterError(f"{n_tokens} tokens are none")
     if batch < 1:
         raise ParameterError(f"a batch of {batch} tokens is none")
-    batch = min(batch, context)
-    fingerprint(os.fspath(model))  # a model without experts is refused before it is loaded
-    llm = _Collecting(
+    llm = load_for_text(
         model,
-        # low copies are of no use here, and a sidecar of another model no obstacle
-        offload=OffloadParams(exact=True, low_model=False, heat=False),
+        _Collecting,
+        OffloadParams(exact=True, low_model=False, heat=False),
+        n_tokens=n_tokens,
+        context=context,
+        batch=batch,
         memory=memory,
         expert_cache=expert_cache,
-        n_ctx=context,
-        n_batch=batch,
-        n_ubatch=batch,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,  # or the last layer is computed for the last token of a batch only
-        verbose=False,
+        threads=threads,
     )
+    batch = llm.n_batch
     try:
         sequences = sequences_of(llm, text, context, False, n_tokens)
         total = sum(map(len, sequences))

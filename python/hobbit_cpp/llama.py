@@ -9,7 +9,7 @@ import ctypes
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
 
 import numpy as np
 
@@ -96,30 +96,16 @@ class Llama(OffloadMethods, _Llama):
     ) -> None:
         self._begin(progress)
         path = os.fspath(model_path)
+        ours: Dict[str, Any] = {"exact": exact, "precision_rule": precision_rule, "expert_cache": expert_cache}
+        ours.update(low_model=low_model, quality=quality, calibration=calibration)
         if offload is None:
-            check_without_offload(
-                memory=memory,
-                expert_cache=expert_cache,
-                exact=exact,
-                precision_rule=precision_rule,
-                low_model=low_model,
-                quality=quality,
-                calibration=calibration,
-            )
+            check_without_offload(memory=memory, **ours)
             with errors_explained(path):
                 super().__init__(path, **kwargs)
             self._fit_arrays()
             return
 
-        params = OffloadParams.of(
-            offload,
-            exact=exact,
-            precision_rule=precision_rule,
-            expert_cache=expert_cache,
-            low_model=low_model,
-            quality=quality,
-            calibration=calibration,
-        )
+        params = OffloadParams.of(offload, **ours)
         check_with_offload(path, kwargs, Llama.__init__, _Llama.__init__)
         if kwargs.get("embedding"):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.

@@ -66,14 +66,15 @@ class ChatRequest(_ChatRequest):  # type: ignore[misc]
     @pydantic.model_validator(mode="before")
     @classmethod
     def _as_openai_has_it(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
+        if not isinstance(data, dict):
+            return data  # which is told
+        if data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
             data = {**data, "max_tokens": data["max_completion_tokens"]}
         _check_request(data)
-        if isinstance(data, dict):
-            if not data.get("messages"):
-                raise ValueError("there are no messages")
-            data = {**data, **_tools_with_parameters(data)}
-        form = data.get("response_format") if isinstance(data, dict) else None
+        if not data.get("messages"):
+            raise ValueError("there are no messages")
+        data = {**data, **_tools_with_parameters(data)}
+        form = data.get("response_format")
         if not isinstance(form, dict) or form.get("type") != "json_schema":
             return data
         given = form.get("json_schema")
@@ -88,8 +89,10 @@ class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
     @pydantic.model_validator(mode="before")
     @classmethod
     def _one_answer(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data  # which is told
         _check_request(data)
-        prompt = data.get("prompt") if isinstance(data, dict) else None
+        prompt = data.get("prompt")
         if not prompt or prompt == [""]:
             raise ValueError("there is no prompt")
         if isinstance(prompt, list) and len(prompt) != 1:
@@ -120,10 +123,8 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _check_request(data: Any) -> None:
+def _check_request(data: dict[str, Any]) -> None:
     """Of both kinds of completions."""
-    if not isinstance(data, dict):
-        return
     for name in ("n", "best_of"):
         if data.get(name) not in (None, 1):
             raise ValueError(f"{name} must be 1: a request has one answer")

@@ -49,6 +49,49 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
     return pieces
 
 
+def load_for_text(
+    model: Union[str, os.PathLike[str]],
+    model_class: Any,
+    params: OffloadParams,
+    *,
+    n_tokens: Optional[int],
+    context: int,
+    batch: int,
+    memory: Optional[Size],
+    expert_cache: Optional[Size],
+    threads: Optional[int],
+) -> Any:
+    """A model that a text is to run through, for what its layers do with it.
+
+    Args:
+        params: without low copies, which are of no use for that; so a sidecar of another model is no obstacle.
+        batch: tokens a llama_decode; not more than `context`.
+
+    Raises:
+        ParameterError: no text, or no token of it.
+        NotMoeError: before anything is loaded; and what `model_class` raises.
+    """
+    if context < 2:
+        raise ParameterError("a context of fewer than 2 tokens has no text in it")
+    if n_tokens is not None and n_tokens < 1:
+        raise ParameterError(f"{n_tokens} tokens are none")
+    fingerprint(os.fspath(model))
+    batch = min(batch, context)
+    return model_class(
+        model,
+        offload=params,
+        memory=memory,
+        expert_cache=expert_cache,
+        n_ctx=context,
+        n_batch=batch,
+        n_ubatch=batch,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=True,  # or the last layer is computed for the last token of a batch only
+        verbose=False,
+    )
+
+
 def record(
     model: Union[str, os.PathLike[str]],
     text: str,
@@ -82,26 +125,18 @@ def record(
     """
     from ..llama import Llama
 
-    if context < 2:
-        raise ParameterError("a context of fewer than 2 tokens has no text in it")
-    if n_tokens is not None and n_tokens < 1:
-        raise ParameterError(f"{n_tokens} tokens are none")
-    fingerprint(os.fspath(model))  # a model without experts is refused before it is loaded
-    batch = min(context, 128)  # llama.cpp keeps the logits of all of them
-    llm = Llama(
+    llm = load_for_text(
         model,
-        # low copies are of no use here, and a sidecar of another model no obstacle
-        offload=OffloadParams(exact=True, low_model=False, prefetch_depth=0, heat=False),
+        Llama,
+        OffloadParams(exact=True, low_model=False, prefetch_depth=0, heat=False),
+        n_tokens=n_tokens,
+        context=context,
+        batch=128,  # llama.cpp keeps the logits of all of them
         memory=memory,
         expert_cache=expert_cache,
-        n_ctx=context,
-        n_batch=batch,
-        n_ubatch=batch,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,  # or the last layer is computed for the last token of a batch only
-        verbose=False,
+        threads=threads,
     )
+    batch = llm.n_batch
     try:
         session = llm._offloaded()
         sequences = sequences_of(llm, text, context, documents, n_tokens)
