@@ -202,6 +202,14 @@ HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_
  * scores seen. Not during llama_decode. */
 HOBBIT_API hobbit_status hobbit_session_set_thresholds(hobbit_session * session, float t1, float t2, hobbit_error * error);
 
+/* How much it costs to serve each MoE layer low (`hobbit calibrate`): `a` [n], n = n_moe_layer, proportional to the root of the divergence
+ * from exact mode when that layer alone is low. A selection with share g of its token's router weight then has the score
+ *     s = 1 - a g
+ * in place of HOBBIT's eq. 2, for T1 and T2 to be compared with; the largest of a token is never skipped. NULL: eq. 2 again.
+ * For a session that is started, from the next batch on. Not during llama_decode. */
+HOBBIT_API hobbit_status hobbit_session_set_sensitivity(hobbit_session * session, const float * a, uint64_t n,
+                                                        hobbit_error * error);
+
 /* A new sequence starts: sequence-level statistics (HOBBIT section 3.4) are reset, the cache keeps its contents. */
 HOBBIT_API void hobbit_session_begin_sequence(hobbit_session * session);
 
@@ -228,6 +236,8 @@ typedef struct hobbit_counts {
     double   mass_total; /* sum of router weights, normalised over each token's selection */
     double   mass_low;   /* of these served in low precision */
     double   mass_skipped;
+    double   cost_asked;        /* sum of (a g)^2, see hobbit_session_set_sensitivity, of what may be served low */
+    double   cost_low;          /* of what was */
     uint64_t prefetches;        /* experts whose prefetch was started */
     uint64_t prefetches_useful; /* whole before they were asked for, and asked for */
     uint64_t prefetches_late;   /* asked for while still in flight */

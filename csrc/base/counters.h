@@ -16,6 +16,8 @@ namespace hobbit {
     X(mass_total)          \
     X(mass_low)            \
     X(mass_skipped)        \
+    X(cost_asked)          \
+    X(cost_low)            \
     X(prefetches)          \
     X(prefetches_useful)   \
     X(prefetches_late)     \

@@ -330,3 +330,10 @@ hobbit_status hobbit_session_set_thresholds(hobbit_session * s, float t1, float 
         s->core->set_thresholds(t1, t2);
     });
 }
+
+hobbit_status hobbit_session_set_sensitivity(hobbit_session * s, const float * a, uint64_t n, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        s->core->set_sensitivity(a, n);
+    });
+}

@@ -68,6 +68,10 @@ void dispatcher::set_thresholds(policy::thresholds t) {
     how_.t            = thresholds_given_ ? t : policy::default_thresholds(index_.n_expert_used);
 }
 
+void dispatcher::set_sensitivity(std::vector<float> a) {
+    how_.sensitivity = a.empty() ? nullptr : std::make_shared<const std::vector<float>>(std::move(a));
+}
+
 void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t * ids) {
     if (layer == 0) {
         routing_->begin_pass(sel.n_tokens);

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace hobbit {
 
@@ -38,6 +39,9 @@ class dispatcher {
 
     // Not while a batch is computed. t1 < 0: at the paper's quantiles of the scores seen.
     void set_thresholds(policy::thresholds t);
+
+    // Of each layer; empty: not known.
+    void set_sensitivity(std::vector<float> a);
 
     layer_pass & pass() { return pass_; }
 

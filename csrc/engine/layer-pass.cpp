@@ -32,7 +32,8 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
     scores_.resize(sel.k);
     if (by_weight) {
         for (uint32_t i = 0; i < sel.n_tokens; ++i) {
-            policy::assess(sel.weights + i * sel.weights_stride, sel.k, how, &needs_[(size_t) i * sel.k], scores_.data());
+            policy::assess(sel.weights + i * sel.weights_stride, sel.k, layer, how, &needs_[(size_t) i * sel.k],
+                           scores_.data());
             if (profile != nullptr) {
                 profile->add(scores_.data(), sel.k);
             }
@@ -115,12 +116,13 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
     hobbit_counts masses = {};
     for (uint32_t token = 0; token < sel.n_tokens; ++token) {
         const float * weights = sel.weights == nullptr ? nullptr : sel.weights + token * sel.weights_stride;
-        float         sum = 0.0f, low = 0.0f, skipped = 0.0f;
+        float         sum = 0.0f, low = 0.0f, skipped = 0.0f, squares_asked = 0.0f, squares_low = 0.0f;
         for (uint32_t j = 0; j < sel.k; ++j) {
             const size_t   s    = (size_t) token * sel.k + j;
             const uint32_t item = item_of_[(size_t) want_index(s)];
             const float    w    = weights == nullptr ? 0.0f : weights[j];
             sum += w;
+            squares_asked += needs_[s] == need::low ? w * w : 0.0f;
             if (item == NONE) {
                 skipped_.push_back({ (int32_t) j, (int32_t) token });
                 skipped += w;
@@ -128,6 +130,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
                 pass_item & it                    = items_[item];
                 rows_[it.first_row + it.n_rows++] = { (int32_t) j, (int32_t) token };
                 low += it.prec == precision::low ? w : 0.0f;
+                squares_low += it.prec == precision::low ? w * w : 0.0f;
             }
             if (out_weights != nullptr) {
                 out_weights[s] = item == NONE ? 0.0f : w;
@@ -137,6 +140,11 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
             masses.mass_total += 1.0;
             masses.mass_low += low / sum;
             masses.mass_skipped += skipped / sum;
+            if (how.sensitivity) {
+                const float scale = (*how.sensitivity)[layer] / sum;
+                masses.cost_asked += squares_asked * scale * scale;
+                masses.cost_low += squares_low * scale * scale;
+            }
             // What an expert makes of a scaled input is not the scaled output, so gains are left as they are.
             if (out_weights != nullptr && renormalize && !sel.gains && skipped > 0.0f && sum > skipped) {
                 for (uint32_t j = 0; j < sel.k; ++j) {

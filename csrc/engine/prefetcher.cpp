@@ -255,7 +255,7 @@ void prefetcher::predict_token(const job & j) {
         needs.assign(n_read, policy::need::high);
         // By `demand` what is read ahead is high, and so is by any rule what is read beyond the k that are expected.
         if (j.how.by_weight(n_used) && j.how.rule != policy::precision_rule::demand) {
-            policy::assess(found.weights.data(), n_used, j.how, needs.data(), nullptr);
+            policy::assess(found.weights.data(), n_used, to, j.how, needs.data(), nullptr);
         }
         wants.clear();
         for (uint32_t i = 0; i < n_read; ++i) {

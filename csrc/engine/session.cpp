@@ -109,6 +109,24 @@ void session::set_thresholds(float t1, float t2) {
     dispatcher_->set_thresholds({ t1, t2 });
 }
 
+void session::set_sensitivity(const float * a, uint64_t n) {
+    if (!dispatcher_) {
+        fail(HOBBIT_ERR_STATE, "the session is not started");
+    }
+    std::vector<float> by_layer;
+    if (a != nullptr) {
+        if (n != index_.layers().size()) {
+            fail(HOBBIT_ERR_INVALID_ARGUMENT, format("the sensitivity of %llu layers, for a model with %zu of experts",
+                                                     (unsigned long long) n, index_.layers().size()));
+        }
+        by_layer.assign(a, a + n);
+        if (std::any_of(by_layer.begin(), by_layer.end(), [](float x) { return !(x >= 0.0f && std::isfinite(x)); })) {
+            fail(HOBBIT_ERR_INVALID_ARGUMENT, "a sensitivity is below 0 or not finite");
+        }
+    }
+    dispatcher_->set_sensitivity(std::move(by_layer));
+}
+
 void session::route(uint32_t layer, const void * key, layer_pass::selections sel, int32_t * ids, const router_rows & rows,
                     float * out_weights) {
     try {

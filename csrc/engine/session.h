@@ -94,6 +94,10 @@ class session : public std::enable_shared_from_this<session> {
     // before start.
     void set_thresholds(float t1, float t2);
 
+    // How much each of the `n` MoE layers suffers from low precision, NULL: not known. As set_thresholds, and throws
+    // HOBBIT_ERR_INVALID_ARGUMENT for another number of layers or a value that is not finite or below 0.
+    void set_sensitivity(const float * a, uint64_t n);
+
     void set_arrival_hook(expert_store::arrival_hook hook) { on_arrival_ = std::move(hook); }
 
     void set_routers(std::unique_ptr<router_source> routers) { routers_ = std::move(routers); }

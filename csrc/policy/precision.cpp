@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
 
 namespace hobbit::policy {
 
@@ -33,6 +32,18 @@ void classify(const float * weights, uint32_t k, thresholds t, need * needs, flo
             scores[at] = s;
         }
         s += weights[at] * scale;
+    }
+}
+
+void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sensitivity, need * needs, float * scores) {
+    const float sum     = std::accumulate(weights, weights + k, 0.0f);
+    const auto  largest = (uint32_t) (std::max_element(weights, weights + k) - weights);
+    for (uint32_t i = 0; i < k; ++i) {
+        const float s = sum > 0.0f ? 1.0f - sensitivity * weights[i] / sum : 0.0f;
+        needs[i]      = s <= t.t1 ? need::high : s <= t.t2 || i == largest ? need::low : need::skip;
+        if (scores != nullptr) {
+            scores[i] = s;
+        }
     }
 }
 
@@ -76,14 +87,18 @@ void classify_popularity(const uint32_t * counts, uint32_t n_expert, float share
     }
 }
 
-void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores) {
+void assess(const float * weights, uint32_t k, uint32_t layer, const serving & how, need * needs, float * scores) {
     switch (how.rule) {
         case precision_rule::exact:
             std::fill_n(needs, k, need::high);
             break;
         case precision_rule::miss:
         case precision_rule::weight:
-            classify(weights, k, how.t, needs, scores);
+            if (how.sensitivity) {
+                classify_by_cost(weights, k, how.t, (*how.sensitivity)[layer], needs, scores);
+            } else {
+                classify(weights, k, how.t, needs, scores);
+            }
             break;
         case precision_rule::drop:
             classify_drop(weights, k, how.drop_fraction, needs);

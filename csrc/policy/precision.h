@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 namespace hobbit::policy {
 
@@ -35,6 +37,14 @@ thresholds default_thresholds(uint32_t k);
 // i == 0 or s[i] <= t1: high;  s[i] <= t2: low;  else skip. `scores` (may be NULL) receives s in the order of `weights`.
 void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores);
 
+// The same by what serving a selection low costs, where that was measured (`hobbit calibrate`). `sensitivity`: of this layer, in
+// proportion to the root of the divergence from exact mode when the layer alone is served low, the largest of all layers 1.
+// What a low copy adds to the output is in proportion to the selection's share g of the token's router weight, and a divergence to
+// its square, so the selections that cost least are those of the smallest a g:
+//     s = 1 - a g
+// is compared with T1 and T2 in place of eq. 2. The largest is never skipped, but may be low.
+void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sensitivity, need * needs, float * scores);
+
 // The rule `drop` needs no low copies: a selection with less than `fraction` / k of the token's router weight is skipped when its
 // expert is not there. The largest is kept.
 void classify_drop(const float * weights, uint32_t k, float fraction, need * needs);
@@ -57,6 +67,9 @@ struct serving {
     uint32_t       max_experts   = 0;               // most experts a token; 0: all that were selected
     float          prefill_low   = 0.0f;  // of a batch, the share of the selections whose experts are low, see below
 
+    // Of each MoE layer, see classify_by_cost(). NULL: not measured, scores are those of eq. 2. Shared with the prefetch thread.
+    std::shared_ptr<const std::vector<float>> sensitivity;
+
     // The least popular experts of a batch in low precision: see classify_popularity().
     bool by_popularity(uint32_t n_tokens) const {
         return n_tokens > 1 && prefill_low > 0.0f && (rule == precision_rule::demand || rule == precision_rule::miss);
@@ -68,8 +81,9 @@ struct serving {
     bool limits(uint32_t k) const { return max_experts > 0 && max_experts < k; }
 };
 
-// The needs of one token by all of this (by `demand`: low; what is there in high precision serves it). `scores` as above, written by the rules `miss` and `weight`.
-void assess(const float * weights, uint32_t k, const serving & how, need * needs, float * scores);
+// The needs of one token in an MoE layer by all of this (by `demand`: low; what is there in high precision serves it). `scores` as above,
+// written by the rules `miss` and `weight`.
+void assess(const float * weights, uint32_t k, uint32_t layer, const serving & how, need * needs, float * scores);
 
 // The distribution of unimportance scores on the model at hand, from which thresholds are taken at the paper's quantiles
 // (67 % high, 30 % low, 3 % skipped of all selections).

@@ -207,7 +207,7 @@ bound_result replay::bound(const hobbit_params & params, uint64_t pool_bytes) co
         }
         for (uint32_t layer = 0; layer < routing_.n_layer(); ++layer) {
             if (how.by_weight(k)) {
-                policy::assess(routing_.row_weights(row, layer), k, how, needs.data(), scores.data());
+                policy::assess(routing_.row_weights(row, layer), k, layer, how, needs.data(), scores.data());
                 if (adaptive) {
                     profile.add(scores.data(), k);
                 }

@@ -44,6 +44,8 @@ class Observed(Handle):
             selections=int(t.selections),
             low=int(t.hits_low + t.loads_low),
             skipped=int(t.skips),
+            cost_asked=float(t.cost_asked),
+            cost_low=float(t.cost_low),
         )
 
     def stats(self) -> OffloadStats:

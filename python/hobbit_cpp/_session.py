@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import warnings
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 from . import _heat, _memory
 from ._handle import fingerprint
@@ -151,6 +151,8 @@ class Session(Observed):
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
         self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
+        if self.params.sensitivity is not None:
+            self.set_sensitivity(self.params.sensitivity)
         stats = self.stats()
         if self.params.yield_memory:
             self._yield_memory()
@@ -237,6 +239,12 @@ class Session(Observed):
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_set_thresholds(self._alive(), t1, t2, error), error)
         self._thresholds = (t1, t2)
+
+    def set_sensitivity(self, a: Optional[Sequence[float]]) -> None:
+        """How much each MoE layer suffers from low precision, from the next batch on; None: scores are those of eq. 2."""
+        error = self._ffi.new("hobbit_error *")
+        values = self._ffi.NULL if a is None else self._ffi.new("float[]", list(a))
+        self._check(self._lib.hobbit_session_set_sensitivity(self._alive(), values, len(a or ()), error), error)
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())

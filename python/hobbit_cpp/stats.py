@@ -15,6 +15,7 @@ class OffloadCounts:
     In a batch the first selection of an expert that had to be read is the load, the others are hits. A hit is late
     (`prefetches_late`) when a read ahead of it was not through yet. Router mass is the
     sum of router weights, normalised over each token's selection: `mass_total` is the number of (token, layer) pairs.
+    `cost_asked`: sum of (a g)^2 (see `OffloadParams.sensitivity`) over what may be served low; `cost_low`: over what was.
     """
 
     selections: int = 0
@@ -26,6 +27,8 @@ class OffloadCounts:
     mass_total: float = 0.0
     mass_low: float = 0.0
     mass_skipped: float = 0.0
+    cost_asked: float = 0.0
+    cost_low: float = 0.0
     prefetches: int = 0
     prefetches_useful: int = 0
     prefetches_late: int = 0
@@ -105,13 +108,16 @@ class OffloadStats(OffloadCounts):
 
 @dataclass(frozen=True)
 class Served:
-    """Totals: tokens computed, bytes read; selections, and those of them that were served in low precision or skipped."""
+    """Totals: tokens computed, bytes read; selections, those of them that were served low or skipped, and what the low ones cost,
+    asked for and served (`OffloadCounts`)."""
 
     tokens: int = 0
     n_bytes: int = 0
     selections: int = 0
     low: int = 0
     skipped: int = 0
+    cost_asked: float = 0.0
+    cost_low: float = 0.0
 
     def __sub__(self, o: Served) -> Served:
         return Served(
@@ -120,4 +126,6 @@ class Served:
             self.selections - o.selections,
             self.low - o.low,
             self.skipped - o.skipped,
+            self.cost_asked - o.cost_asked,
+            self.cost_low - o.cost_low,
         )

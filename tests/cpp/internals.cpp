@@ -127,7 +127,7 @@ EXPORT void t_assess(const float * weights, uint32_t k, int rule, float t1, floa
     how.t             = { t1, t2 };
     how.drop_fraction = drop;
     how.max_experts   = most;
-    policy::assess(weights, k, how, (policy::need *) needs, scores);
+    policy::assess(weights, k, 0, how, (policy::need *) needs, scores);
 }
 
 EXPORT int t_resolve(int rule, int need, int high, int low) {

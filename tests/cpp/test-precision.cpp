@@ -35,7 +35,7 @@ std::string dropped(const std::vector<float> & weights, float fraction) {
 std::string assessed(const std::vector<float> & weights, const serving & how) {
     std::vector<need>  needs(weights.size());
     std::vector<float> scores(weights.size());
-    assess(weights.data(), (uint32_t) weights.size(), how, needs.data(), scores.data());
+    assess(weights.data(), (uint32_t) weights.size(), 0, how, needs.data(), scores.data());
     return letters(needs);
 }
 
@@ -215,6 +215,42 @@ TEST("dropping keeps the largest, and drops more with a larger F") {
         for (size_t j = 0; j < weights.size(); ++j) {
             CHECK(few[j] == 'h' || more[j] == '-');
         }
+    }
+}
+
+TEST("by cost: a smaller weight in a less sensitive layer goes first, and the largest is never skipped") {
+    const auto by_cost = [](const std::vector<float> & weights, thresholds t, float sensitivity,
+                            std::vector<float> * s = nullptr) {
+        std::vector<need>  needs(weights.size());
+        std::vector<float> scores(weights.size());
+        classify_by_cost(weights.data(), (uint32_t) weights.size(), t, sensitivity, needs.data(), scores.data());
+        if (s != nullptr) {
+            *s = scores;
+        }
+        return letters(needs);
+    };
+    const std::vector<float> w = { 1.0f, 4.0f, 2.0f, 3.0f };
+    std::vector<float>       s;
+    CHECK_EQ(by_cost(w, { 0.75f, 0.85f }, 1.0f, &s), "-hlh");
+    CHECK(near(s, { 0.9f, 0.6f, 0.8f, 0.7f }));
+    CHECK_EQ(by_cost(w, { 0.75f, 0.85f }, 0.5f, &s), "-l-l");
+    CHECK(near(s, { 0.95f, 0.8f, 0.9f, 0.85f }));
+    CHECK_EQ(by_cost(w, { 0.0f, 0.0f }, 1.0f), "-l--");
+    CHECK_EQ(by_cost(w, { 0.0f, 1.0f }, 1.0f), "llll");
+    CHECK_EQ(by_cost(w, { 1.0f, 1.0f }, 1.0f), "hhhh");
+    CHECK_EQ(by_cost(w, { 0.5f, 1.0f }, 0.0f), "llll");  // how a layer is measured: it is low as a whole,
+    CHECK_EQ(by_cost(w, { 0.5f, 1.0f }, 1e9f), "hhhh");  // and the others are high
+    CHECK_EQ(by_cost({ 0.0f, 0.0f }, { 0.5f, 0.6f }, 1.0f), "hh");
+
+    serving how;
+    how.rule        = precision_rule::miss;
+    how.t           = { 0.75f, 0.85f };
+    how.sensitivity = std::make_shared<const std::vector<float>>(std::vector<float> { 1.0f, 0.5f });
+    for (uint32_t layer = 0; layer < 2; ++layer) {
+        std::vector<need>  needs(4);
+        std::vector<float> scores(4);
+        assess(w.data(), 4, layer, how, needs.data(), scores.data());
+        CHECK_EQ(letters(needs), layer == 0 ? "-hlh" : "-l-l");
     }
 }
 

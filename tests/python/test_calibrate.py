@@ -35,10 +35,14 @@ def made_up_weights(k: int, tokens: int = 4000, layers: int = 2) -> Any:
     return np.random.default_rng(k).dirichlet(np.ones(k), (tokens, layers)).astype(np.float32)
 
 
+SENSITIVITY = (1.0, 0.4)
+
+
 def made_up_curve(k: int = 4, kl: Any = lambda low, skipped: 0.02 * low + 0.4 * skipped, ratio: float = 1.0) -> cv.Curve:
     grid = [(a, s) for s in cv.SKIPPED_SHARES for a in cv.LOW_SHARES if a or s]
     points = tuple(cv.Point(a, s, 0, 1, (0, 0, 0), ratio * kl(a, s), 1e-6, kl(a, s), 1) for a, s in grid)
-    return cv.Curve(k, 0.5, cv.score_quantiles(made_up_weights(k)), points)
+    scores = cv.scores_by_cost(made_up_weights(k), SENSITIVITY)
+    return cv.Curve(k, 0.5, SENSITIVITY, cv.quantiles_of(scores[0]), cv.quantiles_of(scores[1]), points)
 
 
 # ---- the curve -------------------------------------------------------------------------------------------------------
@@ -49,18 +53,43 @@ def test_scores_by_hand() -> None:
     np.testing.assert_allclose(scores, [0.5, 0.875, 0.5, 1.0])
 
 
+def test_scores_by_cost_by_hand() -> None:
+    everything, beyond_first = cv.scores_by_cost(np.array([[[1.0, 3.0, 4.0], [1.0, 0.0, 1.0]]]), (1.0, 0.5))
+    np.testing.assert_allclose(everything, [0.5, 0.625, 0.875, 0.75, 0.75, 1.0])
+    np.testing.assert_allclose(beyond_first, [0.625, 0.875, 0.75, 1.0])
+
+
+def test_sensitivity_goes_by_the_root_and_no_layer_is_for_nothing() -> None:
+    assert cv.sensitivity_of([0.04, 0.01, 0.09]) == pytest.approx((2 / 3, 1 / 3, 1), abs=1e-4)
+    assert cv.sensitivity_of([0.9, -0.1, 0.1]) == pytest.approx((1, (0.03 / 0.9) ** 0.5, (0.1 / 0.9) ** 0.5), abs=1e-4)
+    assert cv.sensitivity_of([0, 0]) == (1, 1)
+
+
 @pytest.mark.parametrize("k", [2, 4, 8])
-@pytest.mark.parametrize(("low", "skipped"), [(0, 0), (1, 0), (0.5, 0), (0, 0.15), (1, 0.1), (0.3, 0.05)])
+@pytest.mark.parametrize(("low", "skipped"), [(0, 0), (1, 0), (0.5, 0), (0.1, 0.15), (1, 0.1), (0.3, 0.05)])
 def test_thresholds_serve_the_shares_that_they_should(k: int, low: float, skipped: float) -> None:
     curve = made_up_curve(k)
     t1, t2 = curve.thresholds(low, skipped)
-    scores = np.concatenate([np.zeros(len(cv.scores_beyond_first(made_up_weights(k))) // (k - 1)),
-                             cv.scores_beyond_first(made_up_weights(k))])  # fmt: skip
-    high, lower = float((scores <= t1).mean()), float(((scores > t1) & (scores <= t2)).mean())
+    weights = made_up_weights(k)
+    scores = (1 - np.array(SENSITIVITY)[:, None] * weights / weights.sum(-1, keepdims=True)).reshape(-1, k)
+    largest = weights.reshape(-1, k).argmax(-1)
+    high = scores <= t1
+    left_out = scores > t2
+    left_out[np.arange(len(scores)), largest] = False
     want = curve.shares(low, skipped)
-    np.testing.assert_allclose([high, lower, 1 - high - lower], want, atol=2e-3)
+    np.testing.assert_allclose([high.mean(), 1 - high.mean() - left_out.mean(), left_out.mean()], want, atol=2e-3)
     assert sum(want) == pytest.approx(1)
-    assert (t1 == 0) == (low == 1), "all but the top-1 is reached exactly"
+    assert (t1 == 0) == (low == 1), "all low is reached exactly"
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_the_papers_quantiles(k: int) -> None:
+    weights = made_up_weights(k)
+    t1, t2 = cv.paper_quantiles(weights)
+    beyond = cv.scores_beyond_first(weights)
+    first = len(beyond) / (k - 1)
+    assert (first + (beyond <= t1).sum()) / (k * first) == pytest.approx(max(0.67, 1 / k), abs=2e-3)
+    assert (beyond > t2).sum() / (k * first) == pytest.approx(0.03, abs=2e-3)
 
 
 def test_loss_is_that_of_the_points_and_never_falls() -> None:
@@ -81,10 +110,11 @@ def test_one_ratio_for_all_points() -> None:
     def point(low: float, loss: float, se: float, kl: float) -> cv.Point:
         return cv.Point(low, 0.0, 0, 1, (0, 0, 0), loss, se, kl, 1)
 
-    curve = cv.Curve(2, 0.5, (0.5, 1.0), (point(0.5, 0.012, 0.01, 0.01), point(1.0, 0.03, 0.02, 0.04)))
+    points = (point(0.5, 0.012, 0.01, 0.01), point(1.0, 0.03, 0.02, 0.04))
+    curve = cv.Curve(2, 0.5, (1.0,), (0.5, 1.0), (0.5, 1.0), points)
     # by hand: weights (kl / se)^2 = 1 and 4, slopes 1.2 and 0.75
     assert curve.ratio == pytest.approx(((1.2 + 4 * 0.75) / 5, 0.5))
-    lucky = cv.Curve(2, 0.5, (0.5, 1.0), tuple(replace(p, loss=-p.loss) for p in made_up_curve().points))
+    lucky = replace(made_up_curve(), points=tuple(replace(p, loss=-p.loss) for p in made_up_curve().points))
     assert lucky.ratio[0] == pytest.approx(-1)
     assert lucky.loss(1, 0) == pytest.approx(cv.RATIO_FLOOR * 0.02), "a text that gains by chance promises nothing"
 
@@ -181,12 +211,13 @@ def test_feedback_holds_the_bytes_while_the_cache_changes() -> None:
 
 
 class FakeCache:
-    """Serves high what is cached; told its thresholds."""
+    """Serves high what is cached, which has a part of the cost; told its thresholds."""
 
     def __init__(self, curve: cv.Curve, misses: float) -> None:
         self.curve, self.misses = curve, misses
         self.served = Served()
         self.at = (0.0, 0.0)
+        self.cost = 0.01
 
     def apply(self, t1: float, t2: float) -> None:
         self.at = next(p[2:] for p in self.curve.frontier if self.curve.thresholds(*p[2:]) == (t1, t2))
@@ -194,8 +225,12 @@ class FakeCache:
     def decode(self) -> None:
         s, n = self.served, 10_000
         _, low, skipped = self.curve.shares(*self.at)
-        low, skipped = int(n * self.misses * low), int(n * self.misses * skipped)
-        self.served = Served(s.tokens + 1, s.n_bytes + 1, s.selections + n, s.low + low, s.skipped + skipped)
+        served = int(n * self.misses * low), int(n * self.misses * skipped)
+        costs = n * low * self.cost, n * self.misses * low * self.cost
+        self.served = Served(
+            s.tokens + 1, s.n_bytes + 1, s.selections + n, s.low + served[0], s.skipped + served[1],
+            s.cost_asked + costs[0], s.cost_low + costs[1],
+        )  # fmt: skip
 
     def counts(self) -> Served:
         return self.served
@@ -203,7 +238,7 @@ class FakeCache:
     def loss(self) -> float:
         _, low, skipped = self.curve.shares(*self.at)
         low, skipped = self.misses * low, self.misses * skipped
-        return float(self.curve.loss(low / (1 - 1 / self.curve.k - skipped), skipped))
+        return float(self.curve.loss(low / (1 - skipped), skipped))
 
 
 @pytest.mark.parametrize("misses", [1.0, 0.5, 0.2])
@@ -219,6 +254,20 @@ def test_what_the_cache_serves_high_leaves_room_for_more_in_low_precision(misses
     assert engine.loss() <= math.log(1.01) * 1.05
     assert engine.loss() >= math.log(1.01) * 0.9 or engine.curve.loss(*engine.at) == pytest.approx(most)
     assert float(engine.curve.loss(*engine.at)) >= by_weight_alone
+
+
+def test_what_the_cache_spares_counts_by_its_cost() -> None:
+    """Half of what is asked for low is cached, but that of little weight: the loss is hardly less than without a cache."""
+    engine = FakeCache(made_up_curve(kl=lambda low, skipped: 0.1 * low**2 + 2 * skipped), misses=0.5)
+    feedback = LossFeedback(engine.curve, 0.01, engine.apply)
+    before = engine.at
+    for _ in range(400):
+        engine.decode()
+        s = engine.served
+        engine.served = replace(s, cost_low=0.9 * s.cost_asked)
+        feedback.after_decode(engine.counts)
+    low = engine.at[0]
+    assert before[0] <= low and engine.curve.loss(low, 0) == pytest.approx(math.log(1.01) / 0.9, rel=0.05)
 
 
 def test_feedback_lets_batches_and_resets_be() -> None:
@@ -328,6 +377,8 @@ DAMAGED: Dict[str, str] = {
     "unknown key": damage(lambda d: d["curve"]["points"][0].update(more=1)),
     "k": damage(lambda d: d["curve"].update(k=1)),
     "quantiles": damage(lambda d: d["curve"].update(quantiles=[0.5, 0.4])),
+    "sensitivity": damage(lambda d: d["curve"].update(sensitivity=[0.5, -0.1])),
+    "no sensitivity": damage(lambda d: d["curve"].update(sensitivity=[])),
     "thresholds": damage(lambda d: d.update(thresholds=[0.9, 0.5])),
     "weights": damage(lambda d: d.update(eviction_weights=[1, 1, 1, 1])),
     "types": damage(lambda d: d.update(low_types=[1])),
@@ -368,6 +419,7 @@ def loaded(model: Path, **kwargs: Any) -> Any:
     return load(Llama, str(model), 1, **{"offload": "hobbit", "expert_cache": "100%", **kwargs})
 
 
+@quiet
 def test_the_command_measures_what_eval_measures(calibrated: Path, tmp_path: Path, capsys: Captured) -> None:
     found = Calibration.load(calibration_path(calibrated))
     curve = found.curve
@@ -376,10 +428,14 @@ def test_the_command_measures_what_eval_measures(calibrated: Path, tmp_path: Pat
         np.testing.assert_allclose(p.served, curve.shares(p.low, p.skipped), atol=0.02)
     assert found.text["tokens"] == 120 and found.low_types and found.fingerprint.startswith("sha256:")
     assert curve.low_cost == pytest.approx(18 / 34)
+    llm = loaded(calibrated)
+    assert len(curve.sensitivity) == llm.offload_info.n_moe_layer and max(curve.sensitivity) == 1
+    llm.close()
     point = next(p for p in curve.points if (p.low, p.skipped) == (1.0, 0.15))
     args = ["eval", str(calibrated), "--text", str(calibrated.parent / "text.txt"), "--tokens", "120", "-c", "64", "-t", "1"]
     args += ["-tb", "1", "--warmup", "0", "--expert-cache", "100%", "--json", str(tmp_path / "a.json")]
-    assert main([*args, "--against", f"exact,weight={point.t1}:{point.t2}"]) == 0
+    assert curve.frontier[-1][2:] == (point.low, point.skipped)
+    assert main([*args, "--quality", "1000%", "--against", "exact,weight"]) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["settings"]
     assert rows[0]["text"]["perplexity"]["value"] == pytest.approx(found.text["perplexity"], rel=1e-3)
     assert rows[1]["text"]["kl"]["value"] == pytest.approx(point.kl, rel=0.02, abs=1e-6)
@@ -393,7 +449,7 @@ def test_the_report_and_what_is_refused(calibrated: Path, tmp_path: Path, capsys
     out = tmp_path / "b.json"
     assert main(["calibrate", str(calibrated), "--text", text, *SMALL, "--paper", "-o", str(out)]) == 0
     shown = capsys.readouterr()
-    for word in ("perplexity in exact mode", "same top-1", "--quality", "paper", "eq. 3 with"):
+    for word in ("perplexity in exact mode", "sensitivity of the MoE layers", "same top-1", "--quality", "paper", "eq. 3 with"):
         assert word in shown.out
     assert str(out) in shown.err and Calibration.load(out).thresholds == (0.6, 0.9)
     for args, message in (
@@ -455,6 +511,25 @@ def test_all_high_is_exact_and_all_low_is_all_but_the_first(calibrated: Path) ->
     stats = llm.offload_stats()
     k = llm.offload_info.n_expert_used
     assert stats.hits_low + stats.loads_low == stats.selections * (k - 1) // k and stats.skips == 0
+    n_layer = llm.offload_info.n_moe_layer
+    session.set_sensitivity([1.0] * n_layer)
+    llm.reset_offload_stats()
+    assert not np.array_equal(logits(llm, tokens, 10), low)
+    stats = llm.offload_stats()
+    assert stats.hits_low + stats.loads_low == stats.selections, "by cost the first may be low too"
+    assert stats.cost_asked == stats.cost_low > 0
+    session.set_thresholds(0.5, 1.0)
+    session.set_sensitivity([0.0] + [1e9] * (n_layer - 1))
+    llm.reset_offload_stats()
+    logits(llm, tokens, 10)
+    by_layer = [layer.hits_low + layer.loads_low for layer in llm.offload_stats().layers]
+    assert by_layer[0] == llm.offload_stats().layers[0].selections and not any(by_layer[1:])
+    session.set_sensitivity(None)
+    session.set_thresholds(0.0, 1.0)
+    assert np.array_equal(logits(llm, tokens, 10), low), "eq. 2 again"
+    for bad in ([1.0] * (n_layer + 1), [-1.0] * n_layer, [math.nan] * n_layer):
+        with pytest.raises(ParameterError, match="sensitivity"):
+            session.set_sensitivity(bad)
     with pytest.raises(ParameterError, match="t1"):
         session.set_thresholds(0.5, 0.4)
     llm.close()

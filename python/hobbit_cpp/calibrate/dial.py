@@ -56,15 +56,16 @@ def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[
 
 
 def _with_thresholds(params: OffloadParams, quality: Quality, found: Calibration) -> OffloadParams:
-    if quality.bytes_per_token is not None:
+    if quality.paper:
+        t1, t2 = found.thresholds
+        return replace(params, t1=t1, t2=t2, quality=None)
+    params = replace(params, sensitivity=found.curve.sensitivity)
+    if quality.change is None:
         return params
-    if quality.change is not None and params.precision_rule == "miss":
+    if params.precision_rule == "miss":
         # The cache spares a part of the loss: how much is known when the model runs.
         return replace(params, quality=f"{100 * quality.change:.6g}%")
-    if quality.change is not None:
-        t1, t2 = found.curve.thresholds(*found.curve.at_change(quality.change))
-    else:
-        t1, t2 = found.thresholds
+    t1, t2 = found.curve.thresholds(*found.curve.at_change(quality.change))
     return replace(params, t1=t1, t2=t2, quality=None)
 
 
@@ -144,7 +145,11 @@ class BytesFeedback(Feedback):
 
 
 class LossFeedback(Feedback):
-    """Holds the loss: that of the point of the plane where the shares served low and skipped are those that were counted.
+    """Holds the loss.
+
+    What selections lose together by low precision goes by the sum of their (a g)^2 (`curve.scores_by_cost`). So of what the point
+    that is aimed at would lose by it, that share is lost which the cache left of this sum; of what it would lose by skipping, the
+    share of the selections. But no less than the curve says for so many low and skipped ones.
 
     Args:
         change: of perplexity, that is asked for (0.01: 1 %).
@@ -159,10 +164,13 @@ class LossFeedback(Feedback):
         return self._curve.at_change(math.expm1(min(self._target / share, _MOST_LOSS)))
 
     def _cost(self, served: Served) -> Tuple[float, float]:
+        asked_low, asked_skipped = self._at
+        asked, asked_by_low = float(self._curve.loss(*self._at)), float(self._curve.loss(asked_low, 0.0))
         skipped = served.skipped / served.selections
-        beyond = 1 - 1 / self._curve.k - skipped
-        low = min(1.0, served.low / served.selections / beyond) if beyond > 0 else 1.0
-        return float(self._curve.loss(low, skipped)), float(self._curve.loss(*self._at))
+        low = min(1.0, served.low / served.selections / (1 - skipped)) if skipped < 1 else 1.0
+        lost = asked_by_low * (served.cost_low / served.cost_asked if served.cost_asked > 0 else 0.0)
+        lost += (asked - asked_by_low) * (skipped / asked_skipped if asked_skipped > 0 else 0.0)
+        return max(lost, float(self._curve.loss(low, skipped))), asked
 
 
 def feedback_for(calibrated: Calibration, params: OffloadParams, cycle: int, apply: Callable[[float, float], None]) -> Feedback:

@@ -1,11 +1,14 @@
-"""The measuring behind `hobbit calibrate`: one pass over the text in exact mode, one for each point of the grid."""
+"""The measuring behind `hobbit calibrate`.
+
+One pass over the text in exact mode, one over a part of it for each layer, one for each point of the grid.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 
@@ -26,6 +29,10 @@ from .store import Calibration, low_types
 # A batch wants about every low-precision copy of a layer, so the larger it is the less is read for a token; llama.cpp keeps
 # the logits of all of it.
 _WIDTH = 256
+# A layer's sensitivity goes by the root of a divergence, and is not needed closer than to a tenth.
+_FOR_A_LAYER = 1 / 4
+# Scores s = 1 - a g for which a layer is low or high as a whole, whatever its router weights are; T1 lies between.
+_ALL_LOW, _ALL_HIGH, _BETWEEN = 0.0, 1e9, 0.5
 _HELD_OUT = 1 / 3
 _Z95 = 1.96
 
@@ -37,16 +44,15 @@ __all__ = ["Measured", "calibrate", "measure"]
 
 @dataclass
 class Measured:
-    """Exact mode on the text: its routing (weights as the model gives them) and perplexity; and the points of the grid."""
+    """Exact mode on the text: its routing (weights as the model gives them) and perplexity; and the curve."""
 
     trace: Trace
     perplexity: float
-    points: List[cv.Point]
-    quantiles: Tuple[float, ...]
+    curve: cv.Curve
 
 
 def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progress, scratch: Optional[Path] = None) -> Measured:
-    """Runs exact mode and the grid over a passage.
+    """Runs exact mode, each layer in low precision, and the grid over a passage.
 
     Args:
         model: loaded with the rule "weight".
@@ -55,7 +61,9 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
     """
     info, session = model.offload_info, model._offloaded()
     points = [(low, skipped) for skipped in cv.SKIPPED_SHARES for low in cv.LOW_SHARES if low or skipped]
-    total, done = passage.n_fed * (1 + len(points)), 0
+    n_windows = max(1, round(_FOR_A_LAYER * len(passage.windows)))
+    part = replace(passage, windows=passage.windows[:n_windows])
+    total, done = passage.n_fed * (1 + len(points)) + part.n_fed * info.n_moe_layer, 0
 
     def step(n: int) -> None:
         nonlocal done
@@ -71,7 +79,16 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
         session.trace(False)
         lens = np.array([len(w) - 1 for w in passage.windows], np.int32)
         trace = Trace(ids=ids, weights=weights, lens=lens, n_experts=info.n_expert)
-        plane = cv.Curve(info.n_expert_used, info.bytes_expert_low / info.bytes_expert_high, cv.score_quantiles(weights), ())
+        session.set_thresholds(_BETWEEN, 1.0)
+        kl = []
+        for layer in range(info.n_moe_layer):
+            session.set_sensitivity([_ALL_LOW if i == layer else _ALL_HIGH for i in range(info.n_moe_layer)])
+            kl.append(float(t.score_text(model, part, width, step, against=log_probs).kl.mean()))
+        sensitivity = cv.sensitivity_of(kl)
+        session.set_sensitivity(sensitivity)
+        scores = [cv.quantiles_of(s) for s in cv.scores_by_cost(weights, sensitivity)]
+        low_cost = info.bytes_expert_low / info.bytes_expert_high
+        plane = cv.Curve(info.n_expert_used, low_cost, sensitivity, scores[0], scores[1], ())
         out = []
         for low, skipped in points:
             t1, t2 = plane.thresholds(low, skipped)
@@ -80,7 +97,7 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
             out.append(_point(low, skipped, t1, t2, exact, t.score_text(model, passage, width, step, against=log_probs)))
     finally:
         log_probs.close()
-    return Measured(trace, float(np.exp(-exact.log_likelihood.mean())), out, plane.quantiles)
+    return Measured(trace, float(np.exp(-exact.log_likelihood.mean())), replace(plane, points=tuple(out)))
 
 
 def _point(low: float, skipped: float, t1: float, t2: float, exact: t.TextScores, scores: t.TextScores) -> cv.Point:
@@ -153,9 +170,7 @@ def calibrate(
         measured = measure(scorer, passage, width, progress, scratch)
     finally:
         scorer.close()
-    low_cost = info.bytes_expert_low / info.bytes_expert_high
-    curve = cv.Curve(info.n_expert_used, low_cost, measured.quantiles, tuple(measured.points))
-    thresholds = cv.PAPER_THRESHOLDS if paper else _paper_quantiles(curve)
+    thresholds = cv.PAPER_THRESHOLDS if paper else cv.paper_quantiles(measured.trace.weights)
     found, report = _weights(measured.trace, info, thresholds, progress)
     text_facts: Dict[str, Any] = {
         "name": os.path.basename(os.fspath(text)),
@@ -166,7 +181,7 @@ def calibrate(
     return Calibration(
         fingerprint=fingerprint(path),
         low_types=types,
-        curve=curve,
+        curve=measured.curve,
         thresholds=thresholds,
         thresholds_are="the paper's" if paper else "at the paper's quantiles",
         eviction_weights=found,
@@ -174,14 +189,6 @@ def calibrate(
         text=text_facts,
         hobbit=__version__,
     )
-
-
-def _paper_quantiles(curve: cv.Curve) -> Tuple[float, float]:
-    """T1, T2 with 67 % of all selections high, 30 % low, 3 % skipped, as far as the top-1 leaves so many."""
-    high, _, skipped = cv.PAPER_SHARES
-    first = 1 / curve.k
-    beyond = 1 - first
-    return cv.thresholds_at(curve.quantiles, max(0.0, high - first) / beyond, skipped / beyond)
 
 
 def _weights(

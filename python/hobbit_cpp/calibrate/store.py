@@ -23,7 +23,7 @@ from ..errors import CalibrationError, ModelFileError
 from ..params import OffloadParams
 from .curve import Curve, Point
 
-FORMAT = 1
+FORMAT = 2
 
 __all__ = ["FORMAT", "Calibration", "calibration_path", "load_for", "low_types"]
 
@@ -78,7 +78,14 @@ def _parse(data: Any) -> Calibration:
     if data.get("format") != FORMAT:
         raise CalibrationError(f"format {data.get('format')!r}, this version knows {FORMAT}: run hobbit calibrate again")
     c = data["curve"]
-    curve = Curve(int(c["k"]), _number(c["low_cost"]), _numbers(c["quantiles"]), tuple(_point(p) for p in c["points"]))
+    curve = Curve(
+        k=int(c["k"]),
+        low_cost=_number(c["low_cost"]),
+        sensitivity=_numbers(c["sensitivity"]),
+        quantiles=_numbers(c["quantiles"]),
+        quantiles_beyond=_numbers(c["quantiles_beyond"]),
+        points=tuple(_point(p) for p in c["points"]),
+    )
     _check(curve)
     weights = data["eviction_weights"]
     t1, t2 = _numbers(data["thresholds"], 2)
@@ -108,8 +115,11 @@ def _check(curve: Curve) -> None:
     """That the curve can be used."""
     if curve.k < 2 or not curve.low_cost > 0:
         raise CalibrationError(f"k = {curve.k} and low_cost = {curve.low_cost} cannot be")
-    if len(curve.quantiles) < 2 or list(curve.quantiles) != sorted(curve.quantiles) or curve.quantiles[0] < 0:
-        raise CalibrationError("the quantiles of the scores do not rise")
+    if not curve.sensitivity or min(curve.sensitivity) < 0:
+        raise CalibrationError("the sensitivity of a layer is below 0, or there is none")
+    for quantiles in (curve.quantiles, curve.quantiles_beyond):
+        if len(quantiles) < 2 or list(quantiles) != sorted(quantiles) or quantiles[0] < 0:
+            raise CalibrationError("the quantiles of the scores do not rise")
     places = [(p.low, p.skipped) for p in curve.points] + [(0.0, 0.0)]
     lows, skips = {x for x, _ in places}, {x for _, x in places}
     if len(set(places)) != len(places) or len(places) != len(lows) * len(skips) or min(len(lows), len(skips)) < 2:

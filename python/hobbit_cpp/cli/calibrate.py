@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -118,6 +119,12 @@ def print_calibration(found: Calibration) -> None:
             f"{curve.asked(p.low, p.skipped):.0%}",
         )
     console.print(measured)
+    blocks = sorted(range(len(curve.sensitivity)), key=lambda layer: -curve.sensitivity[layer])
+    spread = ", ".join(f"{layer} {curve.sensitivity[layer]:.2f}" for layer in blocks[:6])
+    console.print(
+        f"sensitivity of the MoE layers, the most sensitive first: {spread}; median {statistics.median(curve.sensitivity):.2f}, "
+        f"least {min(curve.sensitivity):.2f}"
+    )
     ratio, error = curve.ratio
     console.print(f"perplexity changes by {ratio:.2f} ± {error:.2f} times the divergence, over all points")
     chosen = Table("--quality", "high/low/skipped", "bytes asked", "t1", "t2", box=None)
