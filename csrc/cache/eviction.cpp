@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <numeric>
 
 namespace hobbit {
 
@@ -45,29 +46,37 @@ float priority_foresight(const use_record & use, uint32_t layer, const eviction_
     return now.discount[distance] * (RECENT_TOTAL * use.recent + SEEN * seen + RATE_TOTAL * use.rate);
 }
 
-std::vector<uint32_t> split_slots(slot_split split, uint32_t n_layer, uint32_t n_expert, uint32_t k, uint32_t n_slots) {
-    constexpr uint32_t N_SHALLOW = 4;
-    n_slots                      = std::min(n_slots, n_layer * n_expert);
-    if (split == slot_split::none) {
-        return std::vector<uint32_t>(n_layer, std::min(n_slots, n_expert));
+std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> & experts, uint32_t k, uint32_t n_slots) {
+    constexpr size_t N_SHALLOW = 4;
+    const auto       n_layer   = (uint32_t) experts.size();
+    n_slots                    = std::min(n_slots, std::accumulate(experts.begin(), experts.end(), 0u));
+    std::vector<uint32_t> slots(n_layer);
+    for (uint32_t l = 0; l < n_layer; ++l) {
+        slots[l] = std::min(experts[l], split == slot_split::none ? n_slots : std::min(k, n_slots / n_layer));
     }
-    std::vector<uint32_t> slots(n_layer, std::min(k, n_slots / n_layer));
-    uint32_t              left = n_slots - slots[0] * n_layer;
+    if (split == slot_split::none) {
+        return slots;
+    }
+    uint32_t   left = n_slots - std::accumulate(slots.begin(), slots.end(), 0u);
+    const auto give = [&](size_t l, uint32_t most) {
+        const uint32_t more = std::min({ most, left, experts[l] - slots[l] });
+        slots[l] += more;
+        left -= more;
+    };
     if (split == slot_split::shallow) {
-        for (uint32_t l = 0; l < std::min(N_SHALLOW, n_layer); ++l) {
-            const uint32_t more = std::min(left, n_expert - slots[l]);
-            slots[l] += more;
-            left -= more;
+        for (size_t l = 0; l < std::min<size_t>(N_SHALLOW, n_layer); ++l) {
+            give(l, left);
         }
     }
     // Evenly over the layers that are not whole; what does not divide goes to the first of them.
     while (left > 0) {
-        const auto     open = (uint32_t) std::count_if(slots.begin(), slots.end(), [&](uint32_t s) { return s < n_expert; });
+        uint32_t open = 0;
+        for (size_t l = 0; l < n_layer; ++l) {
+            open += slots[l] < experts[l];
+        }
         const uint32_t share = std::max(left / open, 1u);
-        for (uint32_t & s : slots) {
-            const uint32_t more = std::min({ share, left, n_expert - s });
-            s += more;
-            left -= more;
+        for (size_t l = 0; l < n_layer; ++l) {
+            give(l, share);
         }
     }
     return slots;

@@ -42,10 +42,10 @@ enum class slot_split : uint8_t {
     shallow  // Fate (arXiv 2502.12224): the first four layers are held whole, the rest is split evenly over the deeper ones
 };
 
-// Slots of each layer, `n_slots` in all. No layer gets more than n_expert, none fewer than k as long as there are enough for
-// all: an expert without a slot is read anew for each product. With too few for four whole layers, `shallow` fills
-// layers from the first one on.
-std::vector<uint32_t> split_slots(slot_split split, uint32_t n_layer, uint32_t n_expert, uint32_t k, uint32_t n_slots);
+// Slots of each layer, `n_slots` in all; `experts`: how many a layer has. No layer gets more than its experts, none fewer than k (or its
+// experts) as long as there are enough for all: an expert without a slot is read anew for each product. With too few for four
+// whole layers, `shallow` fills layers from the first one on.
+std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> & experts, uint32_t k, uint32_t n_slots);
 
 // What a rule remembers beyond use records, of the high-precision copies. Told everything in the order it happens.
 class eviction_ledger {

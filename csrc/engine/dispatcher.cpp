@@ -88,7 +88,7 @@ void dispatcher::replace(uint32_t layer, layer_pass::selections & sel, int32_t *
 void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections & sel, int32_t * ids,
                        const router_rows & rows, float * out_weights) {
     if (routing_ != nullptr) {
-        if (sel.k != index_.n_expert_used) {
+        if (sel.k > index_.n_expert_used) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT, format("layer %u selects %u experts a token and cannot follow a routing of %u",
                                                      layer, sel.k, index_.n_expert_used));
         }

@@ -42,6 +42,7 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     plan.cache.n_layer       = (uint32_t) index.layers().size();
     plan.cache.n_expert      = index.n_expert;
     plan.cache.k             = index.n_expert_used;
+    plan.cache.layer_experts = index.layer_experts();
     plan.cache.slot_bytes[0] = index.max_slot[0];
     plan.cache.slot_bytes[1] = index.max_slot[1];
     bytes -= plan.stream_bytes;

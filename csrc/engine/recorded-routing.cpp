@@ -13,10 +13,9 @@ static void require(bool ok, const std::string & what) {
     }
 }
 
-static void check_ids(const std::vector<uint16_t> & ids, uint32_t k, uint32_t n_expert) {
+static void check_distinct(const std::vector<uint16_t> & ids, uint32_t k) {
     for (size_t row = 0; row < ids.size(); row += k) {
         for (size_t i = row; i < row + k; ++i) {
-            require(ids[i] < n_expert, format("the routing names expert %u; the model has %u in a layer", ids[i], n_expert));
             for (size_t j = row; j < i; ++j) {
                 require(ids[j] != ids[i], format("the routing selects expert %u twice for one token and layer", ids[i]));
             }
@@ -24,9 +23,19 @@ static void check_ids(const std::vector<uint16_t> & ids, uint32_t k, uint32_t n_
     }
 }
 
-recorded_routing::recorded_routing(const hobbit_routing & from, uint32_t n_layer, uint32_t n_expert, uint32_t k) :
-    model_layers_(n_layer),
-    n_expert_(n_expert),
+void recorded_routing::check_experts(const std::vector<uint16_t> & ids, size_t per_layer, const char * does) const {
+    std::vector<uint32_t> least(n_layer_, UINT32_MAX);
+    for (size_t layer = 0; layer < experts_.size(); ++layer) {
+        least[layer % n_layer_] = std::min(least[layer % n_layer_], experts_[layer]);
+    }
+    for (size_t i = 0; i < ids.size(); ++i) {
+        const uint32_t n = least[i / per_layer % n_layer_];
+        require(ids[i] < n, format("the routing %s expert %u; the model has %u in a layer", does, ids[i], n));
+    }
+}
+
+recorded_routing::recorded_routing(const hobbit_routing & from, std::vector<uint32_t> experts, uint32_t k) :
+    experts_(std::move(experts)),
     k_(k),
     n_rows_(from.n_rows),
     n_layer_(from.n_layer),
@@ -37,21 +46,20 @@ recorded_routing::recorded_routing(const hobbit_routing & from, uint32_t n_layer
     const size_t n = n_rows_ * n_layer_ * k;
     ids_.assign(from.ids, from.ids + n);
     weights_.assign(from.weights, from.weights + n);
-    check_ids(ids_, k, n_expert);
+    check_experts(ids_, k, "names");
+    check_distinct(ids_, k);
     require(std::all_of(weights_.begin(), weights_.end(), [](float w) { return std::isfinite(w); }),
             "a router weight of the routing is not a number");
     if (depth_ > 0) {
         require(depth_ <= HOBBIT_MAX_LOOKAHEAD && from.predicted_weights != nullptr && n_predicted_ >= k &&
-                    n_predicted_ <= n_expert,
+                    n_predicted_ <= *std::max_element(experts_.begin(), experts_.end()),
                 "the predictions of the routing are of no use: at least k experts each, with their weights, at most 4 "
                 "layers ahead");
         const size_t m = n_rows_ * n_layer_ * depth_ * n_predicted_;
         predicted_.assign(from.predicted, from.predicted + m);
         predicted_weights_.assign(from.predicted_weights, from.predicted_weights + m);
         // The first layers have nothing before them to be predicted from: whatever stands there is not looked at.
-        for (const uint16_t e : predicted_) {
-            require(e < n_expert, format("the routing predicts expert %u; the model has %u in a layer", e, n_expert));
-        }
+        check_experts(predicted_, (size_t) depth_ * n_predicted_, "predicts");
     }
 }
 
@@ -91,11 +99,11 @@ const float * recorded_routing::input(uint32_t layer, uint32_t n_tokens) {
 }
 
 bool recorded_routing::shape(uint32_t layer, policy::router_shape & out) {
-    if (depth_ == 0 || layer >= model_layers_) {
+    if (depth_ == 0 || layer >= experts_.size()) {
         return false;
     }
     out          = {};
-    out.n_expert = n_expert_;
+    out.n_expert = experts_[layer];
     out.k        = k_;
     out.function = policy::gating::softmax_over_selected;
     return true;
@@ -108,13 +116,18 @@ bool recorded_routing::logits(uint32_t from, uint32_t to, const float * x, bool,
         return false;
     }
     // The order of the experts is what was recorded, whatever their weights say: a ranking may follow a bias.
-    std::fill(out, out + n_expert_, -1e9f);
+    constexpr float NOT_PREDICTED = -1e9f;
+    std::fill(out, out + experts_[to], NOT_PREDICTED);
     const float * guess = x + (size_t) d * n_predicted_ * 2;
     float         above = INFINITY;
     for (uint32_t j = 0; j < n_predicted_; ++j) {
-        const float logit          = std::log(std::max(guess[2 * j + 1], 1e-9f));
-        above                      = std::min(logit, std::nextafter(above, -INFINITY));
-        out[(size_t) guess[2 * j]] = above;
+        float & at = out[(size_t) guess[2 * j]];
+        if (at != NOT_PREDICTED) {
+            continue;  // a layer of few experts, whose row is longer than there are
+        }
+        const float logit = std::log(std::max(guess[2 * j + 1], 1e-9f));
+        above             = std::min(logit, std::nextafter(above, -INFINITY));
+        at                = above;
     }
     return true;
 }

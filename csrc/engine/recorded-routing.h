@@ -12,8 +12,9 @@ namespace hobbit {
 // Also the routers, as the prefetcher sees them: the "router input" of a layer is what was predicted from it.
 class recorded_routing : public router_source {
   public:
-    // Copies. Throws HOBBIT_ERR_INVALID_ARGUMENT for what does not fit a model of `n_expert` experts, top-`k`.
-    recorded_routing(const hobbit_routing & from, uint32_t n_layer, uint32_t n_expert, uint32_t k);
+    // Copies. Throws HOBBIT_ERR_INVALID_ARGUMENT for what does not fit a model with `experts` in each layer, top-`k`. A layer that
+    // selects fewer than k takes the first of a row.
+    recorded_routing(const hobbit_routing & from, std::vector<uint32_t> experts, uint32_t k);
 
     // The first layer of a batch: its tokens follow those of the batch before. Rows and layers are taken modulo.
     void begin_pass(uint32_t n_tokens);
@@ -46,20 +47,22 @@ class recorded_routing : public router_source {
   private:
     size_t row_of(uint32_t i, uint32_t n_tokens) const;
 
-    const uint32_t        model_layers_;
-    const uint32_t        n_expert_;
-    const uint32_t        k_;
-    uint64_t              n_rows_;
-    uint32_t              n_layer_;  // of the trace
-    uint32_t              depth_;
-    uint32_t              n_predicted_;
-    std::vector<uint16_t> ids_;
-    std::vector<float>    weights_;
-    std::vector<uint16_t> predicted_;
-    std::vector<float>    predicted_weights_;
-    std::vector<float>    input_;
-    uint64_t              next_        = 0;  // row of the token after this batch
-    uint32_t              pass_tokens_ = 0;
+    // Throws when one of the `ids`, `per_layer` of each layer of the trace, is no expert of the layers that it stands for.
+    void check_experts(const std::vector<uint16_t> & ids, size_t per_layer, const char * does) const;
+
+    const std::vector<uint32_t> experts_;  // of each layer of the model
+    const uint32_t              k_;
+    uint64_t                    n_rows_;
+    uint32_t                    n_layer_;  // of the trace
+    uint32_t                    depth_;
+    uint32_t                    n_predicted_;
+    std::vector<uint16_t>       ids_;
+    std::vector<float>          weights_;
+    std::vector<uint16_t>       predicted_;
+    std::vector<float>          predicted_weights_;
+    std::vector<float>          input_;
+    uint64_t                    next_        = 0;  // row of the token after this batch
+    uint32_t                    pass_tokens_ = 0;
 };
 
 }  // namespace hobbit

@@ -86,12 +86,7 @@ void session::begin_sequence() {
 void session::set_routing(const hobbit_routing * routing) {
     std::unique_ptr<recorded_routing> now;
     if (routing != nullptr) {
-        uint32_t n_expert = index_.n_expert;
-        for (const moe_layer & layer : index_.layers()) {
-            n_expert = std::min(n_expert, layer.n_expert);
-        }
-        now =
-            std::make_unique<recorded_routing>(*routing, (uint32_t) index_.layers().size(), n_expert, index_.n_expert_used);
+        now = std::make_unique<recorded_routing>(*routing, index_.layer_experts(), index_.n_expert_used);
     }
     if (dispatcher_) {
         dispatcher_->set_routing(now.get());
@@ -275,9 +270,27 @@ void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {
     }
     for (uint32_t i = 0; i < sel.n_tokens; ++i) {
         const size_t at = ((trace_rows_ - sel.n_tokens + i) * n_layer + layer) * k;
-        for (size_t j = 0; j < std::min<size_t>(k, sel.k); ++j) {
-            trace_ids_[at + j]     = (uint16_t) sel.ids[i * sel.ids_stride + j];
-            trace_weights_[at + j] = sel.weights == nullptr ? 0.0f : sel.weights[i * sel.weights_stride + j];
+        record_row(layer, sel, i, &trace_ids_[at], &trace_weights_[at]);
+    }
+}
+
+// A trace has k different experts in each row. Where a layer selects fewer, or one of them twice, others stand there with weight 0.
+void session::record_row(uint32_t layer, const layer_pass::selections & sel, uint32_t i, uint16_t * ids,
+                         float * weights) const {
+    const uint32_t k = index_.n_expert_used;
+    uint32_t       n = 0;
+    for (uint32_t j = 0; j < std::min(k, sel.k); ++j) {
+        const auto     id    = (uint16_t) sel.ids[i * sel.ids_stride + j];
+        const float    w     = sel.weights == nullptr ? 0.0f : sel.weights[i * sel.weights_stride + j];
+        const uint32_t place = (uint32_t) (std::find(ids, ids + n, id) - ids);
+        ids[place]           = id;
+        weights[place]       = (place < n ? weights[place] : 0.0f) + w;
+        n                    = std::max(n, place + 1);
+    }
+    for (uint32_t e = 0; n < k && e < index_.layers()[layer].n_expert; ++e) {
+        if (std::find(ids, ids + n, (uint16_t) e) == ids + n) {
+            ids[n]       = (uint16_t) e;
+            weights[n++] = 0.0f;
         }
     }
 }

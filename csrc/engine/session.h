@@ -114,6 +114,7 @@ class session : public std::enable_shared_from_this<session> {
   private:
     void trace(bool on, uint32_t depth);
     void record_trace(uint32_t layer, const layer_pass::selections & sel);
+    void record_row(uint32_t layer, const layer_pass::selections & sel, uint32_t i, uint16_t * ids, float * weights) const;
     void record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride);
 
     const hobbit_params params_;

@@ -87,6 +87,14 @@ expert_index::expert_index(uint32_t n_layer, uint32_t n_expert, uint32_t k, uint
     lay_out_slots();
 }
 
+std::vector<uint32_t> expert_index::layer_experts() const {
+    std::vector<uint32_t> out;
+    for (const moe_layer & layer : layers_) {
+        out.push_back(layer.n_expert);
+    }
+    return out;
+}
+
 void expert_index::check_layers() {
     if (layers_.empty()) {
         fail(HOBBIT_ERR_NOT_MOE, path_ + " has no routed experts: a dense model has nothing to offload");

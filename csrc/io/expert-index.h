@@ -97,6 +97,8 @@ class expert_index {
     uint64_t max_slot[N_PRECISION]    = { 0, 0 };
     uint64_t max_segment              = 0;  // largest slot_bytes of a projection at either precision
 
+    std::vector<uint32_t> layer_experts() const;  // n_expert of each layer
+
     bool     direct() const;
     uint32_t alignment() const;
     void     drop_page_cache() const;

@@ -40,7 +40,7 @@ void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sen
     const auto  largest = (uint32_t) (std::max_element(weights, weights + k) - weights);
     for (uint32_t i = 0; i < k; ++i) {
         const float s = sum > 0.0f ? 1.0f - sensitivity * weights[i] / sum : 0.0f;
-        needs[i]      = s <= t.t1 ? need::high : s <= t.t2 || i == largest ? need::low : need::skip;
+        needs[i]      = s <= t.t1 && t.t1 > 0.0f ? need::high : s <= t.t2 || i == largest ? need::low : need::skip;
         if (scores != nullptr) {
             scores[i] = s;
         }

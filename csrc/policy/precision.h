@@ -42,7 +42,7 @@ void classify(const float * weights, uint32_t k, thresholds t, need * needs, flo
 // What a low copy adds to the output is in proportion to the selection's share g of the token's router weight, and a divergence to
 // its square, so the selections that cost least are those of the smallest a g:
 //     s = 1 - a g
-// is compared with T1 and T2 in place of eq. 2. The largest is never skipped, but may be low.
+// is compared with T1 and T2 in place of eq. 2. The largest is never skipped, but may be low. Of T1 = 0 nothing is high.
 void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sensitivity, need * needs, float * scores);
 
 // The rule `drop` needs no low copies: a selection with less than `fraction` / k of the token's router weight is skipped when its

@@ -10,9 +10,7 @@ namespace hobbit {
 static constexpr double NEVER = std::numeric_limits<double>::infinity();
 
 replay::replay(const expert_index & index, const hobbit_routing & routing, std::vector<uint32_t> lens) :
-    index_(index),
-    routing_(routing, (uint32_t) index.layers().size(), index.n_expert, index.n_expert_used),
-    lens_(std::move(lens)) {
+    index_(index), routing_(routing, index.layer_experts(), index.n_expert_used), lens_(std::move(lens)) {
     const uint64_t n = std::accumulate(lens_.begin(), lens_.end(), (uint64_t) 0);
     if (n != routing.n_rows || std::count(lens_.begin(), lens_.end(), 0u) > 0) {
         fail(HOBBIT_ERR_INVALID_ARGUMENT, "the lengths of the sequences do not sum to the tokens of the trace");

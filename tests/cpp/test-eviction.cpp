@@ -145,25 +145,33 @@ using slots = std::vector<uint32_t>;
 }  // namespace
 
 TEST("slots split evenly") {
-    CHECK(split_slots(slot_split::even, 4, 10, 2, 20) == (slots { 5, 5, 5, 5 }));
-    CHECK(split_slots(slot_split::even, 4, 10, 2, 23) == (slots { 6, 6, 6, 5 }));
-    CHECK(split_slots(slot_split::even, 4, 10, 2, 3) == (slots { 1, 1, 1, 0 }));
-    CHECK(split_slots(slot_split::even, 4, 10, 2, 99) == (slots { 10, 10, 10, 10 }));
+    CHECK(split_slots(slot_split::even, slots(4, 10), 2, 20) == (slots { 5, 5, 5, 5 }));
+    CHECK(split_slots(slot_split::even, slots(4, 10), 2, 23) == (slots { 6, 6, 6, 5 }));
+    CHECK(split_slots(slot_split::even, slots(4, 10), 2, 3) == (slots { 1, 1, 1, 0 }));
+    CHECK(split_slots(slot_split::even, slots(4, 10), 2, 99) == (slots { 10, 10, 10, 10 }));
 }
 
 TEST("the first four layers are held whole, as far as there are slots, and k of each other") {
-    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 46) == (slots { 10, 10, 10, 10, 3, 3 }));
-    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 30) == (slots { 10, 10, 4, 2, 2, 2 }));
-    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 12) == (slots { 2, 2, 2, 2, 2, 2 }));
-    CHECK(split_slots(slot_split::shallow, 3, 10, 2, 25) == (slots { 10, 10, 5 }));
-    CHECK(split_slots(slot_split::shallow, 6, 10, 2, 60) == slots(6, 10));
+    CHECK(split_slots(slot_split::shallow, slots(6, 10), 2, 46) == (slots { 10, 10, 10, 10, 3, 3 }));
+    CHECK(split_slots(slot_split::shallow, slots(6, 10), 2, 30) == (slots { 10, 10, 4, 2, 2, 2 }));
+    CHECK(split_slots(slot_split::shallow, slots(6, 10), 2, 12) == (slots { 2, 2, 2, 2, 2, 2 }));
+    CHECK(split_slots(slot_split::shallow, slots(3, 10), 2, 25) == (slots { 10, 10, 5 }));
+    CHECK(split_slots(slot_split::shallow, slots(6, 10), 2, 60) == slots(6, 10));
+}
+
+TEST("layers of different sizes: none gets more than it has, and the others get what is left") {
+    CHECK(split_slots(slot_split::even, { 10, 4, 10 }, 2, 18) == (slots { 7, 4, 7 }));
+    CHECK(split_slots(slot_split::even, { 10, 1, 10 }, 2, 5) == (slots { 2, 1, 2 }));
+    CHECK(split_slots(slot_split::even, { 10, 4, 10 }, 2, 99) == (slots { 10, 4, 10 }));
+    CHECK(split_slots(slot_split::shallow, { 6, 3, 6, 3, 6, 3 }, 2, 22) == (slots { 6, 3, 6, 3, 2, 2 }));
+    CHECK(split_slots(slot_split::none, { 10, 4 }, 2, 8) == (slots { 8, 4 }));
 }
 
 TEST("no slot is lost and no layer gets more than its experts") {
     for (const auto split : { slot_split::even, slot_split::shallow }) {
         for (uint32_t n_layer = 1; n_layer < 9; ++n_layer) {
             for (uint32_t n = 0; n <= n_layer * 7 + 3; ++n) {
-                const slots got = split_slots(split, n_layer, 7, 3, n);
+                const slots got = split_slots(split, slots(n_layer, 7), 3, n);
                 CHECK_EQ(sum(got), std::min(n, n_layer * 7));
                 CHECK(*std::max_element(got.begin(), got.end()) <= 7);
                 CHECK(n < 3 * n_layer || *std::min_element(got.begin(), got.end()) >= 3);

@@ -241,6 +241,9 @@ TEST("by cost: a smaller weight in a less sensitive layer goes first, and the la
     CHECK_EQ(by_cost(w, { 0.5f, 1.0f }, 0.0f), "llll");  // how a layer is measured: it is low as a whole,
     CHECK_EQ(by_cost(w, { 0.5f, 1.0f }, 1e9f), "hhhh");  // and the others are high
     CHECK_EQ(by_cost({ 0.0f, 0.0f }, { 0.5f, 0.6f }, 1.0f), "hh");
+    CHECK_EQ(by_cost({ 0.3f }, { 0.0f, 1.0f }, 1.0f), "l");  // s = 0
+    CHECK_EQ(by_cost({ 0.3f }, { 0.4f, 0.5f }, 0.7f), "h");
+    CHECK_EQ(by_cost({ 0.3f }, { 0.4f, 0.5f }, 0.3f), "l");
 
     serving how;
     how.rule        = precision_rule::miss;

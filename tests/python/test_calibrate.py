@@ -25,7 +25,7 @@ from hobbit_cpp.evaluate.settings import parse_setting
 from hobbit_cpp.inspection import inspect_file
 from hobbit_cpp.stats import Served
 from hobbit_cpp.trace import Trace
-from models import tiny, tiny_dual
+from models import tiny, tiny_architecture, tiny_dual
 
 quiet = pytest.mark.filterwarnings("ignore:the expert pool holds:hobbit_cpp.HobbitWarning")
 Captured = pytest.CaptureFixture[str]
@@ -55,8 +55,8 @@ def test_scores_by_hand() -> None:
 
 def test_scores_by_cost_by_hand() -> None:
     everything, beyond_first = cv.scores_by_cost(np.array([[[1.0, 3.0, 4.0], [1.0, 0.0, 1.0]]]), (1.0, 0.5))
-    np.testing.assert_allclose(everything, [0.5, 0.625, 0.875, 0.75, 0.75, 1.0])
-    np.testing.assert_allclose(beyond_first, [0.625, 0.875, 0.75, 1.0])
+    np.testing.assert_allclose(everything, [0.5, 0.625, 0.875, 0.75, 0.75])  # a weight of 0 is no selection
+    np.testing.assert_allclose(beyond_first, [0.625, 0.875, 0.75])
 
 
 def test_sensitivity_goes_by_the_root_and_no_layer_is_for_nothing() -> None:
@@ -440,6 +440,39 @@ def test_the_command_measures_what_eval_measures(calibrated: Path, tmp_path: Pat
     assert rows[0]["text"]["perplexity"]["value"] == pytest.approx(found.text["perplexity"], rel=1e-3)
     assert rows[1]["text"]["kl"]["value"] == pytest.approx(point.kl, rel=0.02, abs=1e-6)
     assert rows[1]["text"]["loss"]["value"] == pytest.approx(point.loss, abs=2e-4)
+
+
+@quiet
+def test_a_model_with_one_expert_a_token(tmp_path: Path, capsys: Captured) -> None:
+    """Layers are low as a whole, those that mind it least first; nothing is skipped."""
+    model, text = tmp_path / "model.gguf", tmp_path / "text.txt"
+    shutil.copy(tiny_architecture("llama4-top-1", "Q8_0", "Q4_0"), model)
+    text.write_text("the quick brown fox jumps over the lazy dog and is gone. " * 20, encoding="utf-8")
+    assert main(["calibrate", str(model), "--text", str(text), *SMALL]) == 0
+    capsys.readouterr()
+    curve = Calibration.load(calibration_path(model)).curve
+    assert [p.skipped for p in curve.points] == [0] * (len(cv.LOW_SHARES) - 1)
+    assert curve.points[-1].served == (0, 1, 0) and curve.points[-1].kl > 0
+    assert curve.at_change(10) == (1, 0) and curve.at_asked(0.01) == (1, 0)
+    llm = loaded(model, quality="1000%", precision_rule="weight")
+    llm.eval(words(llm, 20))
+    stats = llm.offload_stats()
+    assert stats.hits_low + stats.loads_low == stats.selections > 0
+    llm.close()
+
+
+@pytest.mark.parametrize("name", ["grovemoe", "nemotron_h_moe"])
+def test_layers_that_differ(name: str, tmp_path: Path) -> None:
+    """In how many experts they have, and how many of them a token uses."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and is gone. " * 20, encoding="utf-8")
+    out = tmp_path / "a.json"
+    model = tiny_architecture(name, "Q8_0", "Q4_0")
+    assert main(["calibrate", str(model), "--text", str(text), *SMALL, "-q", "-o", str(out)]) == 0
+    curve = Calibration.load(out).curve
+    for p in curve.points:
+        if p.skipped == 0:
+            np.testing.assert_allclose(p.served, curve.shares(p.low, p.skipped), atol=0.1)
 
 
 def test_the_report_and_what_is_refused(calibrated: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -16,7 +16,7 @@ from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main
 from hobbit_cpp.trace import Trace, record
 from hobbit_cpp.trace.record import documents_of
-from models import tiny, tiny_dual
+from models import tiny, tiny_architecture, tiny_dual
 from tiny_models import SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
@@ -259,6 +259,30 @@ def test_prefetch_goes_by_the_predictions_of_the_trace(recall: float) -> None:
     assert stats.prefetches > 0
     assert abs(stats.recall[1] - recall) < (0.08 if recall < 1 else 1e-9)
     llm.close()
+
+
+@pytest.mark.parametrize("name", ["grovemoe", "nemotron_h_moe"])
+def test_layers_that_differ_follow_their_own_trace(name: str, tmp_path: Path) -> None:
+    """Layers with fewer experts, with fewer a token, or with one chosen twice: a trace has k different ones in each row."""
+    path = tiny_architecture(name, "Q8_0")
+    llm = load(Llama, str(path), 1, offload=OffloadParams(exact=True, prefetch_depth=0), expert_cache="100%")
+    session, info = llm._session, llm.offload_info
+    tokens = words(llm, 24)
+    session.trace(True)
+    want = logits(llm, tokens, 1)
+    ids, weights = session.trace_read()
+    session.trace(False)
+    trace = Trace(ids=ids, weights=weights, lens=np.array([len(ids)], np.int32), n_experts=info.n_expert)
+    trace.save(tmp_path / "a.npz")  # where weights are rounded
+    assert np.array_equal(Trace.load(tmp_path / "a.npz").ids, trace.ids)
+    assert (trace.weights == 0).any(), "some rows are filled up"
+    llm.reset()
+    llm.set_routing(trace)
+    got = logits(llm, tokens, 1)
+    llm.close()
+    if name == "nemotron_h_moe":
+        assert np.array_equal(got, want)
+    assert np.isfinite(got).all()
 
 
 def test_a_routing_that_does_not_fit_is_refused() -> None:

@@ -79,6 +79,11 @@ def scores_beyond_first(weights: npt.NDArray[Any]) -> Floats:
     return out
 
 
+def grid(k: int) -> List[Tuple[float, float]]:
+    """(low, skipped) of the points to be measured with k experts a token."""
+    return [(low, skipped) for skipped in (SKIPPED_SHARES if k > 1 else (0.0,)) for low in LOW_SHARES if low or skipped]
+
+
 def sensitivity_of(kl: Sequence[float]) -> Tuple[float, ...]:
     """How much each layer suffers from low precision, the most sensitive one 1.
 
@@ -102,11 +107,14 @@ def scores_by_cost(weights: npt.NDArray[Any], sensitivity: Sequence[float]) -> T
     g = -np.sort(-weights.astype(np.float64), axis=-1)
     g /= np.maximum(g.sum(-1, keepdims=True), 1e-30)
     s = 1 - np.asarray(sensitivity)[None, :, None] * g
-    return s.ravel(), s[..., 1:].ravel()
+    chosen = g > 0  # a layer of fewer experts a token than k has weights of 0 for the others
+    return s[chosen], s[..., 1:][chosen[..., 1:]]
 
 
 def quantiles_of(scores: Floats) -> Tuple[float, ...]:
-    """At even steps from 0 to 1."""
+    """At even steps from 0 to 1; of no scores at all those of the least important."""
+    if not scores.size:
+        return (1.0,) * _N_QUANTILES
     return tuple(round(float(x), 6) for x in np.quantile(scores, np.linspace(0, 1, _N_QUANTILES)))
 
 
@@ -119,6 +127,8 @@ def threshold_at(quantiles: Sequence[float], share: float) -> float:
 
 def paper_quantiles(weights: npt.NDArray[Any]) -> Tuple[float, float]:
     """T1, T2 on the scores of eq. 2: 67 % of all selections high, 30 % low, 3 % skipped, as far as the top-1 leaves so many."""
+    if weights.shape[-1] < 2:
+        return PAPER_THRESHOLDS
     high, _, skipped = PAPER_SHARES
     first = 1 / weights.shape[-1]
     quantiles = quantiles_of(scores_beyond_first(weights))
@@ -132,11 +142,11 @@ class Curve:
     """What was measured, and what follows from it.
 
     Attributes:
-        k: experts a token.
+        k: experts a token. With one, nothing is skipped.
         low_cost: bytes of a low-precision copy by those of a high one.
         sensitivity: of each MoE layer, see `sensitivity_of`.
         quantiles: of the scores, see `scores_by_cost`; quantiles_beyond: without those of the top-1.
-        points: the grid without (0, 0); a row for each value of `skipped`.
+        points: the grid without (0, 0), see `grid`.
     """
 
     k: int
@@ -149,7 +159,7 @@ class Curve:
     def thresholds(self, low: float, skipped: float) -> Tuple[float, float]:
         """T1, T2 of a point of the plane."""
         t1 = threshold_at(self.quantiles, (1 - low) * (1 - skipped))
-        t2 = threshold_at(self.quantiles_beyond, 1 - skipped / (1 - 1 / self.k))
+        t2 = threshold_at(self.quantiles_beyond, 1 - skipped / (1 - 1 / self.k)) if skipped > 0 else 1.0
         return min(t1, t2), t2
 
     def shares(self, low: Any, skipped: Any) -> Tuple[Any, Any, Any]:
@@ -186,6 +196,8 @@ class Curve:
         low = np.array(sorted({x for x, _ in at}))
         skipped = np.array(sorted({x for _, x in at}))
         kl = np.array([[at[float(a), float(s)] for s in skipped] for a in low])
+        if len(skipped) == 1:
+            skipped, kl = np.array([0.0, 1.0]), np.hstack([kl, kl])  # two columns, to be between
         ratio, error = self.ratio
         scale = max(ratio + _UPPER * error, RATIO_FLOOR)
         return low, skipped, scale * np.maximum.accumulate(np.maximum.accumulate(kl, 0), 1)
@@ -203,8 +215,10 @@ class Curve:
     @functools.cached_property
     def frontier(self) -> List[Tuple[float, float, float, float]]:
         """(loss, bytes asked by those of exact mode, low, skipped): from exact on, each with fewer bytes than what loses less."""
-        xs, ys, _ = self._fitted
-        low, skipped = np.meshgrid(np.linspace(0, xs[-1], _LATTICE[0]), np.linspace(0, ys[-1], _LATTICE[1]), indexing="ij")
+        most_low, most_skipped = max(p.low for p in self.points), max(p.skipped for p in self.points)
+        n_skipped = _LATTICE[1] if most_skipped > 0 else 1
+        axes = np.linspace(0, most_low, _LATTICE[0]), np.linspace(0, most_skipped, n_skipped)
+        low, skipped = np.meshgrid(*axes, indexing="ij")
         loss, asked = self.loss(low, skipped).ravel(), self.asked(low, skipped).ravel()
         order = np.lexsort((asked, loss))
         out: List[Tuple[float, float, float, float]] = []

@@ -60,7 +60,7 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
         scratch: folder for the predictions of exact mode (2 bytes a token and word); None: the system's.
     """
     info, session = model.offload_info, model._offloaded()
-    points = [(low, skipped) for skipped in cv.SKIPPED_SHARES for low in cv.LOW_SHARES if low or skipped]
+    points = cv.grid(info.n_expert_used)
     n_windows = max(1, round(_FOR_A_LAYER * len(passage.windows)))
     part = replace(passage, windows=passage.windows[:n_windows])
     total, done = passage.n_fed * (1 + len(points)) + part.n_fed * info.n_moe_layer, 0
@@ -141,7 +141,7 @@ def calibrate(
         scratch: folder for 2 bytes a token and word of the vocabulary.
 
     Raises:
-        ParameterError: a model without low-precision copies or with top-1 routing, a text that is too short.
+        ParameterError: a model without low-precision copies, a text that is too short.
     """
     path = os.fspath(model)
     params = OffloadParams(
@@ -164,8 +164,6 @@ def calibrate(
     scorer = LlamaScorer(path, offload=params, memory=memory, verbose=False, **sizes)
     try:
         info = scorer.offload_info
-        if info.n_expert_used < 2:
-            raise ParameterError(f"{path} uses one expert a token, always in high precision: nothing to calibrate")
         passage = t.read_passage(scorer, Path(text), n_tokens, 0, window, 0)
         measured = measure(scorer, passage, width, progress, scratch)
     finally:

@@ -113,7 +113,7 @@ def _point(data: Dict[str, Any]) -> Point:
 
 def _check(curve: Curve) -> None:
     """That the curve can be used."""
-    if curve.k < 2 or not curve.low_cost > 0:
+    if curve.k < 1 or not curve.low_cost > 0:
         raise CalibrationError(f"k = {curve.k} and low_cost = {curve.low_cost} cannot be")
     if not curve.sensitivity or min(curve.sensitivity) < 0:
         raise CalibrationError("the sensitivity of a layer is below 0, or there is none")
@@ -122,7 +122,7 @@ def _check(curve: Curve) -> None:
             raise CalibrationError("the quantiles of the scores do not rise")
     places = [(p.low, p.skipped) for p in curve.points] + [(0.0, 0.0)]
     lows, skips = {x for x, _ in places}, {x for _, x in places}
-    if len(set(places)) != len(places) or len(places) != len(lows) * len(skips) or min(len(lows), len(skips)) < 2:
+    if len(set(places)) != len(places) or len(places) != len(lows) * len(skips) or len(lows) < 2:
         raise CalibrationError("the points of the curve are no grid")
     if min(min(lows), min(skips), *(p.kl for p in curve.points)) < 0 or max(lows) > 1 or max(skips) > 1 - 1 / curve.k:
         raise CalibrationError("a point of the curve is out of range")
