@@ -110,7 +110,7 @@ typedef struct hobbit_session hobbit_session;
 typedef enum hobbit_precision_rule {
     HOBBIT_PRECISION_EXACT  = 0, /* every selected expert in high precision */
     HOBBIT_PRECISION_MISS   = 1, /* HOBBIT: low or skip, decided on a cache miss only */
-    HOBBIT_PRECISION_WEIGHT = 2, /* by router weight alone, whatever is cached: reproducible */
+    HOBBIT_PRECISION_WEIGHT = 2, /* by scores alone, whatever is cached: reproducible */
     HOBBIT_PRECISION_DROP   = 3, /* skipped on a cache miss when the router weight is below drop_fraction / k */
     HOBBIT_PRECISION_DEMAND = 4  /* Fate: what is read on demand is low, what is read ahead is high */
 } hobbit_precision_rule;
@@ -199,13 +199,13 @@ HOBBIT_API hobbit_status hobbit_session_keep_threads(hobbit_session * session, v
 HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
 
 /* Other thresholds (hobbit_params.t1, t2) from the next batch on, for a session that is started; t1 < 0: the paper's quantiles of the
- * scores seen. Not during llama_decode. */
+ * scores seen. HOBBIT_ERR_INVALID_ARGUMENT for t1 > t2 without a sensitivity (below). Not during llama_decode. */
 HOBBIT_API hobbit_status hobbit_session_set_thresholds(hobbit_session * session, float t1, float t2, hobbit_error * error);
 
-/* How much it costs to serve each MoE layer low (`hobbit calibrate`): `a` [n], n = n_moe_layer, proportional to the root of the divergence
- * from exact mode when that layer alone is low. A selection with share g of its token's router weight then has the score
- *     s = 1 - a g
- * in place of HOBBIT's eq. 2, for T1 and T2 to be compared with; the largest of a token is never skipped. NULL: eq. 2 again.
+/* How much it costs to serve each MoE layer low (`hobbit calibrate`): `a` [n], n = n_moe_layer, in proportion to the root of the
+ * divergence from exact mode when that layer alone is low. In place of HOBBIT's eq. 2, T1 is then compared with 1 - a g and T2 with 1 - g,
+ * where g is a selection's share of its token's router weight: above T2 it is skipped, if it is not the largest of the token, else up to
+ * T1 > 0 high, else low; T1 may be above T2. NULL: eq. 2 again.
  * For a session that is started, from the next batch on. Not during llama_decode. */
 HOBBIT_API hobbit_status hobbit_session_set_sensitivity(hobbit_session * session, const float * a, uint64_t n,
                                                         hobbit_error * error);
@@ -237,7 +237,7 @@ typedef struct hobbit_counts {
     double   mass_low;   /* of these served in low precision */
     double   mass_skipped;
     double   cost_asked;        /* sum of (a g)^2, see hobbit_session_set_sensitivity, of what may be served low */
-    double   cost_low;          /* of what was */
+    double   cost_low;          /* of what of it was */
     uint64_t prefetches;        /* experts whose prefetch was started */
     uint64_t prefetches_useful; /* whole before they were asked for, and asked for */
     uint64_t prefetches_late;   /* asked for while still in flight */

@@ -51,11 +51,16 @@ std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> 
     const auto       n_layer   = (uint32_t) experts.size();
     n_slots                    = std::min(n_slots, std::accumulate(experts.begin(), experts.end(), 0u));
     std::vector<uint32_t> slots(n_layer);
-    for (uint32_t l = 0; l < n_layer; ++l) {
-        slots[l] = std::min(experts[l], split == slot_split::none ? n_slots : std::min(k, n_slots / n_layer));
-    }
+    const auto            fill = [&](uint32_t most) {
+        std::transform(experts.begin(), experts.end(), slots.begin(), [&](uint32_t n) { return std::min(n, most); });
+        return std::accumulate(slots.begin(), slots.end(), 0u);
+    };
     if (split == slot_split::none) {
+        fill(n_slots);
         return slots;
+    }
+    if (fill(k) > n_slots) {
+        fill(std::min(k, n_slots / n_layer));
     }
     uint32_t   left = n_slots - std::accumulate(slots.begin(), slots.end(), 0u);
     const auto give = [&](size_t l, uint32_t most) {

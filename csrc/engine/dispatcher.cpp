@@ -3,6 +3,7 @@
 #include "../base/error.h"
 
 #include <algorithm>
+#include <cmath>
 #include <system_error>
 
 namespace hobbit {
@@ -64,6 +65,9 @@ void dispatcher::set_routing(recorded_routing * routing) {
 }
 
 void dispatcher::set_thresholds(policy::thresholds t) {
+    if (!(how_.sensitivity ? std::isfinite(t.t1) && std::isfinite(t.t2) : t.t1 <= t.t2)) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, "t1 must not be above t2");
+    }
     thresholds_given_ = t.t1 >= 0.0f;
     how_.t            = thresholds_given_ ? t : policy::default_thresholds(index_.n_expert_used);
 }

@@ -122,7 +122,8 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
             const uint32_t item = item_of_[(size_t) want_index(s)];
             const float    w    = weights == nullptr ? 0.0f : weights[j];
             sum += w;
-            squares_asked += needs_[s] == need::low ? w * w : 0.0f;
+            const float square = needs_[s] == need::low ? w * w : 0.0f;
+            squares_asked += square;
             if (item == NONE) {
                 skipped_.push_back({ (int32_t) j, (int32_t) token });
                 skipped += w;
@@ -130,7 +131,7 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
                 pass_item & it                    = items_[item];
                 rows_[it.first_row + it.n_rows++] = { (int32_t) j, (int32_t) token };
                 low += it.prec == precision::low ? w : 0.0f;
-                squares_low += it.prec == precision::low ? w * w : 0.0f;
+                squares_low += it.prec == precision::low ? square : 0.0f;
             }
             if (out_weights != nullptr) {
                 out_weights[s] = item == NONE ? 0.0f : w;

@@ -95,9 +95,6 @@ void session::set_routing(const hobbit_routing * routing) {
 }
 
 void session::set_thresholds(float t1, float t2) {
-    if (!(t1 <= t2)) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT, "t1 must not be above t2");
-    }
     if (!dispatcher_) {
         fail(HOBBIT_ERR_STATE, "the session is not started");
     }

@@ -91,7 +91,7 @@ class session : public std::enable_shared_from_this<session> {
     void set_routing(const hobbit_routing * routing);
 
     // From the next batch on; t1 < 0: the paper's quantiles of the scores seen. Not while a batch is computed. Throws HOBBIT_ERR_STATE
-    // before start.
+    // before start, HOBBIT_ERR_INVALID_ARGUMENT for t1 > t2 by eq. 2.
     void set_thresholds(float t1, float t2);
 
     // How much each of the `n` MoE layers suffers from low precision, NULL: not known. As set_thresholds, and throws

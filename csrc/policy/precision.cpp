@@ -39,8 +39,9 @@ void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sen
     const float sum     = std::accumulate(weights, weights + k, 0.0f);
     const auto  largest = (uint32_t) (std::max_element(weights, weights + k) - weights);
     for (uint32_t i = 0; i < k; ++i) {
-        const float s = sum > 0.0f ? 1.0f - sensitivity * weights[i] / sum : 0.0f;
-        needs[i]      = s <= t.t1 && t.t1 > 0.0f ? need::high : s <= t.t2 || i == largest ? need::low : need::skip;
+        const float g = sum > 0.0f ? weights[i] / sum : 1.0f;
+        const float s = 1.0f - sensitivity * g;
+        needs[i]      = 1.0f - g > t.t2 && i != largest ? need::skip : s <= t.t1 && t.t1 > 0.0f ? need::high : need::low;
         if (scores != nullptr) {
             scores[i] = s;
         }

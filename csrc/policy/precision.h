@@ -37,12 +37,12 @@ thresholds default_thresholds(uint32_t k);
 // i == 0 or s[i] <= t1: high;  s[i] <= t2: low;  else skip. `scores` (may be NULL) receives s in the order of `weights`.
 void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores);
 
-// The same by what serving a selection low costs, where that was measured (`hobbit calibrate`). `sensitivity`: of this layer, in
+// The same by what serving a selection low costs, where that was measured (`hobbit calibrate`). `sensitivity`: a of this layer, in
 // proportion to the root of the divergence from exact mode when the layer alone is served low, the largest of all layers 1.
-// What a low copy adds to the output is in proportion to the selection's share g of the token's router weight, and a divergence to
-// its square, so the selections that cost least are those of the smallest a g:
-//     s = 1 - a g
-// is compared with T1 and T2 in place of eq. 2. The largest is never skipped, but may be low. Of T1 = 0 nothing is high.
+// The error of a low copy is in proportion to the selection's share g of the token's router weight, and a divergence to its square,
+// so those that cost least are those of the smallest a g. What skipping costs differs between layers in another way, and less than a
+// ranking by it would gain. In place of eq. 2:
+//     1 - g > t2 and not the largest: skip;  1 - a g <= t1 and t1 > 0: high;  else low
 void classify_by_cost(const float * weights, uint32_t k, thresholds t, float sensitivity, need * needs, float * scores);
 
 // The rule `drop` needs no low copies: a selection with less than `fraction` / k of the token's router weight is skipped when its
@@ -67,7 +67,7 @@ struct serving {
     uint32_t       max_experts   = 0;               // most experts a token; 0: all that were selected
     float          prefill_low   = 0.0f;  // of a batch, the share of the selections whose experts are low, see below
 
-    // Of each MoE layer, see classify_by_cost(). NULL: not measured, scores are those of eq. 2. Shared with the prefetch thread.
+    // Of each MoE layer, see classify_by_cost(). NULL: not measured, by eq. 2. Shared with the prefetch thread.
     std::shared_ptr<const std::vector<float>> sensitivity;
 
     // The least popular experts of a batch in low precision: see classify_popularity().

@@ -151,8 +151,6 @@ class Session(Observed):
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
         self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
-        if self.params.sensitivity is not None:
-            self.set_sensitivity(self.params.sensitivity)
         stats = self.stats()
         if self.params.yield_memory:
             self._yield_memory()
@@ -241,7 +239,7 @@ class Session(Observed):
         self._thresholds = (t1, t2)
 
     def set_sensitivity(self, a: Optional[Sequence[float]]) -> None:
-        """How much each MoE layer suffers from low precision, from the next batch on; None: scores are those of eq. 2."""
+        """How much each MoE layer suffers from low precision (hobbit_session_set_sensitivity); None: by eq. 2 again."""
         error = self._ffi.new("hobbit_error *")
         values = self._ffi.NULL if a is None else self._ffi.new("float[]", list(a))
         self._check(self._lib.hobbit_session_set_sensitivity(self._alive(), values, len(a or ()), error), error)

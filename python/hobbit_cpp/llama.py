@@ -21,7 +21,7 @@ from ._memory import Size
 from ._offloaded import OffloadMethods
 from ._session import Session
 from ._sidecar import LowModel
-from .calibrate.dial import feedback_for, resolve
+from .calibrate import dial
 from .calibrate.quality import CalibrationFile
 from .errors import HobbitWarning, NotMoeError
 from .params import OffloadParams
@@ -111,7 +111,7 @@ class Llama(OffloadMethods, _Llama):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
             kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
         try:
-            params, calibrated = resolve(path, params)
+            params, calibrated = dial.resolve(path, params)
             session = Session(path, params)
         except NotMoeError:
             limit = "" if memory is None and params.expert_cache is None else "; no memory limit is applied"
@@ -137,7 +137,7 @@ class Llama(OffloadMethods, _Llama):
             self._fit_arrays()
             session.start(self._context_address(), self._memory_to_come())
             if calibrated is not None and params.quality is not None:
-                session.feedback = feedback_for(calibrated, params, session.info.bytes_cycle, session.set_thresholds)
+                session.feedback = dial.begin(session, calibrated, params)
         except BaseException:
             self.close()
             raise

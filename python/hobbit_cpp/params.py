@@ -23,16 +23,13 @@ class OffloadParams:
             the first layers) or "lru" (load on demand: the baseline).
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (HOBBIT: an expert of little weight that is not cached is read in low precision or skipped)
-            or "weight" (by router weight alone, whatever is cached: lossy, but the same text for the same prompt),
+            or "weight" (by scores alone, whatever is cached: lossy, but the same text for the same prompt),
             or "drop" (an expert that is not cached is skipped when its share of the token's router weight is below
             drop_fraction / k; nothing is served in low precision, so an ordinary file will do).
         drop_fraction: F of the rule "drop", more than 0; it needs that rule.
         max_experts: most experts a token, those of the largest router weights, by any rule and in exact mode; None: all.
         t1, t2: thresholds on the unimportance score s in [0, 1] (HOBBIT eq. 2): s <= t1 high, s <= t2 low, else skip.
             None: what `quality` comes to.
-        sensitivity: a of each MoE layer, how much it loses in low precision beside the others (`hobbit calibrate`). With it the
-            score of a selection that has the share g of its token's router weight is s = 1 - a g in place of eq. 2, and the
-            largest of a token may be low, never skipped. None: that of the calibration if t1 and t2 are, otherwise eq. 2.
         quality: how much may be lost: "exact"; "1%": perplexity at most 1 % above that of exact mode, by the model's calibration
             (`hobbit calibrate`); "40MB/token": as little loss as reading so much a token allows, by the same; "paper": thresholds
             at the paper's quantiles (67 % high, 30 % low, 3 % skipped) of the model's own scores. None: "1.5%" for a model with a
@@ -70,7 +67,6 @@ class OffloadParams:
     precision_rule: str = "miss"
     t1: Optional[float] = None
     t2: Optional[float] = None
-    sensitivity: Optional[Tuple[float, ...]] = None
     renormalize: bool = True
     drop_fraction: Optional[float] = None
     max_experts: Optional[int] = None

@@ -15,7 +15,7 @@ class OffloadCounts:
     In a batch the first selection of an expert that had to be read is the load, the others are hits. A hit is late
     (`prefetches_late`) when a read ahead of it was not through yet. Router mass is the
     sum of router weights, normalised over each token's selection: `mass_total` is the number of (token, layer) pairs.
-    `cost_asked`: sum of (a g)^2 (see `OffloadParams.sensitivity`) over what may be served low; `cost_low`: over what was.
+    `cost_asked`: sum of (a g)^2 (`calibrate.curve`) over what may be served low; `cost_low`: over what of it was.
     """
 
     selections: int = 0

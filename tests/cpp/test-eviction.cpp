@@ -162,6 +162,7 @@ TEST("the first four layers are held whole, as far as there are slots, and k of 
 TEST("layers of different sizes: none gets more than it has, and the others get what is left") {
     CHECK(split_slots(slot_split::even, { 10, 4, 10 }, 2, 18) == (slots { 7, 4, 7 }));
     CHECK(split_slots(slot_split::even, { 10, 1, 10 }, 2, 5) == (slots { 2, 1, 2 }));
+    CHECK(split_slots(slot_split::shallow, { 10, 1, 10, 10, 10 }, 2, 9) == (slots { 2, 1, 2, 2, 2 }));
     CHECK(split_slots(slot_split::even, { 10, 4, 10 }, 2, 99) == (slots { 10, 4, 10 }));
     CHECK(split_slots(slot_split::shallow, { 6, 3, 6, 3, 6, 3 }, 2, 22) == (slots { 6, 3, 6, 3, 2, 2 }));
     CHECK(split_slots(slot_split::none, { 10, 4 }, 2, 8) == (slots { 8, 4 }));

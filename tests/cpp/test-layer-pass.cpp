@@ -280,6 +280,32 @@ TEST("masses are shares of the router weight, one for each token") {
     CHECK(std::abs(c.mass_skipped - 0.7 / 4) < 1e-6);
 }
 
+TEST("costs are (a g)^2 of what may be low, and of what of it was") {
+    pass_story   s(slots(8, 4));
+    std::mt19937 random(7);
+    batch        b(random, 1, 4);
+    b.weights = { 4.0f, 3.0f, 2.0f, 1.0f, 0.0f };
+    serving how;
+    how.rule        = precision_rule::miss;
+    how.sensitivity = std::make_shared<const std::vector<float>>(std::vector<float> { 1.0f, 0.5f, 0.5f });
+    const auto cost = [&](uint32_t layer, hobbit::policy::thresholds t) {
+        const hobbit_counts before = s.total();
+        how.t                      = t;
+        s.pass.build(layer, b.selections(), how, true, false, nullptr, s.out.data());
+        const hobbit_counts after = s.total();
+        return std::make_pair(after.cost_asked - before.cost_asked, after.cost_low - before.cost_low);
+    };
+    s.out.resize(8);
+    const auto is = [](std::pair<double, double> got, double asked, double low) {
+        return std::abs(got.first - asked) < 1e-6 && std::abs(got.second - low) < 1e-6;
+    };
+    CHECK(is(cost(0, { 0.65f, 0.85f }), 0.3 * 0.3 + 0.2 * 0.2, 0.3 * 0.3 + 0.2 * 0.2));  // high, low, low, skip
+    s.build(1, b, precision_rule::exact);                                                // all cached in high precision
+    CHECK(is(cost(1, { 0.87f, 0.85f }), 0.1 * 0.1, 0.0));                                // high, high, low, skip
+    how.sensitivity = nullptr;
+    CHECK(is(cost(0, { 0.3f, 0.8f }), 0.0, 0.0));
+}
+
 TEST("without weights all is in high precision") {
     pass_story             s(slots(8, 2));
     std::mt19937           random(7);

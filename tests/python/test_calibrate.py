@@ -41,8 +41,7 @@ SENSITIVITY = (1.0, 0.4)
 def made_up_curve(k: int = 4, kl: Any = lambda low, skipped: 0.02 * low + 0.4 * skipped, ratio: float = 1.0) -> cv.Curve:
     grid = [(a, s) for s in cv.SKIPPED_SHARES for a in cv.LOW_SHARES if a or s]
     points = tuple(cv.Point(a, s, 0, 1, (0, 0, 0), ratio * kl(a, s), 1e-6, kl(a, s), 1) for a, s in grid)
-    scores = cv.scores_by_cost(made_up_weights(k), SENSITIVITY)
-    return cv.Curve(k, 0.5, SENSITIVITY, cv.quantiles_of(scores[0]), cv.quantiles_of(scores[1]), points)
+    return cv.Curve(k, 0.5, SENSITIVITY, *cv.quantiles_by_cost(made_up_weights(k), SENSITIVITY), points)
 
 
 # ---- the curve -------------------------------------------------------------------------------------------------------
@@ -50,13 +49,19 @@ def made_up_curve(k: int = 4, kl: Any = lambda low, skipped: 0.02 * low + 0.4 * 
 
 def test_scores_by_hand() -> None:
     scores = cv.scores_beyond_first(np.array([[[1.0, 3.0, 4.0]], [[2.0, 2.0, 0.0]]]))
-    np.testing.assert_allclose(scores, [0.5, 0.875, 0.5, 1.0])
+    np.testing.assert_allclose(scores, [0.5, 0.875, 0.5])  # a weight of 0 is no selection
 
 
-def test_scores_by_cost_by_hand() -> None:
-    everything, beyond_first = cv.scores_by_cost(np.array([[[1.0, 3.0, 4.0], [1.0, 0.0, 1.0]]]), (1.0, 0.5))
-    np.testing.assert_allclose(everything, [0.5, 0.625, 0.875, 0.75, 0.75])  # a weight of 0 is no selection
-    np.testing.assert_allclose(beyond_first, [0.625, 0.875, 0.75])
+def test_quantiles_by_hand() -> None:
+    # shares .5, .375, .125 in a layer of sensitivity 1, .5, .5 and nothing in one of .4: a weight of 0 is no selection
+    weights = np.array([[[1.0, 3.0, 4.0], [1.0, 0.0, 1.0]]] * 50)
+    rows, by_weight = cv.quantiles_by_cost(weights, SENSITIVITY)
+    assert (by_weight[0], by_weight[200], by_weight[-1]) == (0.5, 0.625, 0.875)
+    assert len(rows) == 3 and (rows[0][0], rows[0][-1]) == (0.5, 0.875)
+    assert 0.875 < cv.skipping_threshold(by_weight, 0.15, 3) < 0.8751, "a tie is not skipped"
+    assert {0.5, 0.625, 0.8, 0.875} <= set(rows[0])
+    rows, _ = cv.quantiles_by_cost(np.random.default_rng(0).dirichlet([1, 1, 1], (500, 2)), (1.0, 1.0))
+    assert rows[2][-1] < rows[1][-1] < rows[0][-1], "the lightest are skipped"
 
 
 def test_sensitivity_goes_by_the_root_and_no_layer_is_for_nothing() -> None:
@@ -66,16 +71,14 @@ def test_sensitivity_goes_by_the_root_and_no_layer_is_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])
-@pytest.mark.parametrize(("low", "skipped"), [(0, 0), (1, 0), (0.5, 0), (0.1, 0.15), (1, 0.1), (0.3, 0.05)])
+@pytest.mark.parametrize(("low", "skipped"), [(0, 0), (1, 0), (0.5, 0), (0, 0.15), (0.1, 0.15), (1, 0.1), (0.3, 0.05)])
 def test_thresholds_serve_the_shares_that_they_should(k: int, low: float, skipped: float) -> None:
     curve = made_up_curve(k)
     t1, t2 = curve.thresholds(low, skipped)
     weights = made_up_weights(k)
-    scores = (1 - np.array(SENSITIVITY)[:, None] * weights / weights.sum(-1, keepdims=True)).reshape(-1, k)
-    largest = weights.reshape(-1, k).argmax(-1)
-    high = scores <= t1
-    left_out = scores > t2
-    left_out[np.arange(len(scores)), largest] = False
+    g = weights / weights.sum(-1, keepdims=True)
+    left_out = (1 - g > t2) & (g < g.max(-1, keepdims=True))
+    high = ~left_out & (1 - np.array(SENSITIVITY)[:, None] * g <= t1) & (t1 > 0)
     want = curve.shares(low, skipped)
     np.testing.assert_allclose([high.mean(), 1 - high.mean() - left_out.mean(), left_out.mean()], want, atol=2e-3)
     assert sum(want) == pytest.approx(1)
@@ -111,7 +114,7 @@ def test_one_ratio_for_all_points() -> None:
         return cv.Point(low, 0.0, 0, 1, (0, 0, 0), loss, se, kl, 1)
 
     points = (point(0.5, 0.012, 0.01, 0.01), point(1.0, 0.03, 0.02, 0.04))
-    curve = cv.Curve(2, 0.5, (1.0,), (0.5, 1.0), (0.5, 1.0), points)
+    curve = cv.Curve(2, 0.5, (1.0,), ((0.5, 1.0),) * 3, (0.5, 1.0), points)
     # by hand: weights (kl / se)^2 = 1 and 4, slopes 1.2 and 0.75
     assert curve.ratio == pytest.approx(((1.2 + 4 * 0.75) / 5, 0.5))
     lucky = replace(made_up_curve(), points=tuple(replace(p, loss=-p.loss) for p in made_up_curve().points))
@@ -270,6 +273,24 @@ def test_what_the_cache_spares_counts_by_its_cost() -> None:
     assert before[0] <= low and engine.curve.loss(low, 0) == pytest.approx(math.log(1.01) / 0.9, rel=0.05)
 
 
+def test_what_is_skipped_for_other_reasons_does_not_end_it() -> None:
+    """As by max_experts: more than any point skips."""
+    engine = FakeCache(made_up_curve(), misses=0.5)
+    feedback = LossFeedback(engine.curve, 0.01, engine.apply)
+
+    def decode(n: int, more: int) -> None:
+        for _ in range(n):
+            engine.decode()
+            engine.served = replace(engine.served, skipped=engine.served.skipped + more)
+            feedback.after_decode(engine.counts)
+
+    alone = engine.at
+    decode(200, 5000)
+    assert engine.at == alone, "no more than by scores alone"
+    decode(400, 0)
+    assert engine.loss() == pytest.approx(math.log(1.01), rel=0.1)
+
+
 def test_feedback_lets_batches_and_resets_be() -> None:
     engine = FakeEngine(made_up_curve(), misses=0.6)
     feedback = BytesFeedback(engine.curve, 100_000_000, 40e6, engine.apply)
@@ -376,7 +397,9 @@ DAMAGED: Dict[str, str] = {
     "negative": damage(lambda d: d["curve"]["points"][0].update(kl=-1.0)),
     "unknown key": damage(lambda d: d["curve"]["points"][0].update(more=1)),
     "k": damage(lambda d: d["curve"].update(k=1)),
-    "quantiles": damage(lambda d: d["curve"].update(quantiles=[0.5, 0.4])),
+    "quantiles": damage(lambda d: d["curve"].update(quantiles=[[0.5, 0.4]] * 3)),
+    "quantiles of another grid": damage(lambda d: d["curve"].update(quantiles=[[0.4, 0.5]])),
+    "quantiles of weights": damage(lambda d: d["curve"].update(by_weight=[0.5, 0.4])),
     "sensitivity": damage(lambda d: d["curve"].update(sensitivity=[0.5, -0.1])),
     "no sensitivity": damage(lambda d: d["curve"].update(sensitivity=[])),
     "thresholds": damage(lambda d: d.update(thresholds=[0.9, 0.5])),

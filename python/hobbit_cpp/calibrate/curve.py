@@ -3,11 +3,13 @@
 A point of the plane is (low, skipped): `skipped`, the share of all selections that is left out; `low`, the share of the others
 that is served in low precision, those that lose least by it first. (0, 0) is exact, (1, 0) serves all low. What a selection
 loses goes by its share g of the token's router weight and by its layer: layers differ by a factor of ten in what their low
-precision does to the model's predictions. So s = 1 - a g takes the place of HOBBIT's score (arXiv 2411.01433, eq. 2), with the
-sensitivity a of a layer measured, see `sensitivity_of`; thresholds T1, T2 of a point are quantiles of these scores. The top-1 of
-a token is never skipped. At the same share low, a divergence comes out 15 to 25 % below that by eq. 2.
+precision does to the model's predictions. So in place of HOBBIT's score (arXiv 2411.01433, eq. 2) it is 1 - a g that T1 is
+compared with, where the sensitivity a of a layer is measured, see `sensitivity_of`, and 1 - g that T2 is compared with; both are
+quantiles of the model's own scores. The top-1 of a token is never skipped. At equal shares, a divergence is 15 to 25 % below that
+by eq. 2. (What skipping does to layers is different again: a sensitivity of its own for T2 gained nothing over 1 - g, and the one
+of low precision lost up to a tenth.)
 
-Measured is a small grid, with the rule "weight", which decides by router weight alone. The default rule "miss" serves in high
+Measured is a small grid, with the rule "weight", which decides by scores alone. The default rule "miss" serves in high
 precision whatever is cached, so it loses less: the curve is an upper bound for it. How the loss at a point is estimated: the
 Kullback-Leibler divergence from exact mode has far less noise than a change of perplexity, and for a model whose
 probabilities are right the two are the same in the mean. So one ratio of loss to divergence is fitted to all points, and the
@@ -38,7 +40,8 @@ RATIO_FLOOR = 0.25
 """A lower ratio is luck. Where the model's probabilities are right it is 1; a model that is not sure of itself, as those made by
 `make_demo_model.py`, loses less than it changes (0.53 ± 0.16 and 0.13 ± 0.18 on novels)."""
 _LEAST_SENSITIVE = 0.1
-"""Of the mean divergence of a layer: less is luck, and 0 would have it all skipped."""
+"""Of the mean divergence of a layer: less is luck."""
+_ROUNDING = 1e-6  # of quantiles as they are stored, and more than that of the scores
 _UPPER = 1.64
 _LATTICE = (101, 61)
 _N_QUANTILES = 401
@@ -75,13 +78,19 @@ def scores_beyond_first(weights: npt.NDArray[Any]) -> Floats:
     """
     w = -np.sort(-weights.astype(np.float64), axis=-1)
     w /= np.maximum(w.sum(-1, keepdims=True), 1e-30)
-    out: Floats = np.cumsum(w, axis=-1)[..., :-1].ravel()
+    chosen = w[..., 1:] > 0  # a layer of fewer experts a token than k has weights of 0 for the others
+    out: Floats = np.cumsum(w, axis=-1)[..., :-1][chosen]
     return out
 
 
 def grid(k: int) -> List[Tuple[float, float]]:
     """(low, skipped) of the points to be measured with k experts a token."""
-    return [(low, skipped) for skipped in (SKIPPED_SHARES if k > 1 else (0.0,)) for low in LOW_SHARES if low or skipped]
+    return [(low, skipped) for skipped in skipped_shares(k) for low in LOW_SHARES if low or skipped]
+
+
+def skipped_shares(k: int) -> Tuple[float, ...]:
+    """Of the grid, with k experts a token."""
+    return SKIPPED_SHARES if k > 1 else (0.0,)
 
 
 def sensitivity_of(kl: Sequence[float]) -> Tuple[float, ...]:
@@ -98,19 +107,6 @@ def sensitivity_of(kl: Sequence[float]) -> Tuple[float, ...]:
     return tuple(round(float(x), 4) for x in np.sqrt(floored / most)) if most > 0 else (1.0,) * len(kl)
 
 
-def scores_by_cost(weights: npt.NDArray[Any], sensitivity: Sequence[float]) -> Tuple[Floats, Floats]:
-    """Scores s = 1 - a g: of all selections, and of those that are not the largest of their token.
-
-    Args:
-        weights: as for `scores_beyond_first`; sensitivity: of each layer.
-    """
-    g = -np.sort(-weights.astype(np.float64), axis=-1)
-    g /= np.maximum(g.sum(-1, keepdims=True), 1e-30)
-    s = 1 - np.asarray(sensitivity)[None, :, None] * g
-    chosen = g > 0  # a layer of fewer experts a token than k has weights of 0 for the others
-    return s[chosen], s[..., 1:][chosen[..., 1:]]
-
-
 def quantiles_of(scores: Floats) -> Tuple[float, ...]:
     """At even steps from 0 to 1; of no scores at all those of the least important."""
     if not scores.size:
@@ -119,10 +115,39 @@ def quantiles_of(scores: Floats) -> Tuple[float, ...]:
 
 
 def threshold_at(quantiles: Sequence[float], share: float) -> float:
-    """What `share` of the scores do not exceed; of none 0, of all 1."""
+    """What `share` of the scores do not exceed; of none 0, of all 1. Of scores that are equal to it none does, as floats."""
     if share <= 0 or share >= 1:
         return 0.0 if share <= 0 else 1.0
-    return float(np.interp(share, np.linspace(0, 1, len(quantiles)), quantiles))
+    return min(1.0, float(np.interp(share, np.linspace(0, 1, len(quantiles)), quantiles)) + _ROUNDING)
+
+
+def quantiles_by_cost(
+    weights: npt.NDArray[Any], sensitivity: Sequence[float]
+) -> Tuple[Tuple[Tuple[float, ...], ...], Tuple[float, ...]]:
+    """What T1 and T2 are taken from.
+
+    Args:
+        weights: as for `scores_beyond_first`; sensitivity: of each layer.
+
+    Returns:
+        Quantiles of 1 - a g over what is left by each of the grid's shares skipped, and of 1 - g over all but the top-1.
+    """
+    g = -np.sort(-weights.astype(np.float64), axis=-1)
+    g /= np.maximum(g.sum(-1, keepdims=True), 1e-30)
+    chosen = g > 0  # as in scores_beyond_first
+    by_weight = quantiles_of(1 - g[..., 1:][chosen[..., 1:]])
+    s = 1 - np.asarray(sensitivity)[None, :, None] * g
+    rows = []
+    for skipped in skipped_shares(weights.shape[-1]):
+        kept = 1 - g <= skipping_threshold(by_weight, skipped, weights.shape[-1])
+        kept[..., 0] = True
+        rows.append(quantiles_of(s[chosen & kept]))
+    return tuple(rows), by_weight
+
+
+def skipping_threshold(by_weight: Sequence[float], skipped: float, k: int) -> float:
+    """T2 that skips a share of all selections, k of a token."""
+    return threshold_at(by_weight, 1 - skipped / (1 - 1 / k)) if skipped > 0 else 1.0
 
 
 def paper_quantiles(weights: npt.NDArray[Any]) -> Tuple[float, float]:
@@ -130,8 +155,10 @@ def paper_quantiles(weights: npt.NDArray[Any]) -> Tuple[float, float]:
     if weights.shape[-1] < 2:
         return PAPER_THRESHOLDS
     high, _, skipped = PAPER_SHARES
-    first = 1 / weights.shape[-1]
-    quantiles = quantiles_of(scores_beyond_first(weights))
+    scores = scores_beyond_first(weights)
+    n_first = weights.size / weights.shape[-1]
+    first = n_first / (n_first + scores.size)
+    quantiles = quantiles_of(scores)
     t1 = threshold_at(quantiles, (high - first) / (1 - first))
     t2 = threshold_at(quantiles, 1 - skipped / (1 - first))
     return min(t1, t2), t2
@@ -145,22 +172,21 @@ class Curve:
         k: experts a token. With one, nothing is skipped.
         low_cost: bytes of a low-precision copy by those of a high one.
         sensitivity: of each MoE layer, see `sensitivity_of`.
-        quantiles: of the scores, see `scores_by_cost`; quantiles_beyond: without those of the top-1.
+        quantiles, by_weight: what T1 and T2 are taken from, see `quantiles_by_cost`.
         points: the grid without (0, 0), see `grid`.
     """
 
     k: int
     low_cost: float
     sensitivity: Tuple[float, ...]
-    quantiles: Tuple[float, ...]
-    quantiles_beyond: Tuple[float, ...]
+    quantiles: Tuple[Tuple[float, ...], ...]
+    by_weight: Tuple[float, ...]
     points: Tuple[Point, ...]
 
     def thresholds(self, low: float, skipped: float) -> Tuple[float, float]:
         """T1, T2 of a point of the plane."""
-        t1 = threshold_at(self.quantiles, (1 - low) * (1 - skipped))
-        t2 = threshold_at(self.quantiles_beyond, 1 - skipped / (1 - 1 / self.k)) if skipped > 0 else 1.0
-        return min(t1, t2), t2
+        rows = [threshold_at(row, 1 - low) for row in self.quantiles]
+        return float(np.interp(skipped, skipped_shares(self.k), rows)), skipping_threshold(self.by_weight, skipped, self.k)
 
     def shares(self, low: Any, skipped: Any) -> Tuple[Any, Any, Any]:
         """Of all selections: served high, low, skipped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
-from typing import Callable, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Optional, Tuple
 
 from ..errors import CalibrationError, HobbitWarning, ParameterError
 from ..params import OffloadParams
@@ -13,6 +13,9 @@ from ..stats import Served
 from .curve import Curve
 from .quality import Quality, parse_quality
 from .store import Calibration, load_for, low_types
+
+if TYPE_CHECKING:
+    from .._session import Session
 
 DEFAULT = "1.5%"
 """Of offload="hobbit" for a model with a calibration."""
@@ -26,7 +29,7 @@ _MOST_LOSS = 5.0  # nats
 def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[Calibration]]:
     """Parameters with what `quality` and the calibration say filled in, and the calibration, if there is one that is of use.
 
-    A quality in bytes, and with the rule "miss" one in per cent, is left to `Feedback`.
+    A quality in bytes or per cent is left to `begin`.
 
     Raises:
         ParameterError: a quality that needs a calibration, and there is none; it says what to run.
@@ -59,14 +62,7 @@ def _with_thresholds(params: OffloadParams, quality: Quality, found: Calibration
     if quality.paper:
         t1, t2 = found.thresholds
         return replace(params, t1=t1, t2=t2, quality=None)
-    params = replace(params, sensitivity=found.curve.sensitivity)
-    if quality.change is None:
-        return params
-    if params.precision_rule == "miss":
-        # The cache spares a part of the loss: how much is known when the model runs.
-        return replace(params, quality=f"{100 * quality.change:.6g}%")
-    t1, t2 = found.curve.thresholds(*found.curve.at_change(quality.change))
-    return replace(params, t1=t1, t2=t2, quality=None)
+    return params if quality.change is None else replace(params, quality=f"{100 * quality.change:.6g}%")
 
 
 def _what_to_run(model: str, params: OffloadParams) -> str:
@@ -82,7 +78,7 @@ def _what_to_run(model: str, params: OffloadParams) -> str:
 class Feedback:
     """Holds a figure at a target, by moving along the frontier of the curve as the cache serves more or less.
 
-    By router weight alone, a point of the frontier would cost what the curve says. With the rule "miss" the cache spares a part
+    By scores alone, a point of the frontier would cost what the curve says. With the rule "miss" the cache spares a part
     of it. The share that is left is measured over some 64 tokens, 1 before the first: what comes next asks for target / share.
 
     Args:
@@ -102,7 +98,7 @@ class Feedback:
         raise NotImplementedError
 
     def _cost(self, served: Served) -> Tuple[float, float]:
-        """What these tokens cost, and what they would have cost by router weight alone."""
+        """What these tokens cost, and what they would have cost by scores alone."""
         raise NotImplementedError
 
     def _move(self) -> None:
@@ -147,9 +143,11 @@ class BytesFeedback(Feedback):
 class LossFeedback(Feedback):
     """Holds the loss.
 
-    What selections lose together by low precision goes by the sum of their (a g)^2 (`curve.scores_by_cost`). So of what the point
-    that is aimed at would lose by it, that share is lost which the cache left of this sum; of what it would lose by skipping, the
-    share of the selections. But no less than the curve says for so many low and skipped ones.
+    By second order, what selections lose together by low precision is in proportion to the sum of their (a g)^2
+    (`curve.sensitivity_of`). So of what the point that is aimed at would lose by it, that share is lost which the cache left of
+    this sum; of what it would lose by skipping, the share of the selections. But no less than the curve says for so many low and
+    skipped ones, and no more than without a cache. (A divergence does not begin in proportion: any difference at all makes some
+    4 mnat, of which perplexity has nothing in the mean.)
 
     Args:
         change: of perplexity, that is asked for (0.01: 1 %).
@@ -170,12 +168,21 @@ class LossFeedback(Feedback):
         low = min(1.0, served.low / served.selections / (1 - skipped)) if skipped < 1 else 1.0
         lost = asked_by_low * (served.cost_low / served.cost_asked if served.cost_asked > 0 else 0.0)
         lost += (asked - asked_by_low) * (skipped / asked_skipped if asked_skipped > 0 else 0.0)
-        return max(lost, float(self._curve.loss(low, skipped))), asked
+        return min(asked, max(lost, float(self._curve.loss(low, skipped)))), asked
 
 
-def feedback_for(calibrated: Calibration, params: OffloadParams, cycle: int, apply: Callable[[float, float], None]) -> Feedback:
-    """For what `params.quality`, left by `resolve`, asks. `cycle`: bytes that a token asks for in exact mode."""
+def begin(session: Session, found: Calibration, params: OffloadParams) -> Optional[Feedback]:
+    """Has a session that is started serve what `params.quality`, left by `resolve`, asks for.
+
+    Returns:
+        What has to be told of each llama_decode; None with the rule "weight", where the cache has no say.
+    """
+    curve = found.curve
+    session.set_sensitivity(curve.sensitivity)
     quality = parse_quality(params.quality or DEFAULT)
     if quality.bytes_per_token is not None:
-        return BytesFeedback(calibrated.curve, cycle, quality.bytes_per_token, apply)
-    return LossFeedback(calibrated.curve, quality.change or 0.0, apply)
+        return BytesFeedback(curve, session.info.bytes_cycle, quality.bytes_per_token, session.set_thresholds)
+    if params.precision_rule == "miss":
+        return LossFeedback(curve, quality.change or 0.0, session.set_thresholds)
+    session.set_thresholds(*curve.thresholds(*curve.at_change(quality.change or 0.0)))
+    return None

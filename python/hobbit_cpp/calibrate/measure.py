@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from .store import Calibration, low_types
 _WIDTH = 256
 # A layer's sensitivity goes by the root of a divergence, and is not needed closer than to a tenth.
 _FOR_A_LAYER = 1 / 4
-# Scores s = 1 - a g for which a layer is low or high as a whole, whatever its router weights are; T1 lies between.
+# Sensitivities for which a layer is low or high as a whole, whatever its router weights are; T1 lies between their scores.
 _ALL_LOW, _ALL_HIGH, _BETWEEN = 0.0, 1e9, 0.5
 _HELD_OUT = 1 / 3
 _Z95 = 1.96
@@ -61,8 +61,7 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
     """
     info, session = model.offload_info, model._offloaded()
     points = cv.grid(info.n_expert_used)
-    n_windows = max(1, round(_FOR_A_LAYER * len(passage.windows)))
-    part = replace(passage, windows=passage.windows[:n_windows])
+    part = _beginning(passage, max(2, round(_FOR_A_LAYER * passage.n_fed)))
     total, done = passage.n_fed * (1 + len(points)) + part.n_fed * info.n_moe_layer, 0
 
     def step(n: int) -> None:
@@ -86,9 +85,9 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
             kl.append(float(t.score_text(model, part, width, step, against=log_probs).kl.mean()))
         sensitivity = cv.sensitivity_of(kl)
         session.set_sensitivity(sensitivity)
-        scores = [cv.quantiles_of(s) for s in cv.scores_by_cost(weights, sensitivity)]
+        quantiles, by_weight = cv.quantiles_by_cost(weights, sensitivity)
         low_cost = info.bytes_expert_low / info.bytes_expert_high
-        plane = cv.Curve(info.n_expert_used, low_cost, sensitivity, scores[0], scores[1], ())
+        plane = cv.Curve(info.n_expert_used, low_cost, sensitivity, quantiles, by_weight, ())
         out = []
         for low, skipped in points:
             t1, t2 = plane.thresholds(low, skipped)
@@ -98,6 +97,17 @@ def measure(model: LlamaScorer, passage: t.Passage, width: int, progress: Progre
     finally:
         log_probs.close()
     return Measured(trace, float(np.exp(-exact.log_likelihood.mean())), replace(plane, points=tuple(out)))
+
+
+def _beginning(passage: t.Passage, n_fed: int) -> t.Passage:
+    """The first windows of a passage, the last of them cut, so that so many tokens are computed."""
+    windows: List[List[int]] = []
+    for window in passage.windows:
+        left = n_fed - sum(len(w) - 1 for w in windows)
+        if left <= passage.skip:
+            break
+        windows.append(window[: left + 1])
+    return replace(passage, windows=windows, n_scored=sum(len(w) - 1 - passage.skip for w in windows))
 
 
 def _point(low: float, skipped: float, t1: float, t2: float, exact: t.TextScores, scores: t.TextScores) -> cv.Point:

@@ -21,7 +21,7 @@ from ..convert.plan import LOW_PREFIX, is_expert
 from ..convert.source import Source
 from ..errors import CalibrationError, ModelFileError
 from ..params import OffloadParams
-from .curve import Curve, Point
+from .curve import Curve, Point, skipped_shares
 
 FORMAT = 2
 
@@ -82,8 +82,8 @@ def _parse(data: Any) -> Calibration:
         k=int(c["k"]),
         low_cost=_number(c["low_cost"]),
         sensitivity=_numbers(c["sensitivity"]),
-        quantiles=_numbers(c["quantiles"]),
-        quantiles_beyond=_numbers(c["quantiles_beyond"]),
+        quantiles=tuple(_numbers(row) for row in c["quantiles"]),
+        by_weight=_numbers(c["by_weight"]),
         points=tuple(_point(p) for p in c["points"]),
     )
     _check(curve)
@@ -117,7 +117,9 @@ def _check(curve: Curve) -> None:
         raise CalibrationError(f"k = {curve.k} and low_cost = {curve.low_cost} cannot be")
     if not curve.sensitivity or min(curve.sensitivity) < 0:
         raise CalibrationError("the sensitivity of a layer is below 0, or there is none")
-    for quantiles in (curve.quantiles, curve.quantiles_beyond):
+    if len(curve.quantiles) != len(skipped_shares(curve.k)):
+        raise CalibrationError("the quantiles are not those of the grid")
+    for quantiles in (*curve.quantiles, curve.by_weight):
         if len(quantiles) < 2 or list(quantiles) != sorted(quantiles) or quantiles[0] < 0:
             raise CalibrationError("the quantiles of the scores do not rise")
     places = [(p.low, p.skipped) for p in curve.points] + [(0.0, 0.0)]

@@ -51,7 +51,7 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument(
         "--precision-rule",
         choices=["miss", "weight", "drop"],
-        help="on a cache miss (default), or by router weight alone: reproducible; drop: no low precision, skip on a miss",
+        help="on a cache miss (default), or by scores alone: reproducible; drop: no low precision, skip on a miss",
     )
     group.add_argument(
         "--drop-fraction", metavar="F", type=float, help="of drop: skip what has less than F/k of a token's router weight"

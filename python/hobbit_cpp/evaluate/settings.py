@@ -11,7 +11,7 @@ from ..params import OffloadParams
 KINDS = {
     "exact": "every selected expert in high precision",
     "low": "HOBBIT: on a miss, low precision or a skip by the unimportance score",
-    "weight": "low precision or a skip by router weight alone",
+    "weight": "low precision or a skip by scores alone, whatever is cached",
     "drop": "on a miss, a skip when the weight is below F/k; no low precision",
     "topk": "fewer experts a token",
 }

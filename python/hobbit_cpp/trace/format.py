@@ -2,7 +2,8 @@
 
     ids         uint8 or uint16 [tokens, layers, k]   experts selected, for each token and MoE layer
     weights     float16 [tokens, layers, k]           their router weights, as the model gives them: in the order of the ids,
-                                                      not always normalised over the selected
+                                                      not always normalised over the selected; where a layer selects
+                                                      fewer than k, or one twice, others fill the row with weight 0
     lens        int32 [sequences]                     tokens of each sequence; they sum to `tokens`
     n_experts   int32                                 experts of a layer
     meta        text                                  JSON: model, text, phase, ...
