@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 
+from curves import SENSITIVITY, made_up_curve, made_up_weights
 from decode import load, logits, words
 from hobbit_cpp import CalibrationError, HobbitWarning, Llama, ModelFileError, OffloadParams, ParameterError
 from hobbit_cpp.calibrate import curve as cv
@@ -29,19 +30,6 @@ from models import tiny, tiny_architecture, tiny_dual
 
 quiet = pytest.mark.filterwarnings("ignore:the expert pool holds:hobbit_cpp.HobbitWarning")
 Captured = pytest.CaptureFixture[str]
-
-
-def made_up_weights(k: int, tokens: int = 4000, layers: int = 2) -> Any:
-    return np.random.default_rng(k).dirichlet(np.ones(k), (tokens, layers)).astype(np.float32)
-
-
-SENSITIVITY = (1.0, 0.4)
-
-
-def made_up_curve(k: int = 4, kl: Any = lambda low, skipped: 0.02 * low + 0.4 * skipped, ratio: float = 1.0) -> cv.Curve:
-    grid = [(a, s) for s in cv.SKIPPED_SHARES for a in cv.LOW_SHARES if a or s]
-    points = tuple(cv.Point(a, s, 0, 1, (0, 0, 0), ratio * kl(a, s), 1e-6, kl(a, s), 1) for a, s in grid)
-    return cv.Curve(k, 0.5, SENSITIVITY, *cv.quantiles_by_cost(made_up_weights(k), SENSITIVITY), points)
 
 
 # ---- the curve -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, Dict
 
 import pytest
 
+from curves import made_up_curve
 from hobbit_cpp.bench.forecast import Compute, Machine, forecast
 from hobbit_cpp.bench.routing import expected_loads
 from hobbit_cpp.bench.sizes import Sizes, Weights, measure_sizes, read_weights
@@ -137,6 +138,23 @@ def test_low_copies_save_bytes_and_a_short_run_costs_more() -> None:
     assert hobbit.mb_token < 0.9 * exact.mb_token and hobbit.loads.low > 0 and exact.loads.low == 0
     short, long = (forecast(sizes, WEIGHTS, machine(), budget, "exact", n) for n in (128, None))
     assert short.mb_token > exact.mb_token > long.mb_token and short.hit_rate < long.hit_rate
+
+
+def test_a_calibration_says_how_much_may_be_low() -> None:
+    sizes = model(has_low=True, bytes_low=GIB // 2, bytes_expert_low=GIB // (64 * 64), slot_low=GIB // (64 * 64))
+    budget = sizes.budget(GIB // 4)
+
+    def at(loss: float) -> Any:
+        curve = made_up_curve(kl=lambda low, skipped: loss * low + 10 * loss * skipped)
+        return forecast(sizes, dataclasses.replace(WEIGHTS, curve=curve), machine(), budget, "hobbit")
+
+    without, dear, cheap = forecast(sizes, WEIGHTS, machine(), budget, "hobbit"), at(1.0), at(0.01)
+    assert cheap.loads.low > without.loads.low > dear.loads.low
+    assert cheap.mb_token < without.mb_token < dear.mb_token
+    for f in (dear, cheap):
+        assert f.loads.hit_rate == pytest.approx(without.loads.hit_rate)
+    exact = dataclasses.replace(WEIGHTS, curve=made_up_curve())
+    assert forecast(sizes, exact, machine(), budget, "exact") == forecast(sizes, WEIGHTS, machine(), budget, "exact")
 
 
 def test_random_weights_have_no_locality() -> None:

@@ -14,11 +14,15 @@ everything overlapped, with the best of the traces that the statistics are from,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 from hobbit_cpp import probe
+from hobbit_cpp.calibrate.curve import Curve
+from hobbit_cpp.calibrate.dial import DEFAULT
+from hobbit_cpp.calibrate.quality import parse_quality
 from hobbit_cpp.probe import DiskProbe
 
 from .routing import Loads, expected_loads
@@ -154,6 +158,8 @@ def forecast(
     share = min(1.0, max(0, pool - sizes.streaming) / info.slot_high / max(sizes.n_experts, 1))
     low_cost = info.bytes_expert_low / info.bytes_expert_high if info.has_low else _LOW_COST
     options = expected_loads(info.n_expert, info.n_expert_used, share, rule, n_tokens, weights.random)
+    if rule == "hobbit" and weights.curve is not None:
+        options = [_by_the_dial(loads, weights.curve) for loads in options]
     if share >= 1.0 and n_tokens is None:
         options = [Loads(0.0, 0.0, 0.0)]
     cycle = float(info.bytes_cycle)
@@ -185,6 +191,14 @@ def forecast(
         prompt_s=to_read / machine.bandwidth,
         peak=sizes.held + pool,
     )
+
+
+def _by_the_dial(loads: Loads, curve: Curve) -> Loads:
+    """The same misses at the default quality: what the cache spares, low precision may cost (`dial.LossFeedback`)."""
+    missing = loads.high + loads.low + loads.skip
+    loss = math.log1p(parse_quality(DEFAULT).change or 0.0)
+    asked = curve.shares(*curve.at_change(math.expm1(loss / max(missing, 0.01))))
+    return Loads(*(missing * float(share) for share in asked))
 
 
 def _spread(options: List[Loads], low_cost: float) -> Tuple[Loads, Loads, Loads]:

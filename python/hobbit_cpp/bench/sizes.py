@@ -11,9 +11,12 @@ from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp._log import errors_explained
 from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session
 from hobbit_cpp._sidecar import LowModel
+from hobbit_cpp.calibrate.curve import Curve
+from hobbit_cpp.calibrate.store import load_for
 from hobbit_cpp.convert.ggtypes import load_types
 from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor, is_expert
 from hobbit_cpp.convert.source import Source
+from hobbit_cpp.errors import CalibrationError
 from hobbit_cpp.llama import Llama
 from hobbit_cpp.params import OffloadParams
 
@@ -126,13 +129,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of a model say about its products.
+    """What the headers of a model say about its products, and its calibration.
 
     Attributes:
         dense: for each type, with the shape that most of its bytes have.
         experts: in high precision, of one token.
         random: the weights are noise: no expert is preferred.
         name: of the model.
+        curve: of its calibration; None: there is none of use.
     """
 
     dense: List[Product]
@@ -140,10 +144,15 @@ class Weights:
     n_layer: int
     random: bool
     name: str
+    curve: Optional[Curve] = None
 
 
 def read_weights(model: Path, n_expert_used: int) -> Weights:
-    """From the headers of all parts of a model."""
+    """From the headers of all parts of a model, and the calibration beside it."""
+    try:
+        found = load_for(str(model), OffloadParams())
+    except CalibrationError:  # told when the model is loaded
+        found = None
     with Source(model, load_types()) as source:
         tensors = [t for t in source.tensors if not t.name.startswith(LOW_PREFIX)]
         header = source.header
@@ -160,7 +169,7 @@ def read_weights(model: Path, n_expert_used: int) -> Weights:
             experts.append((t, t.shape[1] * k, t.n_bytes // t.shape[2] * k))
         elif len(t.shape) >= 2 and not (t.name == _INPUT_EMBEDDINGS and separate_output):
             dense.append((t, t.n_rows, t.n_bytes))
-    return Weights(_by_type(dense), _by_type(experts), n_layer, random, name)
+    return Weights(_by_type(dense), _by_type(experts), n_layer, random, name, None if found is None else found.curve)
 
 
 def _by_type(rows: List[Tuple[Tensor, int, int]]) -> List[Product]:
