@@ -59,10 +59,11 @@ std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> 
         fill(n_slots);
         return slots;
     }
-    if (fill(k) > n_slots) {
-        fill(std::min(k, n_slots / n_layer));
+    uint32_t taken = fill(k);
+    if (taken > n_slots) {
+        taken = fill(std::min(k, n_slots / n_layer));
     }
-    uint32_t   left = n_slots - std::accumulate(slots.begin(), slots.end(), 0u);
+    uint32_t   left = n_slots - taken;
     const auto give = [&](size_t l, uint32_t most) {
         const uint32_t more = std::min({ most, left, experts[l] - slots[l] });
         slots[l] += more;

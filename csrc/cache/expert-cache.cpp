@@ -27,9 +27,7 @@ expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const ev
         }
     }
     if (is_split(0)) {
-        const std::vector<uint32_t> same(shape.n_layer, shape.n_expert);
-        share_ =
-            split_slots(rule.split, shape.layer_experts.empty() ? same : shape.layer_experts, shape.k, shape.n_slots[0]);
+        share_ = split_slots(rule.split, shape.layer_experts, shape.k, shape.n_slots[0]);
         taken_.assign(shape.n_layer, 0);
         ledger_ = rule.make_ledger == nullptr ? nullptr : rule.make_ledger(share_, shape.n_expert);
     }

@@ -50,7 +50,7 @@ struct cache_shape {
     uint32_t n_slots[2]    = { 0, 0 };  // by precision
     uint64_t slot_bytes[2] = { 0, 0 };
     uint64_t bytes         = 0;  // of the pool; 0: what the slots take
-    // For rules that split the slots: experts of a token, and of each layer, n_expert where nothing is said.
+    // For rules that split the slots: experts of a token, and of each layer.
     uint32_t              k = 0;
     std::vector<uint32_t> layer_experts;
     bool                  simulated = false;  // there is no memory behind the pool: nothing is copied

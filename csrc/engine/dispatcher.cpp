@@ -66,7 +66,7 @@ void dispatcher::set_routing(recorded_routing * routing) {
 
 void dispatcher::set_thresholds(policy::thresholds t) {
     if (!(how_.sensitivity ? std::isfinite(t.t1) && std::isfinite(t.t2) : t.t1 <= t.t2)) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT, "t1 must not be above t2");
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, how_.sensitivity ? "t1 and t2 must be numbers" : "t1 must not be above t2");
     }
     thresholds_given_ = t.t1 >= 0.0f;
     how_.t            = thresholds_given_ ? t : policy::default_thresholds(index_.n_expert_used);

@@ -40,10 +40,11 @@ EXPORT void * t_cache_new(uint32_t n_layer, uint32_t n_expert, uint32_t high, ui
     shape.n_expert   = n_expert;
     shape.n_slots[0] = high;
     shape.n_slots[1] = low;
-    auto * c         = new cache { {}, { shape, nullptr, *find_eviction_rule(rule) }, {} };
-    c->now.n_layer   = n_layer;
-    c->now.low_cost  = low_cost;
-    c->now.weights   = { w[0], w[1], w[2], w[3] };
+    shape.layer_experts.assign(n_layer, n_expert);
+    auto * c        = new cache { {}, { shape, nullptr, *find_eviction_rule(rule) }, {} };
+    c->now.n_layer  = n_layer;
+    c->now.low_cost = low_cost;
+    c->now.weights  = { w[0], w[1], w[2], w[3] };
     return c;
 }
 

@@ -191,6 +191,7 @@ TEST("with slots of its own for each layer, a layer evicts its own experts only"
     shape.n_layer       = 2;
     shape.n_expert      = 8;
     shape.k             = 1;
+    shape.layer_experts = { 8, 8 };
     shape.n_slots[0]    = 4;
     shape.n_slots[1]    = 1;
     shape.slot_bytes[0] = shape.slot_bytes[1] = 16;

@@ -291,11 +291,10 @@ TEST("costs are (a g)^2 of what may be low, and of what of it was") {
     const auto cost = [&](uint32_t layer, hobbit::policy::thresholds t) {
         const hobbit_counts before = s.total();
         how.t                      = t;
-        s.pass.build(layer, b.selections(), how, true, false, nullptr, s.out.data());
+        s.build(layer, b, how);
         const hobbit_counts after = s.total();
         return std::make_pair(after.cost_asked - before.cost_asked, after.cost_low - before.cost_low);
     };
-    s.out.resize(8);
     const auto is = [](std::pair<double, double> got, double asked, double low) {
         return std::abs(got.first - asked) < 1e-6 && std::abs(got.second - low) < 1e-6;
     };

@@ -197,7 +197,7 @@ def _by_the_dial(loads: Loads, curve: Curve) -> Loads:
     """The same misses at the default quality: what the cache spares, low precision may cost (`dial.LossFeedback`)."""
     missing = loads.high + loads.low + loads.skip
     loss = math.log1p(parse_quality(DEFAULT).change or 0.0)
-    asked = curve.shares(*curve.at_change(math.expm1(loss / max(missing, 0.01))))
+    asked = curve.shares(*curve.at_loss(loss / max(missing, 0.01)))
     return Loads(*(missing * float(share) for share in asked))
 
 

@@ -76,11 +76,16 @@ def scores_beyond_first(weights: npt.NDArray[Any]) -> Floats:
     Args:
         weights: router weights [tokens, layers, k], in any order, any sum above 0.
     """
-    w = -np.sort(-weights.astype(np.float64), axis=-1)
-    w /= np.maximum(w.sum(-1, keepdims=True), 1e-30)
-    chosen = w[..., 1:] > 0  # a layer of fewer experts a token than k has weights of 0 for the others
-    out: Floats = np.cumsum(w, axis=-1)[..., :-1][chosen]
+    g = _shares(weights)
+    out: Floats = np.cumsum(g, axis=-1)[..., :-1][g[..., 1:] > 0]
     return out
+
+
+def _shares(weights: npt.NDArray[Any]) -> Floats:
+    """Of the token's router weight, the largest first. A layer of fewer experts a token than k has 0 for the others."""
+    g: Floats = -np.sort(-weights.astype(np.float64), axis=-1)
+    g /= np.maximum(g.sum(-1, keepdims=True), 1e-30)
+    return g
 
 
 def grid(k: int) -> List[Tuple[float, float]]:
@@ -132,9 +137,8 @@ def quantiles_by_cost(
     Returns:
         Quantiles of 1 - a g over what is left by each of the grid's shares skipped, and of 1 - g over all but the top-1.
     """
-    g = -np.sort(-weights.astype(np.float64), axis=-1)
-    g /= np.maximum(g.sum(-1, keepdims=True), 1e-30)
-    chosen = g > 0  # as in scores_beyond_first
+    g = _shares(weights)
+    chosen = g > 0
     by_weight = quantiles_of(1 - g[..., 1:][chosen[..., 1:]])
     s = 1 - np.asarray(sensitivity)[None, :, None] * g
     rows = []
@@ -255,8 +259,11 @@ class Curve:
 
     def at_change(self, change: float) -> Tuple[float, float]:
         """(low, skipped): the fewest bytes at a change of perplexity of at most `change` (0.01: 1 %)."""
-        limit = math.log1p(change) + 1e-12
-        return next((p[2], p[3]) for p in reversed(self.frontier) if p[0] <= limit)
+        return self.at_loss(math.log1p(change))
+
+    def at_loss(self, loss: float) -> Tuple[float, float]:
+        """(low, skipped): the fewest bytes at a loss of at most so many nats a token."""
+        return next((p[2], p[3]) for p in reversed(self.frontier) if p[0] <= loss + 1e-12)
 
     def at_asked(self, share: float) -> Tuple[float, float]:
         """(low, skipped): the least loss at bytes asked of at most `share` of exact mode's; if none is, the fewest bytes."""

@@ -23,7 +23,6 @@ DEFAULT = "1.5%"
 # Tokens between two looks at what was read, and over how many it is averaged.
 _EVERY = 8
 _MEMORY = 64
-_MOST_LOSS = 5.0  # nats
 
 
 def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[Calibration]]:
@@ -158,8 +157,7 @@ class LossFeedback(Feedback):
         super().__init__(curve, apply)
 
     def _aim(self, share: float) -> Tuple[float, float]:
-        # Beyond the frontier's end there is nothing to be had.
-        return self._curve.at_change(math.expm1(min(self._target / share, _MOST_LOSS)))
+        return self._curve.at_loss(self._target / share)
 
     def _cost(self, served: Served) -> Tuple[float, float]:
         asked_low, asked_skipped = self._at
