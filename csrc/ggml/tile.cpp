@@ -1,4 +1,4 @@
-#include "tile-q8_0.h"
+#include "tile.h"
 
 #include "../base/memory.h"
 
@@ -11,7 +11,8 @@
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #    define HOBBIT_TILES
-#    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
+#    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+        defined(__AVX512VNNI__)
 #        define HOBBIT_TILES_AVX512
 #    endif
 #    if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
@@ -34,6 +35,37 @@ struct block_q8_0 {
 };
 
 static_assert(sizeof(block_q8_0) == 34);
+
+// A type of weights: bytes without sign that are BIAS more than the quants, and from how many rows of a batch on
+// tiles are faster.
+struct q8_0 {
+    static constexpr ggml_type TYPE     = GGML_TYPE_Q8_0;
+    static constexpr int       BIAS     = 128;
+    static constexpr int       MIN_ROWS = 2;
+    using block                         = block_q8_0;
+
+    static __m256i bytes(const block & b) {
+        return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) b.quants), _mm256_set1_epi8((char) BIAS));
+    }
+};
+
+struct q4_0 {
+    static constexpr ggml_type TYPE     = GGML_TYPE_Q4_0;
+    static constexpr int       BIAS     = 8;
+    static constexpr int       MIN_ROWS = 1;
+
+    struct block {
+        uint16_t scale;
+        uint8_t  quants[BLOCK / 2];  // the low halves are the first sixteen
+    };
+
+    static __m256i bytes(const block & b) {
+        const __m128i halves = _mm_loadu_si128((const __m128i *) b.quants);
+        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(halves, 4), halves), _mm256_set1_epi8(15));
+    }
+};
+
+static_assert(sizeof(q4_0::block) == 18);
 
 // A set of instructions: blocks of how many rows of inputs lie in one vector, and the product of a block of weights with them, in units
 // of both scales.
@@ -67,10 +99,11 @@ struct avx2 : of_256 {
     struct weights {
         __m256i sign, size;
 
-        explicit weights(const int8_t * q) : sign(_mm256_loadu_si256((const __m256i *) q)), size(_mm256_abs_epi8(sign)) {}
+        weights(__m256i bytes, int bias) :
+            sign(_mm256_sub_epi8(bytes, _mm256_set1_epi8((char) bias))), size(_mm256_abs_epi8(sign)) {}
     };
 
-    static void put(inputs & to, int, const block_q8_0 & x) {
+    static void put(inputs & to, int, const block_q8_0 & x, int) {
         memcpy(to.quants, x.quants, sizeof(x.quants));
         std::fill_n(to.scale, 8, _cvtsh_ss(x.scale));
     }
@@ -81,18 +114,25 @@ struct avx2 : of_256 {
     }
 };
 
-// The instructions called VNNI sum four products without a detour, of bytes without sign by bytes with sign: (w + 128) x - 128 x, of which
-// the last is `offset`.
-[[maybe_unused]] void put_vnni(const block_q8_0 & x, int8_t * quants, int32_t * offset, float * scale) {
-    memcpy(quants, x.quants, sizeof(x.quants));
-    std::fill_n(scale, 8, _cvtsh_ss(x.scale));
-    for (int i = 0; i < 8; ++i) {
-        const int8_t * q = x.quants + i * 4;
-        offset[i]        = -128 * (q[0] + q[1] + q[2] + q[3]);
-    }
+#    ifdef HOBBIT_TILES_VNNI
+
+// sum + the sums of four products each, of bytes without sign by bytes with sign.
+__m256i add_products(__m256i sum, __m256i u, __m256i s) {
+#        ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, u, s);
+#        else
+    return _mm256_dpbusd_epi32(sum, u, s);
+#        endif
 }
 
-#    ifdef HOBBIT_TILES_VNNI
+// (w + bias) x - bias x, of which the last is `offset`.
+void put_vnni(const block_q8_0 & x, int bias, int8_t * quants, int32_t * offset, float * scale) {
+    const __m256i q    = _mm256_loadu_si256((const __m256i *) x.quants);
+    const __m256i zero = _mm256_setzero_si256();
+    _mm256_store_si256((__m256i *) quants, q);
+    _mm256_store_si256((__m256i *) offset, _mm256_sub_epi32(zero, add_products(zero, _mm256_set1_epi8((char) bias), q)));
+    _mm256_store_ps(scale, _mm256_set1_ps(_cvtsh_ss(x.scale)));
+}
 
 struct avx_vnni : of_256 {
     static constexpr const char * NAME    = "AVX VNNI";
@@ -107,20 +147,14 @@ struct avx_vnni : of_256 {
     struct weights {
         __m256i shifted;
 
-        explicit weights(const int8_t * q) :
-            shifted(_mm256_xor_si256(_mm256_loadu_si256((const __m256i *) q), _mm256_set1_epi8((char) 0x80))) {}
+        weights(__m256i bytes, int) : shifted(bytes) {}
     };
 
-    static void put(inputs & to, int, const block_q8_0 & x) { put_vnni(x, to.quants, to.offset, to.scale); }
+    static void put(inputs & to, int, const block_q8_0 & x, int bias) { put_vnni(x, bias, to.quants, to.offset, to.scale); }
 
     static floats product(const weights & w, const inputs & x) {
-        const __m256i offset = _mm256_load_si256((const __m256i *) x.offset);
-        const __m256i quants = _mm256_load_si256((const __m256i *) x.quants);
-#        ifdef __AVXVNNI__
-        return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(offset, w.shifted, quants));
-#        else
-        return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(offset, w.shifted, quants));
-#        endif
+        return _mm256_cvtepi32_ps(add_products(_mm256_load_si256((const __m256i *) x.offset), w.shifted,
+                                               _mm256_load_si256((const __m256i *) x.quants)));
     }
 };
 
@@ -133,6 +167,7 @@ struct avx512_vnni {
     static constexpr int          LANES   = 2;
     static constexpr int          VECTORS = 4;
     using floats                          = __m512;
+    using of_one_row                      = avx_vnni;
 
     struct inputs {
         int8_t  quants[2 * BLOCK];
@@ -143,13 +178,11 @@ struct avx512_vnni {
     struct weights {
         __m512i shifted;
 
-        explicit weights(const int8_t * q) :
-            shifted(_mm512_xor_si512(_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) q)),
-                                     _mm512_set1_epi8((char) 0x80))) {}
+        weights(__m256i bytes, int) : shifted(_mm512_broadcast_i64x4(bytes)) {}
     };
 
-    static void put(inputs & to, int lane, const block_q8_0 & x) {
-        put_vnni(x, to.quants + lane * BLOCK, to.offset + lane * 8, to.scale + lane * 8);
+    static void put(inputs & to, int lane, const block_q8_0 & x, int bias) {
+        put_vnni(x, bias, to.quants + lane * BLOCK, to.offset + lane * 8, to.scale + lane * 8);
     }
 
     static floats product(const weights & w, const inputs & x) {
@@ -188,20 +221,25 @@ size_t prepared_bytes(int64_t n, int64_t n_c) {
 }
 
 // [vector][block]; where rows do not fill the last vector, the last row stands for those that are missing.
-template <typename I>
+template <typename W, typename I>
 void prepare(const char * const * rows, int64_t n, int64_t n_c, std::byte * to) {
+    if constexpr (I::LANES > 1) {
+        if (n_c == 1) {
+            return prepare<W, typename I::of_one_row>(rows, n, n_c, to);
+        }
+    }
     auto * out = (typename I::inputs *) to;
     for (int64_t v = 0; v < n_vectors<I>(n_c); ++v) {
         for (int64_t b = 0; b < n / BLOCK; ++b, ++out) {
             for (int lane = 0; lane < I::LANES; ++lane) {
-                I::put(*out, lane, ((const block_q8_0 *) rows[std::min(v * I::LANES + lane, n_c - 1)])[b]);
+                I::put(*out, lane, ((const block_q8_0 *) rows[std::min(v * I::LANES + lane, n_c - 1)])[b], W::BIAS);
             }
         }
     }
 }
 
 // R rows of weights by V vectors of inputs -> out[0 .. n_c)[r ...].
-template <typename I, int R, int V>
+template <typename W, typename I, int R, int V>
 void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int64_t r, const typename I::inputs * x,
                    int64_t n_c, float * const * out) {
     typename I::floats sums[R][V];
@@ -210,8 +248,8 @@ void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
         for (int i = 0; i < R; ++i) {
-            const block_q8_0 &        block = ((const block_q8_0 *) (weights + (r + i) * row_bytes))[b];
-            const typename I::weights w(block.quants);
+            const typename W::block & block = ((const typename W::block *) (weights + (r + i) * row_bytes))[b];
+            const typename I::weights w(W::bytes(block), W::BIAS);
             const typename I::floats  scale = I::set(_cvtsh_ss(block.scale));
             for (int v = 0; v < V; ++v) {
                 const typename I::inputs & y = x[v * n_blocks + b];
@@ -226,66 +264,87 @@ void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int
     }
 }
 
-template <typename I, int V>
+template <typename W, typename I, int R, int V>
 void multiply_columns(int64_t n_blocks, const char * weights, size_t row_bytes, int64_t n_r, const typename I::inputs * x,
                       int64_t n_c, float * const * out) {
     int64_t r = 0;
-    for (; r + 4 <= n_r; r += 4) {
-        multiply_tile<I, 4, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
+    for (; r + R <= n_r; r += R) {
+        multiply_tile<W, I, R, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
     }
     for (; r < n_r; ++r) {
-        multiply_tile<I, 1, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
+        multiply_tile<W, I, 1, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
     }
 }
 
-template <typename I>
+template <typename W, typename I>
 void multiply(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, const std::byte * inputs, int64_t n_c,
               float * const * out) {
+    if constexpr (I::LANES > 1) {
+        if (n_c == 1) {
+            return multiply<W, typename I::of_one_row>(n, weights, row_bytes, n_r, inputs, n_c, out);
+        }
+    }
     const int64_t n_blocks = n / BLOCK;
     const auto *  x        = (const typename I::inputs *) inputs;
-    int64_t       c        = 0;
+    if (n_c == 1) {
+        return multiply_columns<W, I, 2, 1>(n_blocks, weights, row_bytes, n_r, x, n_c, out);
+    }
+    int64_t c = 0;
     for (; c + (I::VECTORS - 1) * I::LANES < n_c; c += I::VECTORS * I::LANES, x += I::VECTORS * n_blocks) {
-        multiply_columns<I, I::VECTORS>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+        multiply_columns<W, I, 4, I::VECTORS>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
     for (; c < n_c; c += I::LANES, x += n_blocks) {
-        multiply_columns<I, 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+        multiply_columns<W, I, 4, 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
 }
 
-template <typename I>
+template <typename W, typename I>
 constexpr tile_kernel kernel() {
-    return { I::NAME, prepared_bytes<I>, prepare<I>, multiply<I> };
+    return { I::NAME, W::TYPE, W::MIN_ROWS, prepared_bytes<I>, prepare<W, I>, multiply<W, I> };
 }
 
 #endif
 
 bool has_bits_of_upstream(const tile_kernel & kernel) {
     constexpr int64_t               N = 96, N_R = 5, N_C = 11;
-    const auto *                    traits = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0);
-    const size_t                    row    = ggml_row_size(GGML_TYPE_Q8_0, N);
+    const auto                      type   = (ggml_type) kernel.type;
+    const size_t                    w_row  = ggml_row_size(type, N);
+    const size_t                    x_row  = ggml_row_size(GGML_TYPE_Q8_0, N);
+    const auto *                    inputs = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0);
     std::minstd_rand                random(1);
     std::normal_distribution<float> normal;
-    std::vector<float>              values(N);
-    std::vector<char>               rows(row * (N_R + N_C));
-    for (int64_t i = 0; i < N_R + N_C; ++i) {
-        std::generate(values.begin(), values.end(), [&] { return normal(random); });
-        traits->from_float(values.data(), &rows[(size_t) i * row], N);
-    }
-    const char *       inputs[N_C];
+    const auto                      numbers = [&](int64_t n) {
+        std::vector<float> out((size_t) n);
+        std::generate(out.begin(), out.end(), [&] { return normal(random); });
+        return out;
+    };
+    std::vector<char> w(w_row * N_R), x(x_row * N_C);
+    ggml_quantize_chunk(type, numbers(N * N_R).data(), w.data(), 0, N_R, N, nullptr);
+    const char *       rows[N_C];
     float *            out[N_C];
     std::vector<float> tiled(N_R * N_C), plain(N_R * N_C);
     for (int64_t c = 0; c < N_C; ++c) {
-        inputs[c] = &rows[(size_t) (N_R + c) * row];
-        out[c]    = &tiled[(size_t) (c * N_R)];
+        inputs->from_float(numbers(N).data(), &x[(size_t) c * x_row], N);
+        rows[c] = &x[(size_t) c * x_row];
+        out[c]  = &tiled[(size_t) (c * N_R)];
         for (int64_t r = 0; r < N_R; ++r) {
-            traits->vec_dot(N, &plain[(size_t) (c * N_R + r)], 0, &rows[(size_t) r * row], 0, inputs[c], 0, 1);
+            ggml_get_type_traits_cpu(type)->vec_dot(N, &plain[(size_t) (c * N_R + r)], 0, &w[(size_t) r * w_row], 0, rows[c],
+                                                    0, 1);
         }
     }
     std::vector<std::byte> room(kernel.prepared_bytes(N, N_C) + 64);
     auto *                 prepared = (std::byte *) align_up((size_t) room.data(), 64);
-    kernel.prepare(inputs, N, N_C, prepared);
-    kernel.multiply(N, rows.data(), row, N_R, prepared, N_C, out);
+    kernel.prepare(rows, N, N_C, prepared);
+    kernel.multiply(N, w.data(), w_row, N_R, prepared, N_C, out);
     return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
+}
+
+const tile_kernel * find_kernel(int32_t type) {
+    const auto & kernels = tile_kernels();
+    const auto   at      = std::find_if(kernels.begin(), kernels.end(), [type](const tile_kernel & kernel) {
+        return kernel.type == type && has_bits_of_upstream(kernel);
+    });
+    return at == kernels.end() ? nullptr : &*at;
 }
 
 }  // namespace
@@ -294,24 +353,21 @@ const std::vector<tile_kernel> & tile_kernels() {
     static const std::vector<tile_kernel> kernels = {
 #ifdef HOBBIT_TILES
 #    ifdef HOBBIT_TILES_AVX512
-        kernel<avx512_vnni>(),
+        kernel<q8_0, avx512_vnni>(), kernel<q4_0, avx512_vnni>(),
 #    endif
 #    ifdef HOBBIT_TILES_VNNI
-        kernel<avx_vnni>(),
+        kernel<q8_0, avx_vnni>(),    kernel<q4_0, avx_vnni>(),
 #    endif
-        kernel<avx2>(),
+        kernel<q8_0, avx2>(),        kernel<q4_0, avx2>(),
 #endif
     };
     return kernels;
 }
 
 const tile_kernel * find_tile_kernel(int32_t type) {
-    static const tile_kernel * found = [] {
-        const auto & kernels = tile_kernels();
-        const auto   at      = std::find_if(kernels.begin(), kernels.end(), has_bits_of_upstream);
-        return at == kernels.end() ? nullptr : &*at;
-    }();
-    return type == GGML_TYPE_Q8_0 ? found : nullptr;
+    static const tile_kernel * const of_q8_0 = find_kernel(GGML_TYPE_Q8_0);
+    static const tile_kernel * const of_q4_0 = find_kernel(GGML_TYPE_Q4_0);
+    return type == GGML_TYPE_Q8_0 ? of_q8_0 : type == GGML_TYPE_Q4_0 ? of_q4_0 : nullptr;
 }
 
 }  // namespace hobbit

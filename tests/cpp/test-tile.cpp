@@ -1,5 +1,5 @@
-// ggml/tile-q8_0.h: each kernel that was built gives the bits of upstream's product of two rows.
-#include "ggml/tile-q8_0.h"
+// ggml/tile.h: each kernel that was built gives the bits of upstream's product of two rows.
+#include "ggml/tile.h"
 
 #include "test.h"
 
@@ -13,17 +13,15 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32;
-
-// Rows of any bytes; `least`: of the quants. Scales are finite: +-2^-14 to 2.
-std::vector<char> random_rows(int64_t n, int64_t n_rows, int least, std::mt19937 & random) {
-    std::vector<char> rows(ggml_row_size(GGML_TYPE_Q8_0, n) * (size_t) n_rows);
+// Rows of any bytes; `least`: of each byte of quants. Scales are finite: +-2^-14 to 2.
+std::vector<char> random_rows(ggml_type type, int64_t n, int64_t n_rows, int least, std::mt19937 & random) {
+    std::vector<char> rows(ggml_row_size(type, n) * (size_t) n_rows);
     char *            to = rows.data();
-    for (int64_t b = 0; b < n / BLOCK * n_rows; ++b) {
+    for (int64_t b = 0; b < n / ggml_blck_size(type) * n_rows; ++b) {
         const auto scale = (uint16_t) (0x0400 + random() % 0x3c00 + (random() % 2 << 15));
         memcpy(to, &scale, sizeof(scale));
         to += sizeof(scale);
-        for (int64_t i = 0; i < BLOCK; ++i) {
+        for (size_t i = sizeof(scale); i < ggml_type_size(type); ++i) {
             *to++ = (char) std::uniform_int_distribution<int>(least, 127)(random);
         }
     }
@@ -32,25 +30,27 @@ std::vector<char> random_rows(int64_t n, int64_t n_rows, int least, std::mt19937
 
 // Of n_c inputs to n_r rows: nothing is written beyond.
 bool same_bits(const hobbit::tile_kernel & kernel, int64_t n, int64_t n_r, int64_t n_c, std::mt19937 & random) {
-    const auto              vec_dot = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->vec_dot;
-    const size_t            row     = ggml_row_size(GGML_TYPE_Q8_0, n);
-    const std::vector<char> w       = random_rows(n, n_r, -128, random);
-    const std::vector<char> x       = random_rows(n, n_c, -127, random);  // quantising gives no -128
+    const auto              type    = (ggml_type) kernel.type;
+    const auto              vec_dot = ggml_get_type_traits_cpu(type)->vec_dot;
+    const size_t            w_row   = ggml_row_size(type, n);
+    const size_t            x_row   = ggml_row_size(GGML_TYPE_Q8_0, n);
+    const std::vector<char> w       = random_rows(type, n, n_r, -128, random);
+    const std::vector<char> x       = random_rows(GGML_TYPE_Q8_0, n, n_c, -127, random);  // quantising gives no -128
 
     std::vector<const char *> inputs;
     std::vector<float>        tiled((size_t) ((n_r + 1) * n_c), -1.0f), plain = tiled;
     std::vector<float *>      out;
     for (int64_t c = 0; c < n_c; ++c) {
-        inputs.push_back(&x[(size_t) c * row]);
+        inputs.push_back(&x[(size_t) c * x_row]);
         out.push_back(&tiled[(size_t) (c * (n_r + 1))]);
         for (int64_t r = 0; r < n_r; ++r) {
-            vec_dot((int) n, &plain[(size_t) (c * (n_r + 1) + r)], 0, &w[(size_t) r * row], 0, inputs.back(), 0, 1);
+            vec_dot((int) n, &plain[(size_t) (c * (n_r + 1) + r)], 0, &w[(size_t) r * w_row], 0, inputs.back(), 0, 1);
         }
     }
     std::vector<std::byte> room(kernel.prepared_bytes(n, n_c) + 64);
     auto *                 prepared = (std::byte *) (((uintptr_t) room.data() + 63) / 64 * 64);
     kernel.prepare(inputs.data(), n, n_c, prepared);
-    kernel.multiply(n, w.data(), row, n_r, prepared, n_c, out.data());
+    kernel.multiply(n, w.data(), w_row, n_r, prepared, n_c, out.data());
     return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
 }
 
@@ -70,9 +70,12 @@ TEST("a tile has the bits of the product of two rows, at every width") {
     }
 }
 
-TEST("there is a kernel for Q8_0 where upstream has AVX2, and for no other type") {
-    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q8_0) != nullptr || !ggml_cpu_has_avx2());
-    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_0) == nullptr);
+TEST("there are kernels for Q8_0 and Q4_0 where upstream has AVX2, and for no other type") {
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        const hobbit::tile_kernel * found = hobbit::find_tile_kernel(type);
+        CHECK(found != nullptr ? found->type == type : !ggml_cpu_has_avx2());
+    }
+    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_1) == nullptr);
     CHECK(hobbit::find_tile_kernel(-1) == nullptr);
 }
 
