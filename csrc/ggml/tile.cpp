@@ -36,13 +36,11 @@ struct block_q8_0 {
 
 static_assert(sizeof(block_q8_0) == 34);
 
-// A type of weights: bytes without sign that are BIAS more than the quants, and from how many rows of a batch on
-// tiles are faster.
+// A type of weights: bytes without sign that are BIAS more than the quants.
 struct q8_0 {
-    static constexpr ggml_type TYPE     = GGML_TYPE_Q8_0;
-    static constexpr int       BIAS     = 128;
-    static constexpr int       MIN_ROWS = 2;
-    using block                         = block_q8_0;
+    static constexpr ggml_type TYPE = GGML_TYPE_Q8_0;
+    static constexpr int       BIAS = 128;
+    using block                     = block_q8_0;
 
     static __m256i bytes(const block & b) {
         return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) b.quants), _mm256_set1_epi8((char) BIAS));
@@ -50,9 +48,8 @@ struct q8_0 {
 };
 
 struct q4_0 {
-    static constexpr ggml_type TYPE     = GGML_TYPE_Q4_0;
-    static constexpr int       BIAS     = 8;
-    static constexpr int       MIN_ROWS = 1;
+    static constexpr ggml_type TYPE = GGML_TYPE_Q4_0;
+    static constexpr int       BIAS = 8;
 
     struct block {
         uint16_t scale;
@@ -167,7 +164,6 @@ struct avx512_vnni {
     static constexpr int          LANES   = 2;
     static constexpr int          VECTORS = 4;
     using floats                          = __m512;
-    using of_one_row                      = avx_vnni;
 
     struct inputs {
         int8_t  quants[2 * BLOCK];
@@ -223,11 +219,6 @@ size_t prepared_bytes(int64_t n, int64_t n_c) {
 // [vector][block]; where rows do not fill the last vector, the last row stands for those that are missing.
 template <typename W, typename I>
 void prepare(const char * const * rows, int64_t n, int64_t n_c, std::byte * to) {
-    if constexpr (I::LANES > 1) {
-        if (n_c == 1) {
-            return prepare<W, typename I::of_one_row>(rows, n, n_c, to);
-        }
-    }
     auto * out = (typename I::inputs *) to;
     for (int64_t v = 0; v < n_vectors<I>(n_c); ++v) {
         for (int64_t b = 0; b < n / BLOCK; ++b, ++out) {
@@ -264,12 +255,12 @@ void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int
     }
 }
 
-template <typename W, typename I, int R, int V>
+template <typename W, typename I, int V>
 void multiply_columns(int64_t n_blocks, const char * weights, size_t row_bytes, int64_t n_r, const typename I::inputs * x,
                       int64_t n_c, float * const * out) {
     int64_t r = 0;
-    for (; r + R <= n_r; r += R) {
-        multiply_tile<W, I, R, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
+    for (; r + 4 <= n_r; r += 4) {
+        multiply_tile<W, I, 4, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
     }
     for (; r < n_r; ++r) {
         multiply_tile<W, I, 1, V>(n_blocks, weights, row_bytes, r, x, n_c, out);
@@ -279,28 +270,20 @@ void multiply_columns(int64_t n_blocks, const char * weights, size_t row_bytes, 
 template <typename W, typename I>
 void multiply(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, const std::byte * inputs, int64_t n_c,
               float * const * out) {
-    if constexpr (I::LANES > 1) {
-        if (n_c == 1) {
-            return multiply<W, typename I::of_one_row>(n, weights, row_bytes, n_r, inputs, n_c, out);
-        }
-    }
     const int64_t n_blocks = n / BLOCK;
     const auto *  x        = (const typename I::inputs *) inputs;
-    if (n_c == 1) {
-        return multiply_columns<W, I, 2, 1>(n_blocks, weights, row_bytes, n_r, x, n_c, out);
-    }
-    int64_t c = 0;
+    int64_t       c        = 0;
     for (; c + (I::VECTORS - 1) * I::LANES < n_c; c += I::VECTORS * I::LANES, x += I::VECTORS * n_blocks) {
-        multiply_columns<W, I, 4, I::VECTORS>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+        multiply_columns<W, I, I::VECTORS>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
     for (; c < n_c; c += I::LANES, x += n_blocks) {
-        multiply_columns<W, I, 4, 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+        multiply_columns<W, I, 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
 }
 
 template <typename W, typename I>
 constexpr tile_kernel kernel() {
-    return { I::NAME, W::TYPE, W::MIN_ROWS, prepared_bytes<I>, prepare<W, I>, multiply<W, I> };
+    return { I::NAME, W::TYPE, prepared_bytes<I>, prepare<W, I>, multiply<W, I> };
 }
 
 #endif

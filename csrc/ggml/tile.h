@@ -1,6 +1,6 @@
 // Q8_0 and Q4_0 experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and
-// unpacked once serves many products. Upstream has the product of two rows alone for Q8_0 (its tiled kernels take K- and I-quants), and
-// for Q4_0 beside the one of repacked slices, which low copies are not: repacking takes as long as it gains.
+// unpacked once serves many products. Upstream has the product of two rows alone for these types as they are stored (its tiled kernels take
+// K- and I-quants; Q4_0 in high precision is repacked, low copies are not). One row of a batch gains nothing while decoding.
 //
 // The same numbers are added in the same order as by upstream's product of two rows, so the result has the same bits: a block of 32 is
 // summed in integers, times the product of both scales it is added to one of eight running sums.
@@ -15,8 +15,6 @@ namespace hobbit {
 struct tile_kernel {
     const char * name;
     int32_t      type;  // ggml_type of the weights; the inputs are Q8_0
-    int64_t
-        min_rows;  // of a batch, from which on it is faster: one row of Q8_0 takes as long as reading its weights from memory
     // Bytes that prepare() fills for `n_c` rows of inputs, `n` long.
     size_t (*prepared_bytes)(int64_t n, int64_t n_c);
     // Rows of inputs -> the operand of multiply, aligned to 64 bytes.
