@@ -22,7 +22,7 @@ void make_operand(operand & o, const ggml_tensor * op, const tensor_source & sou
     o.result         = *op;
     o.result.src[0]  = &o.weights;
     o.vec_dot        = ggml_get_type_traits_cpu(o.weights.type)->vec_dot;
-    o.tiles          = find_tile_kernel(source.type);
+    o.tiles          = find_tile_kernel(source.type, o.weights.ne[0]);
 }
 
 void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, ggml_type type, char * to) {

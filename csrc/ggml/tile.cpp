@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <random>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -36,10 +37,12 @@ struct block_q8_0 {
 
 static_assert(sizeof(block_q8_0) == 34);
 
-// A type of weights: bytes without sign that are BIAS more than the quants.
+// A type of weights: bytes without sign that are BIAS more than the quants. Upstream's product of two rows has SUMS running sums for its
+// blocks in turn, added up at the end.
 struct q8_0 {
     static constexpr ggml_type TYPE = GGML_TYPE_Q8_0;
     static constexpr int       BIAS = 128;
+    static constexpr int       SUMS = 1;
     using block                     = block_q8_0;
 
     static __m256i bytes(const block & b) {
@@ -47,22 +50,40 @@ struct q8_0 {
     }
 };
 
-struct q4_0 {
-    static constexpr ggml_type TYPE = GGML_TYPE_Q4_0;
-    static constexpr int       BIAS = 8;
+struct block_of_halves {
+    uint16_t scale;
+    uint8_t  quants[BLOCK / 2];  // the low halves are the first sixteen
 
-    struct block {
-        uint16_t scale;
-        uint8_t  quants[BLOCK / 2];  // the low halves are the first sixteen
-    };
-
-    static __m256i bytes(const block & b) {
-        const __m128i halves = _mm_loadu_si128((const __m128i *) b.quants);
+    __m256i bytes() const {
+        const __m128i halves = _mm_loadu_si128((const __m128i *) quants);
         return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(halves, 4), halves), _mm256_set1_epi8(15));
     }
 };
 
-static_assert(sizeof(q4_0::block) == 18);
+static_assert(sizeof(block_of_halves) == 18);
+
+struct q4_0 {
+    static constexpr ggml_type TYPE = GGML_TYPE_Q4_0;
+    static constexpr int       BIAS = 8;
+    static constexpr int       SUMS = 1;
+    using block                     = block_of_halves;
+
+    static __m256i bytes(const block & b) { return b.bytes(); }
+};
+
+struct iq4_nl {
+    static constexpr ggml_type TYPE = GGML_TYPE_IQ4_NL;
+    static constexpr int       BIAS = 128;
+    static constexpr int       SUMS = 2;
+    using block                     = block_of_halves;
+
+    static __m256i bytes(const block & b) {
+        // the type's values + BIAS
+        const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153, (char) 166,
+                                             (char) 181, (char) 197, (char) 217, (char) 241);
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), b.bytes());
+    }
+};
 
 // A set of instructions: blocks of how many rows of inputs lie in one vector, and the product of a block of weights with them, in units
 // of both scales.
@@ -233,24 +254,33 @@ void prepare(const char * const * rows, int64_t n, int64_t n_c, std::byte * to) 
 template <typename W, typename I, int R, int V>
 void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int64_t r, const typename I::inputs * x,
                    int64_t n_c, float * const * out) {
-    typename I::floats sums[R][V];
-    for (auto & row : sums) {
-        std::fill_n(row, V, I::set(0.0f));
-    }
-    for (int64_t b = 0; b < n_blocks; ++b) {
-        for (int i = 0; i < R; ++i) {
-            const typename W::block & block = ((const typename W::block *) (weights + (r + i) * row_bytes))[b];
-            const typename I::weights w(W::bytes(block), W::BIAS);
-            const typename I::floats  scale = I::set(_cvtsh_ss(block.scale));
-            for (int v = 0; v < V; ++v) {
-                const typename I::inputs & y = x[v * n_blocks + b];
-                sums[i][v]                   = I::add_product(I::mul(scale, I::load(y.scale)), I::product(w, y), sums[i][v]);
+    typename I::floats sums[W::SUMS][R][V];
+    // One running sum after the other, not in turns: there are registers for one of them.
+    for (int s = 0; s < W::SUMS; ++s) {
+        typename I::floats sum[R][V];
+        for (auto & row : sum) {
+            std::fill_n(row, V, I::set(0.0f));
+        }
+        for (int64_t b = s; b < n_blocks; b += W::SUMS) {
+            for (int i = 0; i < R; ++i) {
+                const typename W::block & block = ((const typename W::block *) (weights + (r + i) * row_bytes))[b];
+                const typename I::weights w(W::bytes(block), W::BIAS);
+                const typename I::floats  scale = I::set(_cvtsh_ss(block.scale));
+                for (int v = 0; v < V; ++v) {
+                    const typename I::inputs & y = x[v * n_blocks + b];
+                    sum[i][v] = I::add_product(I::mul(scale, I::load(y.scale)), I::product(w, y), sum[i][v]);
+                }
             }
         }
+        memcpy(sums[s], sum, sizeof(sum));
     }
     for (int64_t c = 0; c < std::min<int64_t>(n_c, V * I::LANES); ++c) {
         for (int i = 0; i < R; ++i) {
-            out[c][r + i] = sum_of(I::lane(sums[i][c / I::LANES], (int) (c % I::LANES)));
+            __m256 sum = I::lane(sums[0][i][c / I::LANES], (int) (c % I::LANES));
+            for (int s = 1; s < W::SUMS; ++s) {
+                sum = _mm256_add_ps(sum, I::lane(sums[s][i][c / I::LANES], (int) (c % I::LANES)));
+            }
+            out[c][r + i] = sum_of(sum);
         }
     }
 }
@@ -283,13 +313,13 @@ void multiply(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, co
 
 template <typename W, typename I>
 constexpr tile_kernel kernel() {
-    return { I::NAME, W::TYPE, prepared_bytes<I>, prepare<W, I>, multiply<W, I> };
+    return { I::NAME, W::TYPE, W::SUMS * BLOCK, prepared_bytes<I>, prepare<W, I>, multiply<W, I> };
 }
 
 #endif
 
 bool has_bits_of_upstream(const tile_kernel & kernel) {
-    constexpr int64_t               N = 96, N_R = 5, N_C = 11;
+    constexpr int64_t               N = 192, N_R = 5, N_C = 11;
     const auto                      type   = (ggml_type) kernel.type;
     const size_t                    w_row  = ggml_row_size(type, N);
     const size_t                    x_row  = ggml_row_size(GGML_TYPE_Q8_0, N);
@@ -336,21 +366,27 @@ const std::vector<tile_kernel> & tile_kernels() {
     static const std::vector<tile_kernel> kernels = {
 #ifdef HOBBIT_TILES
 #    ifdef HOBBIT_TILES_AVX512
-        kernel<q8_0, avx512_vnni>(), kernel<q4_0, avx512_vnni>(),
+        kernel<q8_0, avx512_vnni>(), kernel<q4_0, avx512_vnni>(), kernel<iq4_nl, avx512_vnni>(),
 #    endif
 #    ifdef HOBBIT_TILES_VNNI
-        kernel<q8_0, avx_vnni>(),    kernel<q4_0, avx_vnni>(),
+        kernel<q8_0, avx_vnni>(),    kernel<q4_0, avx_vnni>(),    kernel<iq4_nl, avx_vnni>(),
 #    endif
-        kernel<q8_0, avx2>(),        kernel<q4_0, avx2>(),
+        kernel<q8_0, avx2>(),        kernel<q4_0, avx2>(),        kernel<iq4_nl, avx2>(),
 #endif
     };
     return kernels;
 }
 
-const tile_kernel * find_tile_kernel(int32_t type) {
-    static const tile_kernel * const of_q8_0 = find_kernel(GGML_TYPE_Q8_0);
-    static const tile_kernel * const of_q4_0 = find_kernel(GGML_TYPE_Q4_0);
-    return type == GGML_TYPE_Q8_0 ? of_q8_0 : type == GGML_TYPE_Q4_0 ? of_q4_0 : nullptr;
+const tile_kernel * find_tile_kernel(int32_t type, int64_t n) {
+    static const std::map<int32_t, const tile_kernel *> found = [] {
+        std::map<int32_t, const tile_kernel *> of_type;
+        for (const tile_kernel & kernel : tile_kernels()) {
+            of_type.emplace(kernel.type, find_kernel(kernel.type));
+        }
+        return of_type;
+    }();
+    const auto at = found.find(type);
+    return at != found.end() && at->second != nullptr && n % at->second->multiple == 0 ? at->second : nullptr;
 }
 
 }  // namespace hobbit

@@ -1,9 +1,9 @@
-// Q8_0 and Q4_0 experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and
+// Q8_0, Q4_0 and IQ4_NL experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and
 // unpacked once serves many products. Upstream has the product of two rows alone for these types as they are stored (its tiled kernels take
-// K- and I-quants; Q4_0 in high precision is repacked, low copies are not). One row of a batch gains nothing while decoding.
+// K- and I-quants; Q4_0 and IQ4_NL in high precision are repacked, low copies are not). One row of a batch gains nothing while decoding.
 //
 // The same numbers are added in the same order as by upstream's product of two rows, so the result has the same bits: a block of 32 is
-// summed in integers, times the product of both scales it is added to one of eight running sums.
+// summed in integers, times the product of both scales it is added to one of eight running sums (IQ4_NL: sixteen).
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,8 @@ namespace hobbit {
 
 struct tile_kernel {
     const char * name;
-    int32_t      type;  // ggml_type of the weights; the inputs are Q8_0
+    int32_t      type;      // ggml_type of the weights; the inputs are Q8_0
+    int64_t      multiple;  // that the length of a row must be of
     // Bytes that prepare() fills for `n_c` rows of inputs, `n` long.
     size_t (*prepared_bytes)(int64_t n, int64_t n_c);
     // Rows of inputs -> the operand of multiply, aligned to 64 bytes.
@@ -27,8 +28,8 @@ struct tile_kernel {
 // Those that the library was built with, of each type the fastest first.
 const std::vector<tile_kernel> & tile_kernels();
 
-// NULL for a type that there is none for, where none was built, and where its bits are not those of upstream's product: tried on this CPU
+// For rows of `n` elements. NULL for a type that there is none for, where none was built, and where its bits are not those of upstream's product: tried on this CPU
 // with some random numbers.
-const tile_kernel * find_tile_kernel(int32_t type);
+const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
 
 }  // namespace hobbit

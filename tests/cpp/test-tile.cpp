@@ -60,7 +60,7 @@ TEST("a tile has the bits of the product of two rows, at every width") {
     ggml_cpu_init();
     std::mt19937 random(11);
     for (const hobbit::tile_kernel & kernel : hobbit::tile_kernels()) {
-        for (int64_t n : { 32, 96, 768 }) {
+        for (int64_t n : { kernel.multiple, 3 * kernel.multiple, (int64_t) 768 }) {
             for (int64_t n_r : { 1, 4, 7, 24 }) {
                 for (int64_t n_c = 1; n_c <= 17; ++n_c) {
                     CHECK(same_bits(kernel, n, n_r, n_c, random));
@@ -70,13 +70,22 @@ TEST("a tile has the bits of the product of two rows, at every width") {
     }
 }
 
-TEST("there are kernels for Q8_0 and Q4_0 where upstream has AVX2, and for no other type") {
-    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        const hobbit::tile_kernel * found = hobbit::find_tile_kernel(type);
+TEST("there are kernels for Q8_0, Q4_0 and IQ4_NL where upstream has AVX2, and for no other type") {
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL }) {
+        const hobbit::tile_kernel * found = hobbit::find_tile_kernel(type, 64);
         CHECK(found != nullptr ? found->type == type : !ggml_cpu_has_avx2());
     }
-    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_1) == nullptr);
-    CHECK(hobbit::find_tile_kernel(-1) == nullptr);
+    CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_1, 64) == nullptr);
+    CHECK(hobbit::find_tile_kernel(-1, 64) == nullptr);
+}
+
+TEST("no kernel for rows that end within the blocks upstream takes at a time") {
+    for (const hobbit::tile_kernel & kernel : hobbit::tile_kernels()) {
+        for (int64_t n : { 32, 64, 96 }) {
+            CHECK(hobbit::find_tile_kernel(kernel.type, n) == nullptr || n % kernel.multiple == 0);
+        }
+    }
+    CHECK(hobbit::find_tile_kernel(GGML_TYPE_IQ4_NL, 96) == nullptr);
 }
 
 TEST_MAIN()
