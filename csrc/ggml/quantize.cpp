@@ -1,10 +1,11 @@
-// The quantisation section of hobbit.h: ggml's public quantisers behind checks.
+// The quantisation section of hobbit.h: ggml's public quantisers behind checks, and our own of IQ4_NL.
 //
 // ggml asserts on what it cannot do: a row that its block does not divide, a missing importance matrix, a NaN in an IQ type. An
 // assertion ends the process, so all of this is refused here first.
 
 #include "../base/error.h"
 #include "../hobbit.h"
+#include "iq4-nl.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -110,6 +111,10 @@ void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, in
         fail(HOBBIT_ERR_FORMAT,
              format("row %lld, column %lld holds %g, which %s cannot represent", (long long) (bad / n_per_row),
                     (long long) (bad % n_per_row), (double) src[bad], name));
+    }
+    if (type == GGML_TYPE_IQ4_NL) {
+        quantize_iq4_nl(src, dst, n_rows, n_per_row, imatrix);
+        return;
     }
     const size_t written = ggml_quantize_chunk(type, src, dst, 0, n_rows, n_per_row, imatrix);
     if (written != (size_t) n_rows * ggml_row_size(type, n_per_row)) {
