@@ -94,7 +94,7 @@ def test_convert_reports_what_it_made(tmp_path: Path, capsys: Captured) -> None:
     assert main(["convert", str(src), "-o", str(out), "--high", "Q8_0", "--low", "Q4_K"]) == 0
     stdout, err = capsys.readouterr()
     assert stdout == ""
-    assert "note: Q4_K has blocks of 256, which do not divide rows of 96: Q4_0 instead" in err
+    assert "note: Q4_K has blocks of 256, which do not divide rows of 96: IQ4_NL instead" in err
     assert "experts 4 in each of 1 layers" in err
     assert {t.name for t in gguf.GGUFReader(out).tensors} == {
         "output.weight",

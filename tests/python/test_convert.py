@@ -71,7 +71,7 @@ def test_metadata_is_copied_byte_for_byte(f16: Path, tmp_path: Path) -> None:
         "general.alignment": ALIGNMENT,
         "hobbit.version": 1,
         "hobbit.high_type": "Q8_0",
-        "hobbit.low_type": "mixed",  # Q4_K, but Q4_0 where rows are 96 long
+        "hobbit.low_type": "mixed",  # Q4_K, but IQ4_NL where rows are 96 long
         "hobbit.source": "model.gguf",
     }
     fields = gguf.GGUFReader(out).fields

@@ -51,13 +51,13 @@ def test_routed_experts_are_told_by_name_and_shape(name: str, shape: tuple[int, 
     ("wanted", "row", "expected"),
     [
         ("Q4_K", 512, "Q4_K"),
-        ("Q4_K", 576, "Q4_0"),  # 4.5 bits both; IQ4_NL as well, but that takes ggml a hundred times as long
+        ("Q4_K", 576, "IQ4_NL"),  # 4.5 bits both; Q4_0 as well, but that loses more
         ("Q6_K", 576, "Q5_1"),  # 6.5625 bits: 6 is nearer than 8.5
         ("Q5_K", 576, "Q5_0"),
-        ("Q2_K", 576, "Q4_0"),  # not Q2_0, although that is nearer: it is for ternary models
+        ("Q2_K", 576, "IQ4_NL"),  # not Q2_0, although that is nearer: it is for ternary models
         ("Q4_0", 33, "F16"),
         ("Q8_0", 100, "F16"),
-        ("Q2_0", 96, "Q4_0"),
+        ("Q2_0", 96, "IQ4_NL"),
         ("Q2_0", 64, "Q2_0"),
         ("F32", 7, "F32"),
     ],
@@ -72,7 +72,7 @@ def test_each_kind_of_fallback_is_noted_once() -> None:
     tensors.append(experts("blk.3.ffn_up_exps.weight", 544))
     plan = make_plan(tensors, TYPES, "Q8_0", "Q4_K")
     assert len(plan.notes) == 2
-    assert "rows of 576" in plan.notes[0] and "Q4_0 instead" in plan.notes[0]
+    assert "rows of 576" in plan.notes[0] and "IQ4_NL instead" in plan.notes[0]
     assert "rows of 544" in plan.notes[1]
 
 
@@ -107,12 +107,12 @@ def test_without_low_precision_there_are_no_copies() -> None:
 @pytest.mark.parametrize(
     ("high", "row", "low"),
     [
-        ("Q8_0", 768, "Q4_0"),
-        ("Q8_0", 96, "Q4_0"),
-        ("F16", 768, "Q4_0"),
+        ("Q8_0", 768, "IQ4_NL"),
+        ("Q8_0", 96, "IQ4_NL"),
+        ("F16", 768, "IQ4_NL"),
         ("Q6_K", 768, "Q3_K"),
         ("Q5_0", 768, "Q3_K"),
-        ("Q5_0", 576, None),  # blocks of 256 do not divide it, and Q4_0 is too large beside Q5_0
+        ("Q5_0", 576, None),  # blocks of 256 do not divide it, and IQ4_NL is too large beside Q5_0
         ("Q4_K", 768, "Q2_K"),
         ("MXFP4", 2880, None),  # gpt-oss
         ("Q2_K", 768, None),

@@ -29,7 +29,7 @@ def high(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_copies_are_the_other_file_byte_for_byte(high: Path, tmp_path: Path) -> None:
-    low = low_of(high, tmp_path / "low.gguf", "Q4_K")  # Q4_0 where rows are short: a mixture
+    low = low_of(high, tmp_path / "low.gguf", "Q4_K")  # IQ4_NL where rows are short: a mixture
     report = convert(high, tmp_path / "out.gguf", low_from=low)
     assert (report.high_type, report.low_type) == ("Q8_0", "mixed")
     ours, theirs, made = tensors_of(high), tensors_of(low), tensors_of(tmp_path / "out.gguf")

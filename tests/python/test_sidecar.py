@@ -51,7 +51,7 @@ def other(tmp_path: Path) -> Path:
 
 
 def test_a_sidecar_holds_the_low_copies_and_nothing_else(model: Path) -> None:
-    whole = convert(model, model.with_name("whole.gguf"), low="Q4_0")
+    whole = convert(model, model.with_name("whole.gguf"), low="IQ4_NL")
     low = sidecar_path(model)
     assert low == model.with_name("model.low.gguf")
     made, want = tensors_of(low), tensors_of(whole.path)
@@ -65,7 +65,7 @@ def test_a_sidecar_holds_the_low_copies_and_nothing_else(model: Path) -> None:
         "general.alignment": 4096,
         "general.quantization_version": 2,
         "hobbit.version": 1,
-        "hobbit.low_type": "Q4_0",
+        "hobbit.low_type": "IQ4_NL",
         "hobbit.source": "model.gguf",
         "hobbit.sidecar.fingerprint": fingerprint(str(model)),
     }

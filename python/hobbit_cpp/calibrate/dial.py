@@ -70,7 +70,7 @@ def _what_to_run(model: str, params: OffloadParams) -> str:
         return f"quality={params.quality!r} needs a calibration of the model: run {run} once"
     return (
         f"quality={params.quality!r} needs low-precision copies, which {model} does not have: run `hobbit convert {model} "
-        f"--sidecar --low Q4_0`, then {run}"
+        f"--sidecar`, then {run}"
     )
 
 

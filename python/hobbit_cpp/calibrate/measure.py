@@ -167,7 +167,7 @@ def calibrate(
     if not types:
         raise ParameterError(
             f"{path} has no low-precision copies, so there is nothing to calibrate: make them with `hobbit convert {path} "
-            "--sidecar --low Q4_0`"
+            "--sidecar`"
         )
     width = min(_WIDTH, window)
     sizes = {"n_ctx": window, "n_batch": width, "n_ubatch": width, "n_threads": threads, "n_threads_batch": threads}

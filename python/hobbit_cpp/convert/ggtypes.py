@@ -14,16 +14,15 @@ _MAX_TYPE_ID = 256
 
 # A type stands in for another only when it is meant for ordinary weights. Left out: the ternary and binary types (Q1_0,
 # Q2_0, TQ1_0, TQ2_0), which suit models trained for them, the micro-scaling formats (MXFP4, NVFP4), and activations.
-# Of two types of the same size the one further left is taken. Q4_0 before IQ4_NL, although that is nearer to the source
-# (relative error .077 for .086 on Gaussian weights): ggml needs a hundred times as long to make it.
+# Of two types of the same size the one further left is taken.
 _FALLBACK_ORDER = (
-    "F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K",
+    "F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "IQ4_NL", "Q4_0", "IQ4_XS", "Q3_K",
     "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ1_M",
 )  # fmt: skip
 
 # Low-precision copies by the bits per weight of the high precision, the better first: measured for Q8_0 and Q4_K, see
 # docs/low-types.md, in between by the share of the bytes. What is hardly smaller than the high precision saves too little.
-_LOW = ((8.0, ("Q4_0",)), (5.0, ("Q3_K", "Q4_0")), (4.0, ("Q2_K",)))
+_LOW = ((8.0, ("IQ4_NL",)), (5.0, ("Q3_K", "IQ4_NL")), (4.0, ("Q2_K",)))
 _MOST_OF_HIGH = 0.7
 
 
