@@ -80,20 +80,45 @@ def test_loss_is_that_of_the_points_and_never_falls() -> None:
     for p in smooth.points:
         assert smooth.loss(p.low, p.skipped) == pytest.approx(p.loss, rel=1e-3)
     assert smooth.loss(0, 0) == 0
-    assert smooth.loss(0.6, 0.02) == pytest.approx(1.25 * (0.012 + 0.008), rel=1e-3)
+    assert smooth.loss(0.6, 0.02) == pytest.approx(smooth.loss(0.6, 0) + 1.25 * 0.008, rel=1e-3)
 
 
-def test_one_ratio_for_all_points() -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.005, 0.05])
+def test_the_divergence_that_any_change_makes_is_no_loss(noise: float) -> None:
+    curve = made_up_curve(noise=noise)
+    assert curve.noise == pytest.approx(noise, abs=1e-4)
+    for p in curve.points:
+        assert p.kl >= noise and curve.loss(p.low, p.skipped) == pytest.approx(p.loss, rel=1e-3, abs=1e-5)
+    assert 0 < curve.loss(0.01, 0) < curve.loss(0.1, 0) < 1e-3, "a little low is not for nothing"
+
+
+def test_what_skipping_loses_has_a_ratio_of_its_own() -> None:
+    curve = made_up_curve(ratio=0.8, skipping=2.0, noise=0.005)
+    (low, _), (skipping, _) = curve.ratios
+    assert (low, skipping) == pytest.approx((0.8, 2.0), rel=0.01)
+    alone = made_up_curve(1, ratio=0.8, noise=0.005)
+    assert alone.ratios[0][0] == pytest.approx(0.8, rel=0.01) and alone.ratios[1] == (1, 0)
+
+
+def test_a_ratio_is_that_of_all_points_and_counts_with_its_error() -> None:
     def point(low: float, loss: float, se: float, kl: float) -> cv.Point:
         return cv.Point(low, 0.0, 0, 1, (0, 0, 0), loss, se, kl, 1)
 
     points = (point(0.5, 0.012, 0.01, 0.01), point(1.0, 0.03, 0.02, 0.04))
-    curve = cv.Curve(2, 0.5, (1.0,), ((0.5, 1.0),) * 3, (0.5, 1.0), points)
+    # of even costs: the sum of squares at a half is half of all, the noise none
+    curve = cv.Curve(1, 0.5, (1.0,), ((0.5, 0.5),), (0.5, 1.0), points)
+    assert curve.noise == 0
     # by hand: weights (kl / se)^2 = 1 and 4, slopes 1.2 and 0.75
-    assert curve.ratio == pytest.approx(((1.2 + 4 * 0.75) / 5, 0.5))
+    assert curve.ratios[0] == pytest.approx(((1.2 + 4 * 0.75) / 5, 0.5))
+    assert curve.loss(1, 0) == pytest.approx(0.04 * (0.84 + 1.64 * 0.5))
     lucky = replace(made_up_curve(), points=tuple(replace(p, loss=-p.loss) for p in made_up_curve().points))
-    assert lucky.ratio[0] == pytest.approx(-1)
-    assert lucky.loss(1, 0) == pytest.approx(cv.RATIO_FLOOR * 0.02), "a text that gains by chance promises nothing"
+    assert lucky.ratios[0][0] == pytest.approx(-1)
+    assert lucky.loss(1, 0) == pytest.approx(cv.RATIO_FLOOR * 0.02, rel=0.01), "a text that gains by chance promises nothing"
+
+
+def test_without_any_divergence_nothing_is_lost() -> None:
+    curve = made_up_curve(kl=lambda low, skipped: 0.0)
+    assert curve.noise == 0 and curve.ratios == ((1, 0), (1, 0)) and curve.loss(1, 0.15) == 0
 
 
 def test_a_change_of_perplexity_is_kept_at_the_fewest_bytes() -> None:
@@ -213,9 +238,8 @@ class FakeCache:
         return self.served
 
     def loss(self) -> float:
-        _, low, skipped = self.curve.shares(*self.at)
-        low, skipped = self.misses * low, self.misses * skipped
-        return float(self.curve.loss(low / (1 - skipped), skipped))
+        """Of what is asked for, the share that is not cached; selections of a layer cost alike here."""
+        return self.misses * float(self.curve.loss(*self.at))
 
 
 @pytest.mark.parametrize("misses", [1.0, 0.5, 0.2])

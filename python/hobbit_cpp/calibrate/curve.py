@@ -11,10 +11,19 @@ of low precision lost up to a tenth.)
 
 Measured is a small grid, with the rule "weight", which decides by scores alone. The default rule "miss" serves in high
 precision whatever is cached, so it loses less: the curve is an upper bound for it. How the loss at a point is estimated: the
-Kullback-Leibler divergence from exact mode has far less noise than a change of perplexity, and for a model whose
-probabilities are right the two are the same in the mean. So one ratio of loss to divergence is fitted to all points, and the
-loss of a point is its divergence times that ratio (the upper end of its one-sided 95 % interval; never taken as less than
-`RATIO_FLOOR`). In between the points it is bilinear, and it never falls as less is served in high precision.
+Kullback-Leibler divergence from exact mode has far less noise than a change of perplexity. It has three parts, and the loss is in
+proportion to two of them:
+
+- what any change makes, however small: near ties between experts fall the other way, and what follows is another draw of the same
+  noise. A draw is as good as another, so perplexity has nothing of it in the mean. By second order, what low precision does
+  besides is in proportion to the sum of (a g)^2 over what is low; the rest of the smallest point is this part.
+- what low precision adds to it, which is an error in all directions: loss by divergence is about 1 where a model's probabilities
+  are right.
+- what skipping adds to both: a part of each layer's output is missing, always to the same side, and the loss is up to twice the
+  divergence.
+
+Both ratios are fitted to the points, and count with the upper end of their one-sided 95 % intervals; they are never taken as less
+than `RATIO_FLOOR`. In between the points the loss is bilinear, and it never falls as less is served in high precision.
 """
 
 from __future__ import annotations
@@ -22,7 +31,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +46,7 @@ PAPER_SHARES = (0.67, 0.30, 0.03)
 """High, low, skipped of all selections (HOBBIT, section 3.2)."""
 PAPER_THRESHOLDS = (0.6, 0.9)
 RATIO_FLOOR = 0.25
-"""A lower ratio is luck. Where the model's probabilities are right it is 1; a model that is not sure of itself, as those made by
-`make_demo_model.py`, loses less than it changes (0.53 ± 0.16 and 0.13 ± 0.18 on novels)."""
+"""A lower ratio is luck."""
 _LEAST_SENSITIVE = 0.1
 """Of the mean divergence of a layer: less is luck."""
 _ROUNDING = 1e-6  # of quantiles as they are stored, and more than that of the scores
@@ -203,34 +211,55 @@ class Curve:
         return high + self.low_cost * lower
 
     @functools.cached_property
-    def ratio(self) -> Tuple[float, float]:
-        """Loss by divergence, over all points, and its standard error.
+    def _kl(self) -> Tuple[Floats, Floats, Floats]:
+        """The grid: values of `low` and of `skipped`, and the divergence at each pair of them."""
+        low = np.array(sorted({p.low for p in self.points} | {0.0}))
+        skipped = np.array(sorted({p.skipped for p in self.points} | {0.0}))
+        return low, skipped, self._at_points(lambda p: p.kl, self.noise)
 
-        Fitted by least squares, each point by its own noise. All points are of the same text, so their errors go the same way:
-        the error is that of one point, the best.
-        """
-        kl = np.array([p.kl for p in self.points])
-        loss = np.array([p.loss for p in self.points])
-        se = np.maximum(np.array([p.loss_se for p in self.points]), 1e-9)
-        if not kl.any():
-            return 1.0, 0.0
-        weight = (kl / se) ** 2
-        ratio = float((kl * loss / se**2).sum() / weight.sum())
-        return ratio, float(1 / math.sqrt(weight.max()))
+    def _at_points(self, value: Callable[[Point], float], at_exact: float) -> Floats:
+        """[low, skipped]"""
+        at = {(p.low, p.skipped): value(p) for p in self.points}
+        at[0.0, 0.0] = at_exact
+        lows, skips = sorted({a for a, _ in at}), sorted({b for _, b in at})
+        return np.array([[at[a, b] for b in skips] for a in lows])
+
+    @functools.cached_property
+    def noise(self) -> float:
+        """The divergence that any change makes, nats a token."""
+        by_low = sorted((p.low, p.kl) for p in self.points if p.skipped == 0)
+        (least, kl), (most, kl_most) = by_low[0], by_low[-1]
+        squares = (1 - np.asarray(self.quantiles[0])) ** 2
+        sums = np.cumsum(np.append(0.0, (squares[:-1] + squares[1:])[::-1]))
+        part_of = functools.partial(np.interp, xp=np.linspace(0, 1, len(sums)), fp=sums)
+        part = float(part_of(least) / max(part_of(most), 1e-30))
+        return max(0.0, (kl - part * kl_most) / (1 - part)) if part < 1 else 0.0
+
+    @functools.cached_property
+    def _divergence(self) -> Tuple[Floats, Floats]:
+        """What low precision adds to the noise, [low, 1], and what skipping adds to both, [low, skipped]; never falling."""
+        _, _, kl = self._kl
+        by_low = np.maximum.accumulate(np.maximum(kl[:, :1], self.noise))
+        return by_low - self.noise, np.maximum.accumulate(np.maximum(kl - by_low, 0), 1)
+
+    @functools.cached_property
+    def ratios(self) -> Tuple[Tuple[float, float], Tuple[float, float]]:
+        """Loss by divergence, of low precision and of skipping, each with its standard error."""
+        by_low, by_skipping = self._divergence
+        loss, variance = self._at_points(lambda p: p.loss, 0.0), self._at_points(lambda p: max(p.loss_se, 1e-9) ** 2, 1.0)
+        # What is added is about as noisy as if it were added to exact mode.
+        added = np.maximum(variance - variance[:, :1], variance[:1])
+        of_low = _slope(by_low[1:, 0], loss[1:, 0], variance[1:, 0])
+        return of_low, _slope(by_skipping[:, 1:], (loss - loss[:, :1])[:, 1:], added[:, 1:])
 
     @functools.cached_property
     def _fitted(self) -> Tuple[Floats, Floats, Floats]:
         """The grid: values of `low` and of `skipped`, and the loss at each pair of them, which rises along both."""
-        at = {(p.low, p.skipped): p.kl for p in self.points}
-        at[0.0, 0.0] = 0.0
-        low = np.array(sorted({x for x, _ in at}))
-        skipped = np.array(sorted({x for _, x in at}))
-        kl = np.array([[at[float(a), float(s)] for s in skipped] for a in low])
+        low, skipped, _ = self._kl
+        z = sum(max(r + _UPPER * se, RATIO_FLOOR) * kl for (r, se), kl in zip(self.ratios, self._divergence))
         if len(skipped) == 1:
-            skipped, kl = np.array([0.0, 1.0]), np.hstack([kl, kl])  # two columns, to be between
-        ratio, error = self.ratio
-        scale = max(ratio + _UPPER * error, RATIO_FLOOR)
-        return low, skipped, scale * np.maximum.accumulate(np.maximum.accumulate(kl, 0), 1)
+            skipped, z = np.array([0.0, 1.0]), np.hstack([z, z])  # two columns, to be between
+        return low, skipped, np.maximum.accumulate(z, 0)
 
     def loss(self, low: Any, skipped: Any) -> Any:
         """Estimated loss at points of the plane, nats a token."""
@@ -280,6 +309,18 @@ class Curve:
             served = {"high": float(high), "low": float(lower), "skipped": float(left_out)}
             out[f"{percent:g}%"] = {**served, "bytes": asked, "t1": t1, "t2": t2}
         return out
+
+
+def _slope(x: Floats, y: Floats, variance: Floats) -> Tuple[float, float]:
+    """Of a line through 0, and its standard error; 1 where there is nothing to fit.
+
+    By least squares, each point by its own noise. All points are of the same text, so their errors go the same way: the error is
+    that of one point, the best.
+    """
+    weight = x**2 / variance
+    if not weight.any():
+        return 1.0, 0.0
+    return float((x * y / variance).sum() / weight.sum()), float(1 / math.sqrt(weight.max()))
 
 
 def _cell(edges: Floats, at: Floats) -> Tuple[npt.NDArray[np.int64], Floats]:

@@ -125,8 +125,11 @@ def print_calibration(found: Calibration) -> None:
         f"sensitivity of the MoE layers, the most sensitive first: {spread}; median {statistics.median(curve.sensitivity):.2f}, "
         f"least {min(curve.sensitivity):.2f}"
     )
-    ratio, error = curve.ratio
-    console.print(f"perplexity changes by {ratio:.2f} ± {error:.2f} times the divergence, over all points")
+    by_low, by_skipping = (f"{ratio:.2f} ± {error:.2f} times" for ratio, error in curve.ratios)
+    console.print(
+        f"any change at all makes a divergence of {curve.noise:.4f}; perplexity changes by {by_low} what low precision adds to it"
+        + (f", by {by_skipping} what skipping adds" if curve.k > 1 else "")
+    )
     chosen = Table("--quality", "high/low/skipped", "bytes asked", "t1", "t2", box=None)
     for name, row in curve.plain().items():
         served = f"{row['high']:.2f}/{row['low']:.2f}/{row['skipped']:.2f}"
