@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import List
+from typing import List, Sequence
 
 import numpy as np
 import pytest
@@ -83,13 +83,40 @@ def test_loss_is_that_of_the_points_and_never_falls() -> None:
     assert smooth.loss(0.6, 0.02) == pytest.approx(smooth.loss(0.6, 0) + 1.25 * 0.008, rel=1e-3)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.005, 0.05])
-def test_the_divergence_that_any_change_makes_is_no_loss(noise: float) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.001, 0.005])
+def test_the_divergence_that_any_change_makes_is_hardly_a_loss(noise: float) -> None:
     curve = made_up_curve(noise=noise)
     assert curve.noise == pytest.approx(noise, abs=1e-4)
     for p in curve.points:
-        assert p.kl >= noise and curve.loss(p.low, p.skipped) == pytest.approx(p.loss, rel=1e-3, abs=1e-5)
-    assert 0 < curve.loss(0.01, 0) < curve.loss(0.1, 0) < 1e-3, "a little low is not for nothing"
+        assert curve.loss(p.low, p.skipped) == pytest.approx(max(p.loss, cv.RATIO_FLOOR * p.kl), rel=1e-3, abs=1e-5)
+    assert 0 < curve.loss(0.01, 0) < curve.loss(0.1, 0), "a little low is not for nothing"
+
+
+def by_low(kl: Sequence[float], loss: Sequence[float], se: float = 0.002) -> cv.Curve:
+    """A curve of a model with one expert a token, whose selections all cost alike."""
+    points = tuple(cv.Point(a, 0.0, 0, 1, (0, 0, 0), x, se, d, 1) for a, d, x in zip(cv.LOW_SHARES[1:], kl, loss))
+    return cv.Curve(1, 0.5, (1.0,), ((0.5, 0.5),), (0.5, 1.0), points)
+
+
+@pytest.mark.parametrize(
+    ("kl", "noise"),
+    [
+        ((0.012, 0.020, 0.028, 0.033, 0.035), 0.008),  # as if it were to end: 0.012 - (0.020 - 0.012) / 2
+        ((0.001, 0.003, 0.006, 0.0085, 0.01), 0.0),  # in proportion from the beginning
+        ((0.006, 0.006, 0.006, 0.006, 0.006), 0.006),
+        ((0.006, 0.005, 0.004, 0.003, 0.003), 0.006),  # falls, by chance
+        ((0.0, 0.0, 0.0, 0.0, 0.0), 0.0),
+    ],
+)
+def test_what_rises_otherwise_is_not_taken_for_noise(kl: Sequence[float], noise: float) -> None:
+    assert by_low(kl, kl).noise == pytest.approx(noise, abs=1e-9)
+
+
+def test_a_loss_that_was_measured_is_not_argued_away() -> None:
+    flat = by_low((0.006,) * 5, (0.05,) * 5)
+    assert flat.loss(1, 0) == pytest.approx(0.05 - 1.64 * 0.002) and flat.at_change(0.005)[0] < 0.02
+    no_costs = replace(flat, quantiles=((1.0, 1.0),))
+    assert no_costs.noise == 0
 
 
 def test_what_skipping_loses_has_a_ratio_of_its_own() -> None:
@@ -253,6 +280,9 @@ def test_what_the_cache_serves_high_leaves_room_for_more_in_low_precision(misses
         feedback.after_decode(engine.counts)
     most = float(engine.curve.frontier[-1][0])
     assert engine.loss() <= math.log(1.01) * 1.05
+    _, low, skipped = engine.curve.shares(*engine.at)
+    served = misses * low / (1 - misses * skipped), misses * skipped
+    assert engine.curve.loss(*served) <= math.log(1.01) * 1.05, "nor is more served than a point of that loss has"
     assert engine.loss() >= math.log(1.01) * 0.9 or engine.curve.loss(*engine.at) == pytest.approx(most)
     assert float(engine.curve.loss(*engine.at)) >= by_weight_alone
 

@@ -19,11 +19,12 @@ proportion to two of them:
   besides is in proportion to the sum of (a g)^2 over what is low; the rest of the smallest point is this part.
 - what low precision adds to it, which is an error in all directions: loss by divergence is about 1 where a model's probabilities
   are right.
-- what skipping adds to both: a part of each layer's output is missing, always to the same side, and the loss is up to twice the
-  divergence.
+- what skipping adds to both: a part of each layer's output is missing, always to the same side, and the loss is about twice the
+  divergence on one model.
 
-Both ratios are fitted to the points, and count with the upper end of their one-sided 95 % intervals; they are never taken as less
-than `RATIO_FLOOR`. In between the points the loss is bilinear, and it never falls as less is served in high precision.
+Both ratios are fitted to the points, and count with the upper end of their one-sided 95 % intervals (by the noise of the text
+alone); no divergence counts less than `RATIO_FLOOR`, and no point less than was measured there for certain. In between the points
+the loss is bilinear, and it never falls as less is served in high precision.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PAPER_SHARES = (0.67, 0.30, 0.03)
 """High, low, skipped of all selections (HOBBIT, section 3.2)."""
 PAPER_THRESHOLDS = (0.6, 0.9)
 RATIO_FLOOR = 0.25
-"""A lower ratio is luck."""
+"""A lower ratio is luck, and no divergence counts less."""
 _LEAST_SENSITIVE = 0.1
 """Of the mean divergence of a layer: less is luck."""
 _ROUNDING = 1e-6  # of quantiles as they are stored, and more than that of the scores
@@ -211,34 +212,35 @@ class Curve:
         return high + self.low_cost * lower
 
     @functools.cached_property
-    def _kl(self) -> Tuple[Floats, Floats, Floats]:
-        """The grid: values of `low` and of `skipped`, and the divergence at each pair of them."""
-        low = np.array(sorted({p.low for p in self.points} | {0.0}))
-        skipped = np.array(sorted({p.skipped for p in self.points} | {0.0}))
-        return low, skipped, self._at_points(lambda p: p.kl, self.noise)
+    def _axes(self) -> Tuple[Floats, Floats]:
+        """The grid's values of `low` and of `skipped`."""
+        return np.array(sorted({p.low for p in self.points} | {0.0})), np.array(sorted({p.skipped for p in self.points} | {0.0}))
 
     def _at_points(self, value: Callable[[Point], float], at_exact: float) -> Floats:
         """[low, skipped]"""
         at = {(p.low, p.skipped): value(p) for p in self.points}
         at[0.0, 0.0] = at_exact
-        lows, skips = sorted({a for a, _ in at}), sorted({b for _, b in at})
-        return np.array([[at[a, b] for b in skips] for a in lows])
+        lows, skips = self._axes
+        return np.array([[at[float(a), float(b)] for b in skips] for a in lows])
 
     @functools.cached_property
     def noise(self) -> float:
-        """The divergence that any change makes, nats a token."""
-        by_low = sorted((p.low, p.kl) for p in self.points if p.skipped == 0)
-        (least, kl), (most, kl_most) = by_low[0], by_low[-1]
+        """The divergence that any change makes, nats a token.
+
+        The line of second order through the smallest point and each of the others, where nothing is low: the smallest, so that a
+        divergence that rises otherwise is not taken for noise.
+        """
+        (least, kl), *others = sorted((p.low, p.kl) for p in self.points if p.skipped == 0)
         squares = (1 - np.asarray(self.quantiles[0])) ** 2
         sums = np.cumsum(np.append(0.0, (squares[:-1] + squares[1:])[::-1]))
-        part_of = functools.partial(np.interp, xp=np.linspace(0, 1, len(sums)), fp=sums)
-        part = float(part_of(least) / max(part_of(most), 1e-30))
-        return max(0.0, (kl - part * kl_most) / (1 - part)) if part < 1 else 0.0
+        parts = [np.interp([least, low], np.linspace(0, 1, len(sums)), sums) for low, _ in others]
+        lines = [(kl - a / b * other) / (1 - a / b) for (a, b), (_, other) in zip(parts, others) if b > a]
+        return max(0.0, min(kl, *lines)) if lines else 0.0
 
     @functools.cached_property
     def _divergence(self) -> Tuple[Floats, Floats]:
         """What low precision adds to the noise, [low, 1], and what skipping adds to both, [low, skipped]; never falling."""
-        _, _, kl = self._kl
+        kl = self._at_points(lambda p: p.kl, self.noise)
         by_low = np.maximum.accumulate(np.maximum(kl[:, :1], self.noise))
         return by_low - self.noise, np.maximum.accumulate(np.maximum(kl - by_low, 0), 1)
 
@@ -247,7 +249,7 @@ class Curve:
         """Loss by divergence, of low precision and of skipping, each with its standard error."""
         by_low, by_skipping = self._divergence
         loss, variance = self._at_points(lambda p: p.loss, 0.0), self._at_points(lambda p: max(p.loss_se, 1e-9) ** 2, 1.0)
-        # What is added is about as noisy as if it were added to exact mode.
+        # What is added is taken to be as noisy as if it were added to exact mode; the pairs of points are not kept.
         added = np.maximum(variance - variance[:, :1], variance[:1])
         of_low = _slope(by_low[1:, 0], loss[1:, 0], variance[1:, 0])
         return of_low, _slope(by_skipping[:, 1:], (loss - loss[:, :1])[:, 1:], added[:, 1:])
@@ -255,11 +257,14 @@ class Curve:
     @functools.cached_property
     def _fitted(self) -> Tuple[Floats, Floats, Floats]:
         """The grid: values of `low` and of `skipped`, and the loss at each pair of them, which rises along both."""
-        low, skipped, _ = self._kl
+        low, skipped = self._axes
         z = sum(max(r + _UPPER * se, RATIO_FLOOR) * kl for (r, se), kl in zip(self.ratios, self._divergence))
+        # Neither is the noise quite for nothing, nor less lost than was measured for certain.
+        least = self._at_points(lambda p: max(RATIO_FLOOR * p.kl, p.loss - _UPPER * p.loss_se), 0.0)
+        z = np.maximum.accumulate(np.maximum.accumulate(np.maximum(z, least), 0), 1)
         if len(skipped) == 1:
             skipped, z = np.array([0.0, 1.0]), np.hstack([z, z])  # two columns, to be between
-        return low, skipped, np.maximum.accumulate(z, 0)
+        return low, skipped, z
 
     def loss(self, low: Any, skipped: Any) -> Any:
         """Estimated loss at points of the plane, nats a token."""

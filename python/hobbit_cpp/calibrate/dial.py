@@ -145,8 +145,7 @@ class LossFeedback(Feedback):
     By second order, what selections lose together by low precision is in proportion to the sum of their (a g)^2
     (`curve.sensitivity_of`). So of what the point that is aimed at would lose by it, that share is lost which the cache left of
     this sum; of what it would lose by skipping, the share of the selections. But no less than the curve says for so many low and
-    skipped ones, and no more than without a cache. (A divergence does not begin in proportion: any difference at all makes some
-    4 mnat, of which perplexity has nothing in the mean.)
+    skipped ones, and no more than without a cache.
 
     Args:
         change: of perplexity, that is asked for (0.01: 1 %).
