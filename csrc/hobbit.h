@@ -445,7 +445,7 @@ HOBBIT_API hobbit_status hobbit_replay_bound(hobbit_replay * replay, const hobbi
                                              const hobbit_replay_setup * setup, hobbit_replay_result * result,
                                              hobbit_error * error);
 
-/* ---- quantisation, by ggml's own code ---------------------------------------------------------------- */
+/* ---- quantisation, by ggml's code, and ours for IQ4_NL ----------------------------------------------- */
 
 /* -1 for an unknown name. Names as llama.cpp prints them, in any case: "Q8_0", "q4_k", "IQ4_NL", "F16". */
 HOBBIT_API int32_t      hobbit_type_from_name(const char * name);
@@ -459,7 +459,7 @@ HOBBIT_API int32_t hobbit_type_needs_imatrix(int32_t type);
 HOBBIT_API int32_t hobbit_type_computable(int32_t type);
 
 /* n_rows x n_per_row floats -> `dst` (n_rows rows of the type). Safe to call from several threads on disjoint rows after
- * hobbit_quantize_init(type). `imatrix`: NULL or n_per_row weights. */
+ * hobbit_quantize_init(type). `imatrix`: NULL or n_per_row weights, finite and not below 0. */
 HOBBIT_API void          hobbit_quantize_init(int32_t type);
 HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
                                          const float * imatrix, hobbit_error * error);

@@ -42,9 +42,9 @@ else
 fi
 
 if [ ! -f "$converted" ]; then
-    say "converting it: experts in Q8_0 as they are, and in Q4_0 beside them"
+    say "converting it: experts in Q8_0 as they are, and low-precision copies beside them"
     rm -f "$demo/part-hobbit.gguf"
-    "$hobbit" convert "$model" -o "$demo/part-hobbit.gguf" --high keep --low Q4_0
+    "$hobbit" convert "$model" -o "$demo/part-hobbit.gguf"
     mv "$demo/part-hobbit.gguf" "$converted"
 else
     say "the converted model is there: $converted ($(mib "$converted") MiB)"

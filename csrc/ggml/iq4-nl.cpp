@@ -11,7 +11,6 @@
 #include "ggml.h"
 
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 
 namespace hobbit {
@@ -108,12 +107,15 @@ float best_scale(const block & b, float largest) {
 }
 
 void quantize_block(const float * x, const float * importance, block_iq4_nl & to) {
-    float largest = 0;
+    float sum = 0, largest = 0;
+    for (int j = 0; importance != nullptr && j < BLOCK; ++j) {
+        sum += importance[j];
+    }
     block b;
     for (int j = 0; j < BLOCK; ++j) {
         largest                   = std::fabs(x[j]) > std::fabs(largest) ? x[j] : largest;
         b.x[j / LANES][j % LANES] = x[j];
-        b.w[j / LANES][j % LANES] = importance != nullptr ? importance[j] : 1;
+        b.w[j / LANES][j % LANES] = sum > 0 ? importance[j] : 1;
     }
     // Of smaller weights the scale is 0 in half precision.
     to.scale                 = ggml_fp32_to_fp16(std::fabs(largest) < 1e-7f ? 0 : best_scale(b, largest));

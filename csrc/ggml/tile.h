@@ -1,6 +1,7 @@
-// Q8_0, Q4_0 and IQ4_NL experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and
-// unpacked once serves many products. Upstream has the product of two rows alone for these types as they are stored (its tiled kernels take
-// K- and I-quants; Q4_0 and IQ4_NL in high precision are repacked, low copies are not). One row of a batch gains nothing while decoding.
+// Q8_0, Q4_0 and IQ4_NL experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is
+// loaded and unpacked once serves many products. Upstream has the product of two rows alone for these types as they are stored (its tiled
+// kernels take K- and I-quants; Q4_0 and IQ4_NL in high precision are repacked, low copies are not). One row of a batch gains nothing while
+// decoding.
 //
 // The same numbers are added in the same order as by upstream's product of two rows, so the result has the same bits: a block of 32 is
 // summed in integers, times the product of both scales it is added to one of eight running sums (IQ4_NL: sixteen).
@@ -28,8 +29,8 @@ struct tile_kernel {
 // Those that the library was built with, of each type the fastest first.
 const std::vector<tile_kernel> & tile_kernels();
 
-// For rows of `n` elements. NULL for a type that there is none for, where none was built, and where its bits are not those of upstream's product: tried on this CPU
-// with some random numbers.
+// For rows of `n` elements. NULL for a type that there is none for, for rows that upstream's product ends differently, where none was
+// built, and where its bits are not those of upstream's product: tried on this CPU with some random numbers.
 const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
 
 }  // namespace hobbit

@@ -41,7 +41,7 @@ from .errors import ParameterError, from_c
 from .params import EVICTION_RULES, OffloadParams
 from .trace import Trace
 
-# Q4_0 beside Q8_0, as `hobbit convert` makes them: 18 and 34 bytes for 32 weights.
+# IQ4_NL beside Q8_0, as `hobbit convert` makes them: 18 and 34 bytes for 32 weights.
 BYTES_HIGH = 8 << 20
 LOW_OF_HIGH = 18 / 34
 

@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--exact", action="store_true", help="one precision")
     group.add_argument("--precision-rule", choices=["miss", "weight"], default="miss", help="with two (default: miss)")
     group.add_argument("--high-bytes", metavar="SIZE", default="8MiB", help="of an expert (default: 8MiB)")
-    group.add_argument("--low-bytes", metavar="SIZE", help="of its low copy; none: no copies (default: as Q4_0 of Q8_0)")
+    group.add_argument("--low-bytes", metavar="SIZE", help="of its low copy; none: no copies (default: as IQ4_NL of Q8_0)")
     group.add_argument("--model", metavar="MODEL", type=Path, help="take both from a GGUF of the trace's shape")
     group.add_argument("--low-share", metavar="SHARE", type=float, help="of the cache for low copies (default: the mode's)")
 

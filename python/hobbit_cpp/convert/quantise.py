@@ -1,4 +1,4 @@
-"""Quantising and dequantising by ggml's own code. cffi gives up the GIL, so threads truly run side by side."""
+"""Quantising and dequantising through the C API. cffi gives up the GIL, so threads truly run side by side."""
 
 from __future__ import annotations
 
