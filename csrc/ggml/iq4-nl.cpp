@@ -10,6 +10,12 @@
 
 #include "ggml.h"
 
+// upstream, private: the blocks, then the tables
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+#define GGML_COMMON_IMPL_CPP
+#include "ggml-common.h"
+
 #include <cmath>
 #include <initializer_list>
 
@@ -17,17 +23,8 @@ namespace hobbit {
 
 namespace {
 
-constexpr int BLOCK = 32, N_VALUES = 16, LANES = 8;
+constexpr int BLOCK = QK4_NL, N_VALUES = 16, LANES = 8;
 constexpr int STEPS = 7;  // to either side of an end
-
-constexpr float VALUES[N_VALUES] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
-
-struct block_iq4_nl {
-    uint16_t scale;  // half precision
-    uint8_t  quants[BLOCK / 2];
-};
-
-static_assert(sizeof(block_iq4_nl) == 18);
 
 // GCC's and Clang's vectors, on any CPU.
 using floats = float __attribute__((vector_size(LANES * sizeof(float))));
@@ -37,18 +34,18 @@ using ints   = int32_t __attribute__((vector_size(LANES * sizeof(float))));
 struct limits {
     float at[N_VALUES - 1], step[N_VALUES - 1];
 
-    constexpr limits() : at(), step() {
+    limits() {
         for (int i = 0; i + 1 < N_VALUES; ++i) {
-            at[i]   = (VALUES[i] + VALUES[i + 1]) / 2;
-            step[i] = VALUES[i + 1] - VALUES[i];
+            at[i]   = (float) (kvalues_iq4nl[i] + kvalues_iq4nl[i + 1]) / 2;
+            step[i] = (float) (kvalues_iq4nl[i + 1] - kvalues_iq4nl[i]);
         }
     }
 };
 
-constexpr limits LIMITS;
+const limits LIMITS;
 
 floats nearest_value(floats x) {
-    floats q = VALUES[0] - floats {};
+    floats q = (float) kvalues_iq4nl[0] - floats {};
     for (int i = 0; i + 1 < N_VALUES; ++i) {
         q += (floats) ((x >= LIMITS.at[i]) & (ints) (LIMITS.step[i] - floats {}));
     }
@@ -95,9 +92,9 @@ float best_scale(const block & b, float largest) {
             place = largest_at;
         }
     };
-    for (const float end : { VALUES[0], VALUES[N_VALUES - 1] }) {
+    for (const int end : { kvalues_iq4nl[0], kvalues_iq4nl[N_VALUES - 1] }) {
         for (int step = -STEPS; step <= STEPS; step += 2) {
-            look(end + (float) step);
+            look((float) (end + step));
         }
     }
     const float middle = place;
@@ -118,8 +115,8 @@ void quantize_block(const float * x, const float * importance, block_iq4_nl & to
         b.w[j / LANES][j % LANES] = sum > 0 ? importance[j] : 1;
     }
     // Of smaller weights the scale is 0 in half precision.
-    to.scale                 = ggml_fp32_to_fp16(std::fabs(largest) < 1e-7f ? 0 : best_scale(b, largest));
-    const float scale        = ggml_fp16_to_fp32(to.scale);
+    to.d                     = ggml_fp32_to_fp16(std::fabs(largest) < 1e-7f ? 0 : best_scale(b, largest));
+    const float scale        = ggml_fp16_to_fp32(to.d);
     const float inverse      = scale != 0 ? 1 / scale : 0;
     uint8_t     index[BLOCK] = {};
     for (int j = 0; j < BLOCK; ++j) {
@@ -128,7 +125,7 @@ void quantize_block(const float * x, const float * importance, block_iq4_nl & to
         }
     }
     for (int j = 0; j < BLOCK / 2; ++j) {
-        to.quants[j] = (uint8_t) (index[j] | index[j + BLOCK / 2] << 4);
+        to.qs[j] = (uint8_t) (index[j] | index[j + BLOCK / 2] << 4);
     }
 }
 

@@ -5,6 +5,12 @@
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+// upstream, private: the blocks, then the tables
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+#define GGML_COMMON_IMPL_CPP
+#include "ggml-common.h"
+
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -30,13 +36,6 @@ namespace {
 
 constexpr int64_t BLOCK = 32;
 
-struct block_q8_0 {
-    uint16_t scale;  // half precision
-    int8_t   quants[BLOCK];
-};
-
-static_assert(sizeof(block_q8_0) == 34);
-
 // A type of weights: bytes without sign that are BIAS more than the quants. Upstream's product of two rows has SUMS running sums for its
 // blocks in turn, added up at the end.
 struct q8_0 {
@@ -46,42 +45,34 @@ struct q8_0 {
     using block                     = block_q8_0;
 
     static __m256i bytes(const block & b) {
-        return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) b.quants), _mm256_set1_epi8((char) BIAS));
+        return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) b.qs), _mm256_set1_epi8((char) BIAS));
     }
 };
 
-struct block_of_halves {
-    uint16_t scale;
-    uint8_t  quants[BLOCK / 2];  // the low halves are the first sixteen
-
-    __m256i bytes() const {
-        const __m128i halves = _mm_loadu_si128((const __m128i *) quants);
-        return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(halves, 4), halves), _mm256_set1_epi8(15));
-    }
-};
-
-static_assert(sizeof(block_of_halves) == 18);
+// The low halves are the first sixteen.
+__m256i unpacked(const uint8_t * halves) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) halves);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set1_epi8(15));
+}
 
 struct q4_0 {
     static constexpr ggml_type TYPE = GGML_TYPE_Q4_0;
     static constexpr int       BIAS = 8;
     static constexpr int       SUMS = 1;
-    using block                     = block_of_halves;
+    using block                     = block_q4_0;
 
-    static __m256i bytes(const block & b) { return b.bytes(); }
+    static __m256i bytes(const block & b) { return unpacked(b.qs); }
 };
 
 struct iq4_nl {
     static constexpr ggml_type TYPE = GGML_TYPE_IQ4_NL;
     static constexpr int       BIAS = 128;
     static constexpr int       SUMS = 2;
-    using block                     = block_of_halves;
+    using block                     = block_iq4_nl;
 
     static __m256i bytes(const block & b) {
-        // the type's values + BIAS
-        const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153, (char) 166,
-                                             (char) 181, (char) 197, (char) 217, (char) 241);
-        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), b.bytes());
+        const __m128i values = _mm_add_epi8(_mm_loadu_si128((const __m128i *) kvalues_iq4nl), _mm_set1_epi8((char) BIAS));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), unpacked(b.qs));
     }
 };
 
@@ -122,8 +113,8 @@ struct avx2 : of_256 {
     };
 
     static void put(inputs & to, int, const block_q8_0 & x, int) {
-        memcpy(to.quants, x.quants, sizeof(x.quants));
-        std::fill_n(to.scale, 8, _cvtsh_ss(x.scale));
+        memcpy(to.quants, x.qs, sizeof(x.qs));
+        std::fill_n(to.scale, 8, _cvtsh_ss(x.d));
     }
 
     static floats product(const weights & w, const inputs & x) {
@@ -145,11 +136,11 @@ __m256i add_products(__m256i sum, __m256i u, __m256i s) {
 
 // (w + bias) x - bias x, of which the last is `offset`.
 void put_vnni(const block_q8_0 & x, int bias, int8_t * quants, int32_t * offset, float * scale) {
-    const __m256i q    = _mm256_loadu_si256((const __m256i *) x.quants);
+    const __m256i q    = _mm256_loadu_si256((const __m256i *) x.qs);
     const __m256i zero = _mm256_setzero_si256();
     _mm256_store_si256((__m256i *) quants, q);
     _mm256_store_si256((__m256i *) offset, _mm256_sub_epi32(zero, add_products(zero, _mm256_set1_epi8((char) bias), q)));
-    _mm256_store_ps(scale, _mm256_set1_ps(_cvtsh_ss(x.scale)));
+    _mm256_store_ps(scale, _mm256_set1_ps(_cvtsh_ss(x.d)));
 }
 
 struct avx_vnni : of_256 {
@@ -265,7 +256,7 @@ void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int
             for (int i = 0; i < R; ++i) {
                 const typename W::block & block = ((const typename W::block *) (weights + (r + i) * row_bytes))[b];
                 const typename I::weights w(W::bytes(block), W::BIAS);
-                const typename I::floats  scale = I::set(_cvtsh_ss(block.scale));
+                const typename I::floats  scale = I::set(_cvtsh_ss(block.d));
                 for (int v = 0; v < V; ++v) {
                     const typename I::inputs & y = x[v * n_blocks + b];
                     sum[i][v] = I::add_product(I::mul(scale, I::load(y.scale)), I::product(w, y), sum[i][v]);
