@@ -339,10 +339,16 @@ typedef struct hobbit_inputs {
     const char *     name;   /* of the tensor */
     const float *    sums;   /* [n_expert][n_in]: of the squares of the inputs; NULL while they are not collected */
     const uint64_t * counts; /* [n_expert]: inputs */
+    const uint16_t * rows;   /* [n_rows][n_in], F16: the inputs since hobbit_session_decode_begin, in the order of the tokens, where all
+                                experts of a token see the same (up, gate); projections of a layer share them. NULL: not kept, or not so */
+    const uint16_t * selected; /* [n_rows][k]: the experts of each; 65535 where one was skipped */
+    uint64_t         n_rows;
+    uint32_t         k;
 } hobbit_inputs;
 
-/* Collects from now on, starting at zero, or ends and frees. Not during llama_decode. It takes 4 bytes for each expert and column. */
-HOBBIT_API hobbit_status hobbit_session_collect_inputs(hobbit_session * session, bool on, hobbit_error * error);
+/* Collects from now on, starting at zero, or ends and frees. Not during llama_decode. It takes 4 bytes for each expert and column; with
+ * `rows` the inputs of the last llama_decode are kept too: 2 bytes for each of its tokens, layer and column. */
+HOBBIT_API hobbit_status hobbit_session_collect_inputs(hobbit_session * session, bool on, bool rows, hobbit_error * error);
 /* Of projection `part` (from 0) of a MoE layer. The arrays live until hobbit_session_collect_inputs is called again, and change with each
  * llama_decode. False: there is no such layer or projection. */
 HOBBIT_API bool hobbit_session_inputs(const hobbit_session * session, uint32_t layer, uint32_t part, hobbit_inputs * inputs);
@@ -463,6 +469,11 @@ HOBBIT_API int32_t hobbit_type_computable(int32_t type);
 HOBBIT_API void          hobbit_quantize_init(int32_t type);
 HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
                                          const float * imatrix, hobbit_error * error);
+/* The same, and what is rounded away in a block of columns is made good in the columns after it, as far as these go together with them in
+ * the inputs (csrc/ggml/error-feedback.h). `factor`: R, [n_per_row][n_per_row], upper triangular, its diagonal positive, finite, for which
+ * R R^T is the matrix of second moments of the inputs; it says how much each column counts as well. */
+HOBBIT_API hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+                                                  const float * factor, hobbit_error * error);
 HOBBIT_API hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error);
 
 #ifdef __cplusplus

@@ -13,7 +13,7 @@ void hobbit_session_timeline(hobbit_session * s, bool on) {
 
 void hobbit_session_decode_begin(hobbit_session * s) {
     if (s != nullptr) {
-        s->core->times().begin();
+        s->core->decode_begin();
     }
 }
 
@@ -49,10 +49,10 @@ uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16
     return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
 }
 
-hobbit_status hobbit_session_collect_inputs(hobbit_session * s, bool on, hobbit_error * error) {
+hobbit_status hobbit_session_collect_inputs(hobbit_session * s, bool on, bool rows, hobbit_error * error) {
     return guarded(error, [&] {
         require(s != nullptr, "no session");
-        s->core->inputs().enable(s->core->index(), on);
+        s->core->inputs().enable(s->core->index(), on, rows);
     });
 }
 
@@ -70,6 +70,12 @@ bool hobbit_session_inputs(const hobbit_session * s, uint32_t layer, uint32_t pa
                out.name           = p.name.c_str();
                out.sums           = data == nullptr ? nullptr : data->sums.data();
                out.counts         = data == nullptr ? nullptr : data->counts.data();
+               if (const auto * batch = s->core->inputs().find_batch(layer, part)) {
+                   out.rows     = batch->rows.data();
+                   out.selected = batch->selected.data();
+                   out.n_rows   = batch->rows.size() / out.n_in;
+                   out.k        = batch->k;
+               }
                copy_out(inputs, out);
            }) == HOBBIT_OK;
 }

@@ -196,6 +196,11 @@ bool session::take_error(std::exception_ptr & out) {
     return found;
 }
 
+void session::decode_begin() {
+    times_.begin();
+    inputs_.begin();
+}
+
 void session::decode_end() {
     times_.end();
     if (dispatcher_) {

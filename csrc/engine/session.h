@@ -68,6 +68,8 @@ class session : public std::enable_shared_from_this<session> {
 
     timeline & times() { return times_; }
 
+    void decode_begin();
+
     // llama_decode has returned: nothing is in use any more, so that a pool that shrinks while nothing is computed can give all of it.
     void decode_end();
 

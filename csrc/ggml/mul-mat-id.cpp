@@ -59,7 +59,12 @@ class product {
     void collect_inputs(const layer_pass & pass) {
         const ggml_tensor * x = op_->src[1];
         if (owner_.inputs().on()) {
-            owner_.inputs().add(expert_.layer(), part_, pass, x->data, x->ne[1], x->nb[1], x->nb[2]);
+            try {
+                owner_.inputs().add(expert_.layer(), part_, pass,
+                                    { x->data, x->ne[1], x->ne[2], x->nb[1], x->nb[2], (uint32_t) op_->src[2]->ne[0] });
+            } catch (...) {
+                owner_.record_failure(std::current_exception());
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 
 #include "../base/error.h"
 #include "../hobbit.h"
+#include "error-feedback.h"
 #include "iq4-nl.h"
 
 #include "ggml-cpu.h"
@@ -81,7 +82,9 @@ ggml_type check_type(int32_t type) {
     return (ggml_type) type;
 }
 
-void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, int64_t n_per_row, const float * imatrix) {
+// The checks of all that quantises. False: there is nothing to do.
+bool check_rows(int32_t type_id, const float * src, const void * dst, int64_t n_rows, int64_t n_per_row,
+                bool with_importance) {
     const ggml_type type  = check_type(type_id);
     const char *    name  = ggml_type_name(type);
     const int64_t   block = ggml_blck_size(type);
@@ -98,12 +101,12 @@ void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, in
                                                  (long long) n_per_row, (long long) block, name));
     }
     if (n_rows == 0) {
-        return;
+        return false;
     }
     if (src == nullptr || dst == nullptr) {
         fail(HOBBIT_ERR_INVALID_ARGUMENT, "src and dst must not be NULL");
     }
-    if (imatrix == nullptr && ggml_quantize_requires_imatrix(type)) {
+    if (!with_importance && ggml_quantize_requires_imatrix(type)) {
         fail(HOBBIT_ERR_UNSUPPORTED, format("%s needs an importance matrix", name));
     }
     const int64_t bad = find_unusable(src, n_rows * n_per_row, max_magnitude(type));
@@ -112,13 +115,24 @@ void quantize(int32_t type_id, const float * src, void * dst, int64_t n_rows, in
              format("row %lld, column %lld holds %g, which %s cannot represent", (long long) (bad / n_per_row),
                     (long long) (bad % n_per_row), (double) src[bad], name));
     }
+    return true;
+}
+
+// What was checked.
+void quantize_rows(ggml_type type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row, const float * imatrix) {
     if (type == GGML_TYPE_IQ4_NL) {
         quantize_iq4_nl(src, dst, n_rows, n_per_row, imatrix);
         return;
     }
     const size_t written = ggml_quantize_chunk(type, src, dst, 0, n_rows, n_per_row, imatrix);
     if (written != (size_t) n_rows * ggml_row_size(type, n_per_row)) {
-        fail(HOBBIT_ERR_INTERNAL, format("ggml wrote %zu bytes of %s", written, name));
+        fail(HOBBIT_ERR_INTERNAL, format("ggml wrote %zu bytes of %s", written, ggml_type_name(type)));
+    }
+}
+
+void quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row, const float * imatrix) {
+    if (check_rows(type, src, dst, n_rows, n_per_row, imatrix != nullptr)) {
+        quantize_rows((ggml_type) type, src, dst, n_rows, n_per_row, imatrix);
     }
 }
 
@@ -144,6 +158,32 @@ void dequantize(int32_t type_id, const void * src, float * dst, int64_t n) {
     } else {
         traits->to_float(src, dst, n);
     }
+}
+
+void quantize_feedback(int32_t type_id, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+                       const float * factor) {
+    if (!check_rows(type_id, src, dst, n_rows, n_per_row, true)) {
+        return;
+    }
+    const ggml_type          type   = (ggml_type) type_id;
+    const ggml_type_traits * traits = ggml_get_type_traits(type);
+    if (factor == nullptr) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, "factor must not be NULL");
+    }
+    for (int64_t i = 0; i < n_per_row; ++i) {
+        if (!(factor[i * n_per_row + i] > 0) || find_unusable(factor + i * n_per_row, n_per_row, FLT_MAX) >= 0) {
+            fail(HOBBIT_ERR_INVALID_ARGUMENT,
+                 format("row %lld of the factor is not that of a Cholesky factor", (long long) i));
+        }
+    }
+    const int64_t         n    = traits->blck_size;
+    const block_quantizer each = [&](const float * rows, void * bytes, float * back, int64_t n_of,
+                                     const float * importance) {
+        quantize_rows(type, rows, bytes, n_of, n, importance);
+        dequantize(type, bytes, back, n_of * n);
+    };
+    quantize_with_feedback({ n, (int64_t) traits->type_size, max_magnitude(type) }, each, src, dst, n_rows, n_per_row,
+                           factor);
 }
 
 }  // namespace
@@ -191,6 +231,11 @@ void hobbit_quantize_init(int32_t type) {
 hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
                               const float * imatrix, hobbit_error * error) {
     return hobbit::guarded(error, [&] { hobbit::quantize(type, src, dst, n_rows, n_per_row, imatrix); });
+}
+
+hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
+                                       const float * factor, hobbit_error * error) {
+    return hobbit::guarded(error, [&] { hobbit::quantize_feedback(type, src, dst, n_rows, n_per_row, factor); });
 }
 
 hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error) {

@@ -151,10 +151,14 @@ class Observed(Handle):
         )
         return ids, weights
 
-    def collect_inputs(self, on: bool) -> None:
-        """Starts collecting what `inputs` gives, from zero, or ends it and frees the memory. Not while a batch is computed."""
+    def collect_inputs(self, on: bool, rows: bool = False) -> None:
+        """Starts collecting what `inputs` gives, from zero, or ends it and frees the memory. Not while a batch is computed.
+
+        Args:
+            rows: what `input_rows` gives as well.
+        """
         error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_collect_inputs(self._alive(), on, error), error)
+        self._check(self._lib.hobbit_session_collect_inputs(self._alive(), on, rows, error), error)
 
     def inputs(self) -> Iterator[Tuple[str, Any, Any]]:
         """For each expert tensor its name, the sums of the squares of its inputs, float32 [experts, columns], and their numbers,
@@ -163,20 +167,40 @@ class Observed(Handle):
         import numpy as np
 
         buffer, null = self._ffi.buffer, self._ffi.NULL
-        for c in self._input_structs():
+        for _, c in self._input_structs():
             n, n_in = (int(c.n_expert), int(c.n_in)) if c.sums != null else (0, int(c.n_in))
             sums = np.frombuffer(buffer(c.sums, 4 * n * n_in), np.float32) if n else np.empty(0, np.float32)
             counts = np.frombuffer(buffer(c.counts, 8 * n), np.uint64) if n else np.empty(0, np.uint64)
             yield self._ffi.string(c.name).decode(), sums.reshape(n, n_in), counts
 
-    def inputs_bytes(self) -> int:
-        """Memory that `collect_inputs` takes."""
-        return sum(int(c.n_expert) * (4 * int(c.n_in) + 8) for c in self._input_structs())
+    def input_rows(self) -> Iterator[Tuple[int, str, Any, Any]]:
+        """The inputs of the last llama_decode: MoE layer, name of an expert tensor, float16 [tokens, columns], and uint16
+        [tokens, k], the experts that each was given to.
 
-    def _input_structs(self) -> Iterator[Any]:
+        For the tensors whose experts all see the same input of a token (up and gate); those of a layer give the same arrays.
+        Views of what the next llama_decode overwrites.
+        """
+        import numpy as np
+
+        for layer, c in self._input_structs():
+            if c.rows != self._ffi.NULL and c.n_rows > 0:
+                n = int(c.n_rows)
+                rows = np.frombuffer(self._ffi.buffer(c.rows, 2 * n * c.n_in), np.float16).reshape(n, c.n_in)
+                selected = np.frombuffer(self._ffi.buffer(c.selected, 2 * n * c.k), np.uint16).reshape(n, c.k)
+                yield layer, self._ffi.string(c.name).decode(), rows, selected
+
+    def inputs_bytes(self, rows: int = 0) -> int:
+        """Memory that `collect_inputs` takes, with the rows of batches of so many tokens."""
+        sums, widest = 0, {0: 0}  # the experts chosen are next to nothing beside the rows
+        for layer, c in self._input_structs():
+            sums += int(c.n_expert) * (4 * int(c.n_in) + 8)
+            widest[layer] = max(widest.get(layer, 0), int(c.n_in))
+        return sums + 2 * rows * sum(widest.values())
+
+    def _input_structs(self) -> Iterator[Tuple[int, Any]]:
         handle, c = self._alive(), self._new_struct("hobbit_inputs")
         for layer in range(self.info.n_moe_layer):
             part = 0
             while self._lib.hobbit_session_inputs(handle, layer, part, c):
-                yield c
+                yield layer, c
                 part += 1
