@@ -29,6 +29,11 @@ def add_parser(commands: Any) -> None:
         "-o", "--output", metavar="OUT", type=Path, help="the new file (default: MODEL.imatrix.gguf, where convert finds it)"
     )
     parser.add_argument("-n", "--tokens", metavar="N", type=positive, help="stop after N tokens (default: all of the text)")
+    parser.add_argument(
+        "--inputs", metavar="N", type=int, default=4096,
+        help="tokens whose inputs are kept, so that convert can make good in later columns what it rounds away in earlier ones; "
+        "2 bytes a layer and column (default: 4096; 0: none)",
+    )  # fmt: skip
     parser.add_argument("-c", "--ctx", metavar="N", type=positive, default=512, help="tokens of a sequence (default: 512)")
     parser.add_argument(
         "-b", "--batch-size", metavar="N", type=positive, default=512,
@@ -55,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             text,
             out,
             n_tokens=args.tokens,
+            inputs=args.inputs,
             context=args.ctx,
             batch=args.batch_size,
             memory=args.memory,
@@ -68,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         unused = f"; {report.n_unused} of {report.n_experts} experts have no data: a longer text" if report.n_unused else ""
         print(
-            f"{out}: {report.n_tensors} tensors, {report.n_tokens} tokens, at least {report.fewest} for an expert that was used"
-            f"{unused}; {time.monotonic() - begin:.1f} s",
+            f"{out}: {report.n_tensors} tensors, {report.n_tokens} tokens, the inputs of {report.n_inputs}, "
+            f"at least {report.fewest} for an expert that was used{unused}; {time.monotonic() - begin:.1f} s",
             file=sys.stderr,
         )
     return 0

@@ -139,6 +139,18 @@ class Header:
             return []
         return [n for (n,) in item.iter_unpack(value.raw[12:]) if isinstance(n, int)]
 
+    def strings(self, key: str) -> list[str]:
+        """An array of strings, [] where there is none."""
+        value = self.values.get(key)
+        if value is None or value.type != _T_ARRAY or _U32.unpack_from(value.raw)[0] != _T_STRING:
+            return []
+        found, at = [], 12
+        for _ in range(_U64.unpack_from(value.raw, 4)[0]):
+            end = at + 8 + _U64.unpack_from(value.raw, at)[0]
+            found.append(value.raw[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        return found
+
     def string(self, key: str, default: str = "") -> str:
         """A string value, `default` where there is none."""
         value = self.values[key].scalar() if key in self.values else None

@@ -4,6 +4,10 @@ For each column of a weight matrix, the mean square of the activations it was mu
 them for each expert. In a GGUF: `<tensor>.in_sum2`, sums of squares, [columns, experts], and `<tensor>.counts`, tokens,
 [1, experts]. In a .dat: name, number of calls, means times that number; an expert without data has ones.
 Weights are read as they are needed: the matrices of a large model take hundreds of megabytes.
+
+A GGUF of `hobbit imatrix` also has, for each layer with experts, a sample of the inputs that all experts of a token share:
+`hobbit.inputs.<i>`, F16 [columns, tokens], and `hobbit.selected.<i>`, I32 [k, tokens], the experts that the router chose; the
+value `hobbit.inputs.<i>`: the names of the expert tensors that they are inputs of. llama.cpp passes over what it does not know.
 """
 
 from __future__ import annotations
@@ -20,14 +24,17 @@ import numpy.typing as npt
 from hobbit_cpp._split import base_name
 
 from .errors import ConvertError
-from .header import Header, read_header
+from .header import Header, TensorInfo, read_header
+from .moments import LayerInputs
 from .plan import Tensor
 
-__all__ = ["Imatrix", "Importance", "imatrix_path"]
+__all__ = ["F16", "F32", "I32", "INPUTS_KEY", "SELECTED_KEY", "Imatrix", "Importance", "imatrix_path"]
 
 Floats = npt.NDArray[np.float32]
 
-_F32 = 0
+F32, F16, I32 = 0, 1, 26  # of ggml_type
+_ITEM_BYTES = {F32: 4, F16: 2, I32: 4}
+INPUTS_KEY, SELECTED_KEY = "hobbit.inputs.", "hobbit.selected."
 _I32 = struct.Struct("<i")
 _MAX_NAME_BYTES = 1024
 # Of the mean. Zero weights (a column that was never used) leave ggml's quantisers for few bits without a choice, and they abort.
@@ -91,6 +98,32 @@ class Importance:
         return (total / n if n > 0 else total).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """The inputs of a layer in the file."""
+
+    owner: Imatrix
+    name: str
+    n_tokens: int
+    n_columns: int
+    k: int
+    place: int
+    place_selected: int
+
+    def inputs(self) -> npt.NDArray[np.float16]:
+        """[tokens, columns]."""
+        data = self.owner.read_bytes(self.place, 2 * self.n_tokens * self.n_columns)
+        values = np.frombuffer(data, "<f2").reshape(self.n_tokens, self.n_columns)
+        if not np.isfinite(values).all():
+            raise ConvertError(f"{self.owner.path}: {self.name}: a value that is not finite: it is damaged, make it again")
+        return values.astype(np.float16, copy=False)
+
+    def selected(self) -> npt.NDArray[np.int32]:
+        """[tokens, k]."""
+        data = self.owner.read_bytes(self.place_selected, 4 * self.n_tokens * self.k)
+        return np.frombuffer(data, "<i4").reshape(self.n_tokens, self.k).astype(np.int32, copy=False)
+
+
 class Imatrix:
     """An importance matrix file. Safe from several threads."""
 
@@ -98,6 +131,7 @@ class Imatrix:
         self.path = path
         self._entries: dict[str, _Entry] = {}
         self._importance: dict[str, Importance] = {}
+        self._samples: dict[str, _Sample] = {}
         if path.exists() and not path.is_file():
             raise ConvertError(f"cannot read {path}: it is not a file; name the importance matrix")
         try:
@@ -139,6 +173,12 @@ class Imatrix:
                     f"{self.path}: {tensor.name} has {entry.n_values} values for {entry.counts.size} experts, but the model "
                     f"needs {tensor.row} for each of {n_expert}: this importance matrix is of another model"
                 )
+            sample = self._samples.get(tensor.name)
+            if sample is not None and sample.n_columns != tensor.row:
+                raise ConvertError(
+                    f"{self.path}: {sample.name} has {sample.n_columns} columns, {tensor.name} {tensor.row}: "
+                    "this importance matrix is of another model"
+                )
             importance = Importance(self, tensor.name, entry, n_expert)
             if importance.missing == n_expert:
                 continue
@@ -163,12 +203,25 @@ class Imatrix:
         """The importance for a tensor that was checked; None without data."""
         return self._importance.get(name)
 
+    @property
+    def samples(self) -> dict[str, LayerInputs]:
+        """By expert tensor, where there are inputs; one object for all tensors that share them."""
+        return dict(self._samples)
+
     def read(self, offset: int, n: int) -> Floats:
         """`n` floats from this place of the file."""
-        data = os.pread(self._fd, 4 * n, offset)
-        if len(data) != 4 * n:
-            raise ConvertError(f"{self.path} became shorter while it was read")
-        return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+        return np.frombuffer(self.read_bytes(offset, 4 * n), "<f4").astype(np.float32, copy=False)
+
+    def read_bytes(self, offset: int, n: int) -> bytearray:
+        """`n` bytes from this place of the file."""
+        data = bytearray(n)
+        done = 0
+        while done < n:
+            more = os.preadv(self._fd, [memoryview(data)[done:]], offset + done)
+            if more == 0:
+                raise ConvertError(f"{self.path} became shorter while it was read")
+            done += more
+        return data
 
     def close(self) -> None:
         """Closes the file."""
@@ -189,21 +242,41 @@ class Imatrix:
                 continue
             tensor = name[: -len(".in_sum2")]
             counts = infos.get(tensor + ".counts")
-            if counts is None or sums.type != _F32 or counts.type != _F32:
+            if counts is None or sums.type != F32 or counts.type != F32:
                 raise ConvertError(f"{self.path}: no counts of {tensor}: not an importance matrix of llama.cpp")
-            places = []
-            for info in (sums, counts):
-                n = int(np.prod(info.shape, dtype=np.int64)) if info.shape else 1
-                offset = header.data_offset + info.offset
-                if offset + 4 * n > size:
-                    raise ConvertError(f"{self.path}: truncated: {offset + 4 * n} bytes expected, {size} found: make it again")
-                places.append((offset, n))
+            places = [self._place(header, info, size) for info in (sums, counts)]
             numbers = self.read(*places[1])
             if not np.isfinite(numbers).all():
                 raise ConvertError(f"{self.path}: the counts of {tensor} are not numbers: make it again")
             self._entries[tensor] = _Entry(*places[0], np.round(numbers))
         if not self._entries:
             raise ConvertError(f"{self.path} is a GGUF, but not an importance matrix of llama.cpp")
+        for key in header.values:
+            if key.startswith(INPUTS_KEY):
+                self._scan_sample(header, infos, key, size)
+
+    def _scan_sample(self, header: Header, infos: dict[str, TensorInfo], key: str, size: int) -> None:
+        inputs, selected = infos.get(key), infos.get(SELECTED_KEY + key[len(INPUTS_KEY) :])
+        if (
+            inputs is None
+            or selected is None
+            or (inputs.type, selected.type) != (F16, I32)
+            or not len(inputs.shape) == len(selected.shape) == 2
+            or inputs.shape[1] != selected.shape[1]
+        ):
+            raise ConvertError(f"{self.path}: {key} is not a sample of inputs: make it again")
+        (place, _), (place_selected, _) = (self._place(header, info, size) for info in (inputs, selected))
+        sample = _Sample(self, key, inputs.shape[1], inputs.shape[0], selected.shape[0], place, place_selected)
+        self._samples.update((name, sample) for name in header.strings(key))
+
+    def _place(self, header: Header, info: TensorInfo, size: int) -> tuple[int, int]:
+        """Where a tensor is, and its elements."""
+        n = int(np.prod(info.shape, dtype=np.int64)) if info.shape else 1
+        offset = header.data_offset + info.offset
+        end = offset + _ITEM_BYTES[info.type] * n
+        if end > size:
+            raise ConvertError(f"{self.path}: truncated: {end} bytes expected, {size} found: make it again")
+        return offset, n
 
     def _scan_legacy(self, size: int) -> None:
         at = 0

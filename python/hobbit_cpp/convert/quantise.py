@@ -10,12 +10,16 @@ import numpy.typing as npt
 from .errors import ConvertError
 from .ggtypes import TypeInfo
 from .imatrix import Imatrix
+from .moments import Moments
 from .plan import Tensor
 
 __all__ = ["Quantiser"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+# With more bits a weight, hardly anything is rounded away that could be made good.
+_FEEDBACK_BITS = 7
 
 
 class Quantiser:
@@ -26,6 +30,7 @@ class Quantiser:
 
         self._ffi, self._lib = core()
         self._imatrix = imatrix
+        self._moments = None if imatrix is None else Moments(imatrix.samples)
 
     def prepare(self, kind: TypeInfo) -> None:
         """Builds the tables of a type, once, before threads use it."""
@@ -40,27 +45,50 @@ class Quantiser:
         self._check(status, error, what)
 
     def quantise_rows(self, kind: TypeInfo, values: Floats, out: Bytes, tensor: Tensor, first_row: int) -> None:
-        """`values`, whole rows of `tensor` from `first_row` on, into `out`, by the importance matrix if it has data."""
+        """`values`, whole rows of `tensor` from `first_row` on, into `out`, by the importance matrix if it has data.
+
+        With a sample of inputs in it by error feedback: so a row comes out the same whatever rows it is quantised with.
+        """
         row, n_rows = tensor.row, values.size // tensor.row
         importance = None if self._imatrix is None else self._imatrix.of(tensor.name)
         if importance is None:
             self.quantise(kind, values, out, row, f"{tensor.name}, rows from {first_row}")
             return
+        moments = self._moments if kind.bits < _FEEDBACK_BITS else None
         # each expert has weights of its own
         per_expert = tensor.shape[1]
         done = 0
         while done < n_rows:
             expert = (first_row + done) // per_expert
             n = min(n_rows - done, (expert + 1) * per_expert - first_row - done)
-            self.quantise(
-                kind,
-                values[done * row : (done + n) * row],
-                out[kind.row_bytes(row) * done : kind.row_bytes(row) * (done + n)],
-                row,
-                f"{tensor.name}, rows from {first_row + done}",
-                importance.weights(expert),
-            )
+            of = values[done * row : (done + n) * row]
+            to = out[kind.row_bytes(row) * done : kind.row_bytes(row) * (done + n)]
+            what = f"{tensor.name}, rows from {first_row + done}"
+            factor = None if moments is None else moments.factor(tensor.name, expert)
+            if factor is None:
+                self.quantise(kind, of, to, row, what, importance.weights(expert))
+            else:
+                self.quantise_feedback(kind, of, to, what, factor)
             done += n
+
+    def group(self, tensor: Tensor) -> int | None:
+        """The same for tensors whose rows are best quantised together, expert by expert; None: alone."""
+        return None if self._moments is None else self._moments.group(tensor.name)
+
+    def quantise_feedback(self, kind: TypeInfo, values: Floats, out: Bytes, what: str, factor: Floats) -> None:
+        """`values`, whole rows, into `out`, stored as `kind`; `factor`: see `Moments.factor`."""
+        error = self._ffi.new("hobbit_error *")
+        row = len(factor)
+        status = self._lib.hobbit_quantize_feedback(
+            kind.id,
+            self._pointer("float[]", values),
+            self._pointer("char[]", out),
+            values.size // row,
+            row,
+            self._pointer("float[]", factor),
+            error,
+        )
+        self._check(status, error, what)
 
     def quantise(self, kind: TypeInfo, values: Floats, out: Bytes, row: int, what: str, weights: Floats | None = None) -> None:
         """`values`, whole rows of `row` floats, into `out`, stored as `kind`; `weights`: the importance of each column."""

@@ -6,9 +6,10 @@ chunk, and neither what was read nor what was written stays in the page cache.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,16 +61,29 @@ class Chunk:
         return self.n_rows * self.source.type.row_bytes(self.source.row)
 
 
-def chunks(all_outputs: Iterable[Output]) -> Iterator[Chunk]:
-    """The work, in the order of the new file; high and low copies of the same rows together."""
+def chunks(all_outputs: Iterable[Output], group: Callable[[Tensor], int | None] = lambda _: None) -> Iterator[Chunk]:
+    """The work, in the order of the new file; high and low copies of the same rows together.
+
+    Args:
+        group: the tensors for which it gives the same are gone through side by side.
+    """
     by_source: dict[Tensor, list[Output]] = {}
     for output in all_outputs:
         by_source.setdefault(output.source, []).append(output)
-    for outputs in by_source.values():
-        source = outputs[0].source
-        step = max(1, CHUNK_ELEMENTS // source.row)
-        for row in range(0, source.n_rows, step):
-            yield Chunk(source, row, min(step, source.n_rows - row), tuple(outputs))
+    groups: dict[object, list[Tensor]] = {}
+    for source in by_source:
+        key = group(source)
+        groups.setdefault(source if key is None else key, []).append(source)
+    for sources in groups.values():
+        of_each = [_chunks_of(source, by_source[source]) for source in sources]
+        for side_by_side in itertools.zip_longest(*of_each):
+            yield from filter(None, side_by_side)
+
+
+def _chunks_of(source: Tensor, outputs: Sequence[Output]) -> Iterator[Chunk]:
+    step = max(1, CHUNK_ELEMENTS // source.row)
+    for row in range(0, source.n_rows, step):
+        yield Chunk(source, row, min(step, source.n_rows - row), tuple(outputs))
 
 
 def write_fully(fd: int, data: memoryview, offset: int) -> None:
@@ -133,7 +147,7 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
     outputs = [o for file in files for o in file.layout.outputs]
     for kind in {o.type.id: o.type for o in outputs if o.type is not o.source.type}.values():
         quantiser.prepare(kind)
-    work = chunks(outputs)
+    work = chunks(outputs, quantiser.group)
     lock = threading.Lock()
     stop = threading.Event()
     read = written = synced = 0

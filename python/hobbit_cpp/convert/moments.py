@@ -1,0 +1,126 @@
+"""How the columns of an expert's inputs go together, for quantising with error feedback (csrc/ggml/error-feedback.h).
+
+A router sends an expert inputs of a kind, so their second moments are its own. A few hundred inputs do not determine them: those
+of all inputs of the layer are mixed in, as if they had come from `PRIOR` further inputs, and a share of the mean is added to the
+diagonal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DAMPING", "PRIOR", "LayerInputs", "Moments", "factor_of"]
+
+Floats = npt.NDArray[np.float32]
+Key = TypeVar("Key")
+T = TypeVar("T")
+
+# Of the bench model with all experts low, KL divergence on another text: with a prior of 100 and of 250 inputs the same, with the
+# layer's moments alone a quarter more; with a damping of 0.03 and of 0.1 the same, of 0.3 a twentieth more.
+PRIOR = 250
+DAMPING = 0.1
+# Layers whose inputs are in memory: threads at the end of one and at the beginning of the next need no more.
+_LAYERS = 2
+# Factors in memory: those of the experts that threads are at, so that what follows of the same expert finds them.
+_FACTORS = 4
+
+
+class LayerInputs(Protocol):
+    """A sample of what a layer's experts were given."""
+
+    def inputs(self) -> npt.NDArray[np.float16]:
+        """[tokens, columns]."""
+        ...
+
+    def selected(self) -> npt.NDArray[np.int32]:
+        """The experts of each token: [tokens, k]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Layer:
+    x: Floats
+    selected: npt.NDArray[np.int32]
+    mean: Floats
+    """Second moments of all inputs, [columns, columns]."""
+
+
+class _Once(Generic[T]):
+    """Makes something at the first call; who comes meanwhile waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: list[T] = []
+
+    def get(self, make: Callable[[], T]) -> T:
+        with self._lock:
+            if not self._made:
+                self._made.append(make())
+            return self._made[0]
+
+
+def _latest(kept: OrderedDict[Key, _Once[T]], key: Key, most: int) -> _Once[T]:
+    """The one of `key`, and none kept but the `most` that were asked for last."""
+    found = kept.setdefault(key, _Once())
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+    return found
+
+
+class Moments:
+    """Factors of the second moments of experts' inputs. Safe from several threads."""
+
+    def __init__(self, of_tensor: dict[str, LayerInputs]) -> None:
+        self._of_tensor = of_tensor
+        self._lock = threading.Lock()
+        self._layers: OrderedDict[int, _Once[_Layer]] = OrderedDict()
+        self._factors: OrderedDict[tuple[int, int], _Once[Floats | None]] = OrderedDict()
+
+    def group(self, tensor: str) -> int | None:
+        """The same for tensors that share their inputs; None: there are none."""
+        layer = self._of_tensor.get(tensor)
+        return None if layer is None else id(layer)
+
+    def factor(self, tensor: str, expert: int) -> Floats | None:
+        """R, upper triangular, float32 [columns, columns]: R R^T are the second moments, scaled to a mean of 1 on the diagonal.
+
+        None: there are no inputs for this tensor, or none but zeros.
+        """
+        source = self._of_tensor.get(tensor)
+        if source is None:
+            return None
+        with self._lock:
+            layer = _latest(self._layers, id(source), _LAYERS)
+            factor = _latest(self._factors, (id(source), expert), _FACTORS)
+        return factor.get(lambda: _expert_factor(layer.get(lambda: _load(source)), expert))
+
+
+def _load(source: LayerInputs) -> _Layer:
+    x = source.inputs().astype(np.float32)
+    return _Layer(x, source.selected(), x.T @ x / np.float32(max(len(x), 1)))
+
+
+def _expert_factor(layer: _Layer, expert: int) -> Floats | None:
+    x = layer.x[(layer.selected == expert).any(axis=1)]
+    return factor_of((x.T @ x + np.float32(PRIOR) * layer.mean) / np.float32(len(x) + PRIOR))
+
+
+def factor_of(moments: Floats) -> Floats | None:
+    """R of these second moments, damped and scaled; None when they are zero."""
+    n = len(moments)
+    mean = float(np.trace(moments)) / n
+    if not mean > 0:
+        return None
+    damped = moments / np.float32(mean)
+    damped[np.arange(n), np.arange(n)] += np.float32(DAMPING)
+    # numpy's factor is lower triangular: of the columns in reverse order it is upper when these are turned round again
+    reverse = np.ascontiguousarray(damped[::-1, ::-1])
+    return np.ascontiguousarray(np.linalg.cholesky(reverse)[::-1, ::-1])
