@@ -83,7 +83,8 @@ def record_imatrix(
     Args:
         out: the new file, which appears whole; default: `model.imatrix.gguf` beside `model.gguf`, where `convert` finds it.
         n_tokens: stop after so many; None: the whole text.
-        inputs: tokens whose inputs are kept, spread over the text; 2 bytes for each, layer and column. 0: none.
+        inputs: tokens whose inputs are kept, spread over the text, of a longer one over three quarters of it; 2 bytes for each,
+            layer and column. 0: none.
         context: tokens of a sequence; each begins with the model's BOS token, if it has one.
         batch: tokens a llama_decode. Each expert is read once for it; the logits of all of them are in memory.
         memory, expert_cache, threads: as for `hobbit_cpp.Llama`. The sums take 4 bytes for each expert and column.
@@ -121,7 +122,11 @@ def record_imatrix(
         if total == 0:
             raise ParameterError("the text is empty")
         path = imatrix_path(Path(model)) if out is None else Path(out)
-        wanted = spread([len(tokens) for tokens in sequences], inputs)
+        lens = [len(tokens) for tokens in sequences]
+        # Of a text that is long enough, the last quarter is left for `hobbit calibrate`: on what low copies are fitted to, they
+        # lose less than elsewhere.
+        early = lens if total <= inputs else lens[: -(-3 * len(lens) // 4)]
+        wanted = spread(early, inputs) + [0] * (len(lens) - len(early))
         values = {
             "general.type": string_value("imatrix"),
             "imatrix.datasets": strings_value([dataset] if dataset else []),

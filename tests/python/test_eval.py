@@ -170,6 +170,17 @@ def test_windows_score_as_many_tokens_as_asked_for(tmp_path: Path, n: int, windo
     assert bytes(p.warmup + [token for w in p.windows for token in w[1:]]) == text[: 10 + sum(len(w) - 1 for w in p.windows)]
 
 
+@pytest.mark.parametrize(("n", "window", "skip"), [(100, 20, 0), (100, 20, 9), (1, 2, 0), (19, 20, 0), (38, 20, 0), (90, 20, 9)])
+def test_the_end_of_a_text(tmp_path: Path, n: int, window: int, skip: int) -> None:
+    path = text_file(tmp_path)
+    end, beginning = (t.read_passage(FakeScorer(uniform), path, n, 10, window, skip, from_end=x) for x in (True, False))
+    used = bytes(end.warmup + [token for w in end.windows for token in w[1:]])
+    assert path.read_bytes().endswith(used) and end.n_scored == n
+    assert [len(w) for w in end.windows] == [len(w) for w in beginning.windows]
+    with pytest.raises(ParameterError, match="50 tokens, too few for 100 scored ones after 10"):
+        t.read_passage(FakeScorer(uniform), text_file(tmp_path, 50), 100, 10, 20, 0, from_end=True)
+
+
 def test_a_text_that_is_too_short_says_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="50 tokens, too few for 100 scored ones after 10"):
         passage(100, 20, path=text_file(tmp_path, 50))

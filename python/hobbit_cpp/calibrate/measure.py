@@ -145,7 +145,8 @@ def calibrate(
     """Measures a model on a text.
 
     Args:
-        n_tokens: predictions scored, from the beginning of the text; window: tokens of context.
+        n_tokens: predictions scored, at the end of the text: of the same, `hobbit imatrix` takes the inputs that low copies are
+            fitted to from before it, and these lose less than other text; window: tokens of context.
         paper: keep the paper's thresholds 0.6 and 0.9 under "thresholds" instead of its quantiles.
         memory, expert_cache, low_model, threads: as for `hobbit_cpp.Llama`.
         scratch: folder for 2 bytes a token and word of the vocabulary.
@@ -174,7 +175,7 @@ def calibrate(
     scorer = LlamaScorer(path, offload=params, memory=memory, verbose=False, **sizes)
     try:
         info = scorer.offload_info
-        passage = t.read_passage(scorer, Path(text), n_tokens, 0, window, 0)
+        passage = t.read_passage(scorer, Path(text), n_tokens, 0, window, 0, from_end=True)
         measured = measure(scorer, passage, width, progress, scratch)
     finally:
         scorer.close()

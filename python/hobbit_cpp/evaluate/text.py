@@ -39,10 +39,13 @@ class Passage:
         return sum(len(w) - 1 for w in self.windows)
 
 
-def read_passage(scorer: Scorer, path: Path, n_tokens: int, warmup: int, window: int, skip: int) -> Passage:
+def read_passage(
+    scorer: Scorer, path: Path, n_tokens: int, warmup: int, window: int, skip: int, from_end: bool = False
+) -> Passage:
     """The beginning of a text file, cut.
 
     Args:
+        from_end: its end instead.
         n_tokens: predictions that are scored, over all windows.
         warmup: tokens before them that only fill the cache.
         window: tokens of context that the model has.
@@ -55,7 +58,8 @@ def read_passage(scorer: Scorer, path: Path, n_tokens: int, warmup: int, window:
         raise ParameterError(f"in windows of {window} tokens nothing is left to score after the first {skip}")
     text = path.read_text(encoding="utf-8", errors="replace")
     wanted = n_tokens + warmup + (n_tokens // (window - 1 - skip) + 2) * (1 + skip)
-    tokens = scorer.words(text[: 16 * wanted + 4096], False)
+    n_characters = 16 * wanted + 4096
+    tokens = scorer.words(text[-n_characters:] if from_end else text[:n_characters], False)
     if len(tokens) < wanted:
         tokens = scorer.words(text, False)
     if not tokens:
@@ -63,6 +67,8 @@ def read_passage(scorer: Scorer, path: Path, n_tokens: int, warmup: int, window:
     first = scorer.words("", True)
     windows: List[List[int]] = []
     at, left = warmup, n_tokens
+    if from_end:
+        tokens = tokens[max(0, len(tokens) - _n_used(n_tokens, window - len(first), skip + 1 - len(first), warmup)) :]
     while left > 0:
         body = tokens[at : at + min(window - len(first), left + skip + 1 - len(first))]
         if len(first) + len(body) < 2 + skip:
@@ -74,6 +80,12 @@ def read_passage(scorer: Scorer, path: Path, n_tokens: int, warmup: int, window:
         left -= len(first) + len(body) - 1 - skip
         at += len(body)
     return Passage(tokens[:warmup], windows, skip, n_tokens - left)
+
+
+def _n_used(n_tokens: int, room: int, unscored: int, warmup: int) -> int:
+    """Tokens of the text that are used: all but the first `unscored` of a window of `room` are scored."""
+    n_windows = -(-n_tokens // (room - unscored))
+    return warmup + n_tokens + n_windows * unscored
 
 
 class LogProbs:
