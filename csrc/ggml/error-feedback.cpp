@@ -15,17 +15,22 @@ constexpr int64_t LANES = 16;
 // GCC's and Clang's vectors, on any CPU; of unaligned floats.
 using floats = float __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
-// sums[r][c] += errors[r][i] rows[i][c] for the rows r of the tile, i below `n`, columns c from `begin` on.
-void spread(const float * errors, int64_t n, const float * rows, int64_t n_per_row, int64_t begin, float * sums) {
+// sums[r][c] += errors[r][i] rows[i][c] for the rows r of the tile, i below `n`, columns c from `begin` on. `strip`: n * LANES floats.
+void spread(const float * errors, int64_t n, const float * rows, int64_t n_per_row, int64_t begin, float * strip,
+            float * sums) {
     int64_t c = begin;
     for (; c + LANES <= n_per_row; c += LANES) {
+        // Rows of R are some power of two apart, so in the same few sets of a cache.
+        for (int64_t i = 0; i < n; ++i) {
+            memcpy(strip + i * LANES, rows + i * n_per_row + c, LANES * sizeof(float));
+        }
         for (int64_t r = 0; r < TILE; r += GROUP) {
             floats at[GROUP];
             for (int64_t g = 0; g < GROUP; ++g) {
                 at[g] = *(const floats *) (sums + (r + g) * n_per_row + c);
             }
             for (int64_t i = 0; i < n; ++i) {
-                const floats factor = *(const floats *) (rows + i * n_per_row + c);
+                const floats factor = *(const floats *) (strip + i * LANES);
                 for (int64_t g = 0; g < GROUP; ++g) {
                     at[g] += errors[(r + g) * n + i] * factor;
                 }
@@ -52,14 +57,14 @@ class feedback {
         quantize_(quantize),
         n_(n_per_row),
         factor_(factor),
-        owed_factor_(factor, factor + n_per_row * n_per_row),
         importance_(n_per_row),
         moments_(n_per_row),
-        owed_(TILE * n_per_row),
+        sums_(TILE * n_per_row),
         wanted_(TILE * block.columns),
         back_(TILE * block.columns),
         errors_(TILE * block.columns),
         product_(block.columns),
+        strip_(block.columns * LANES),
         bytes_(TILE * block.bytes) {
         for (int64_t i = 0; i < n_; ++i) {
             const int64_t end = (i / block_.columns + 1) * block_.columns;
@@ -68,25 +73,22 @@ class feedback {
                 moments_[i] += square;
                 importance_[i] += j < end ? square : 0;
             }
-            for (int64_t at = end; at < n_; at += block_.columns) {
-                solve(owed_factor_.data() + i * n_ + at, at);
-            }
         }
     }
 
     void run(const float * src, char * dst, int64_t rows) {
         lost_.assign(TILE, 0);
         nearest_.assign(TILE, 0);
-        std::fill(owed_.begin(), owed_.end(), 0.0f);
+        std::fill(sums_.begin(), sums_.end(), 0.0f);
         std::fill(errors_.begin(), errors_.end(), 0.0f);
         for (int64_t at = 0; at < n_; at += block_.columns) {
             store(src, dst, 0, rows, at);
             count(src, rows, at);
-            spread(errors_.data(), block_.columns, owed_factor_.data() + at * n_, n_, at + block_.columns, owed_.data());
+            spread(errors_.data(), block_.columns, factor_ + at * n_, n_, at + block_.columns, strip_.data(), sums_.data());
         }
         for (int64_t r = 0; r < rows; ++r) {
             if (!(lost_[r] <= TOO_MUCH * nearest_[r])) {
-                std::fill_n(owed_.begin() + r * n_, n_, 0.0f);
+                std::fill_n(sums_.begin() + r * n_, n_, 0.0f);
                 for (int64_t at = 0; at < n_; at += block_.columns) {
                     store(src, dst, r, r + 1, at);
                 }
@@ -97,24 +99,27 @@ class feedback {
   private:
     static constexpr double TOO_MUCH = 2;  // the first block tells no more than about
 
-    // row <- row R_BB^-1, of the block at column `at`.
-    void solve(float * row, int64_t at) const {
-        for (int64_t j = 0; j < block_.columns; ++j) {
+    // s_B of a row: what makes `sums` when R_BB multiplies it.
+    void solve(const float * sums, int64_t at, float * owed) const {
+        const int64_t n = block_.columns;
+        std::copy_n(sums, n, owed);
+        for (int64_t j = 0; j < n; ++j) {
             const float * of = factor_ + (at + j) * n_ + at;
-            row[j] /= of[j];
-            for (int64_t k = j + 1; k < block_.columns; ++k) {
-                row[k] -= row[j] * of[k];
+            owed[j] /= of[j];
+            for (int64_t k = j + 1; k < n; ++k) {
+                owed[k] -= owed[j] * of[k];
             }
         }
     }
 
-    // The block at column `at` of rows `begin` to `end`, by what the sums say, and what that rounds away.
+    // The block at column `at` of rows `begin` to `end`, and what is rounded away.
     void store(const float * src, char * dst, int64_t begin, int64_t end, int64_t at) {
         const int64_t n = block_.columns;
         for (int64_t r = begin; r < end; ++r) {
+            float * wanted = wanted_.data() + r * n;
+            solve(sums_.data() + r * n_ + at, at, wanted);
             for (int64_t j = 0; j < n; ++j) {
-                const float x      = src[r * n_ + at + j] + owed_[r * n_ + at + j];
-                wanted_[r * n + j] = std::clamp(x, -block_.largest, block_.largest);
+                wanted[j] = std::clamp(src[r * n_ + at + j] + wanted[j], -block_.largest, block_.largest);
             }
         }
         quantize_(wanted_.data() + begin * n, bytes_.data(), back_.data(), end - begin, importance_.data() + at);
@@ -132,14 +137,13 @@ class feedback {
     void count(const float * src, int64_t rows, int64_t at) {
         const int64_t n = block_.columns;
         for (int64_t r = 0; r < rows; ++r) {
-            std::fill(product_.begin(), product_.end(), 0.0f);
+            std::copy_n(sums_.data() + r * n_ + at, n, product_.data());
             double stored = 0, rounded = 0;
             for (int64_t i = 0; i < n; ++i) {
                 const float   e   = errors_[r * n + i];
-                const float   off = e + owed_[r * n_ + at + i];
                 const float * row = factor_ + (at + i) * n_ + at;
                 for (int64_t j = i; j < n; ++j) {
-                    product_[j] += off * row[j];
+                    product_[j] += e * row[j];
                 }
                 stored += (double) moments_[at + i] * src[r * n_ + at + i] * src[r * n_ + at + i];
                 rounded += (double) moments_[at + i] * e * e;
@@ -156,11 +160,10 @@ class feedback {
     const block_quantizer & quantize_;
     int64_t                 n_;
     const float *           factor_;
-    std::vector<float>      owed_factor_;  // R_AB R_BB^-1 for blocks A before B
-    std::vector<float>      importance_;   // of columns for the quantiser
-    std::vector<float>      moments_;      // their mean squares
-    std::vector<float>      owed_;         // [TILE][n]: s
-    std::vector<float>      wanted_, back_, errors_, product_;
+    std::vector<float>      importance_;  // of columns for the quantiser
+    std::vector<float>      moments_;     // their mean squares
+    std::vector<float>      sums_;        // [TILE][n]: of e_A R_A over the blocks A that are done
+    std::vector<float>      wanted_, back_, errors_, product_, strip_;
     std::vector<char>       bytes_;
     std::vector<double>     lost_, nearest_;
     double                  share_[TILE] = {};

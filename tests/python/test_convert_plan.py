@@ -241,7 +241,7 @@ def test_every_plan_is_sound_or_refused(rows: list[int], high: str, low: str, n_
         assert role != "low" or size < sizes[name, "high"]
     # every row of every source exactly once
     seen = {t.name: 0 for t in tensors}
-    for chunk in writer.chunks(plan.outputs):
+    for (chunk,) in writer.work(plan.outputs):
         assert chunk.first_row == seen[chunk.source.name]
         seen[chunk.source.name] += chunk.n_rows
     assert seen == {t.name: t.n_rows for t in tensors}

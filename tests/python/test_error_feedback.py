@@ -135,14 +135,18 @@ def test_what_is_shared_is_read_and_made_once() -> None:
     assert moments.group("up") == moments.group("gate") is not None and moments.group("down") is None
 
 
-def test_tensors_with_the_same_inputs_are_gone_through_side_by_side() -> None:
+def test_tensors_with_the_same_inputs_are_gone_through_expert_by_expert() -> None:
     f16 = load_types().by_name["F16"]
-    names = ["blk.0.up", "blk.0.gate", "blk.0.down"]
-    outputs = [Output(n, Tensor(n, (writer.CHUNK_ELEMENTS, 1, 3), f16), f16, "high") for n in names]
-    alone = [(c.source.name, c.first_row) for c in writer.chunks(outputs)]
-    together = [(c.source.name, c.first_row) for c in writer.chunks(outputs, lambda t: None if "down" in t.name else 7)]
-    assert alone == [(n, row) for n in names for row in range(3)]
-    assert together == [(n, row) for row in range(3) for n in names[:2]] + alone[6:]
+    up, gate, down = names = ["blk.0.up", "blk.0.gate", "blk.0.down"]
+    outputs = [Output(n, Tensor(n, (writer.CHUNK_ELEMENTS, 2, 3), f16), f16, "high") for n in names]
+
+    def found(group: Any) -> List[List[Tuple[str, int]]]:
+        return [[(c.source.name, c.first_row) for c in item] for item in writer.work(outputs, group)]
+
+    alone = [[(n, row)] for n in names for row in range(6)]
+    assert found(lambda t: None) == alone
+    together = [[(n, 2 * expert + row) for n in (up, gate) for row in range(2)] for expert in range(3)]
+    assert found(lambda t: None if t.name == down else 7) == together + alone[12:]
 
 
 # ---- quantising ----------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_products_of_other_inputs_lose_less(name: str) -> None:
 
     plain, better = (np.empty(len(w) * kind.row_bytes(512), np.uint8) for _ in range(2))
     quantiser.quantise(kind, w.ravel(), plain, 512, "", (x**2).mean(axis=0))
-    factor = factor_of(x.T @ x / np.float32(len(x)))
+    factor = factor_of(x[:, ::-1].T @ x[:, ::-1])
     assert factor is not None
     quantiser.quantise_feedback(kind, w.ravel(), better, "", factor)
     assert lost(better) < 0.8 * lost(plain)

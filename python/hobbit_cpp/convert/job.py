@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import threadpoolctl
+
 from hobbit_cpp._sidecar import ARCHITECTURE as SIDECAR_ARCHITECTURE
 from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
 
@@ -115,6 +117,8 @@ def convert(
         notes: list[str] = []
         if matrix is not None:
             weights, notes = _open_imatrix(stack, matrix, source, found)
+            # numpy's own threads would get in the way of ours; and its results are those of one thread when they are verified
+            stack.enter_context(threadpoolctl.threadpool_limits(1))
         plan = make_plan(
             source.tensors,
             types,

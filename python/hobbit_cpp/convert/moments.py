@@ -46,6 +46,8 @@ class LayerInputs(Protocol):
 
 @dataclass(frozen=True)
 class _Layer:
+    """Columns are in reverse order, here and in moments of them: see `factor_of`."""
+
     x: Floats
     selected: npt.NDArray[np.int32]
     mean: Floats
@@ -104,23 +106,26 @@ class Moments:
 
 
 def _load(source: LayerInputs) -> _Layer:
-    x = source.inputs().astype(np.float32)
+    x = np.ascontiguousarray(source.inputs()[:, ::-1], np.float32)
     return _Layer(x, source.selected(), x.T @ x / np.float32(max(len(x), 1)))
 
 
 def _expert_factor(layer: _Layer, expert: int) -> Floats | None:
     x = layer.x[(layer.selected == expert).any(axis=1)]
-    return factor_of((x.T @ x + np.float32(PRIOR) * layer.mean) / np.float32(len(x) + PRIOR))
+    moments = x.T @ x
+    moments += np.float32(PRIOR) * layer.mean
+    return factor_of(moments)
 
 
 def factor_of(moments: Floats) -> Floats | None:
-    """R of these second moments, damped and scaled; None when they are zero."""
+    """R of second moments, up to a factor, with columns in reverse order, which are damped and changed. None: they are zero.
+
+    numpy's factor is lower triangular: of columns in reverse order it is upper when rows and columns are turned round again.
+    """
     n = len(moments)
     mean = float(np.trace(moments)) / n
     if not mean > 0:
         return None
-    damped = moments / np.float32(mean)
-    damped[np.arange(n), np.arange(n)] += np.float32(DAMPING)
-    # numpy's factor is lower triangular: of the columns in reverse order it is upper when these are turned round again
-    reverse = np.ascontiguousarray(damped[::-1, ::-1])
-    return np.ascontiguousarray(np.linalg.cholesky(reverse)[::-1, ::-1])
+    moments /= np.float32(mean)
+    moments[np.arange(n), np.arange(n)] += np.float32(DAMPING)
+    return np.ascontiguousarray(np.linalg.cholesky(moments)[::-1, ::-1])

@@ -6,7 +6,6 @@ chunk, and neither what was read nor what was written stays in the page cache.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from .progress import Progress
 from .quantise import Bytes, Floats, Quantiser
 from .source import Sources
 
-__all__ = ["CHUNK_ELEMENTS", "Chunk", "chunks", "write_data", "write_fully"]
+__all__ = ["CHUNK_ELEMENTS", "Chunk", "work", "write_data", "write_fully"]
 
 # Elements of a chunk: 4 MiB as floats. Enough for a disk's full rate, and little memory.
 CHUNK_ELEMENTS = 1 << 20
@@ -61,29 +60,36 @@ class Chunk:
         return self.n_rows * self.source.type.row_bytes(self.source.row)
 
 
-def chunks(all_outputs: Iterable[Output], group: Callable[[Tensor], int | None] = lambda _: None) -> Iterator[Chunk]:
-    """The work, in the order of the new file; high and low copies of the same rows together.
+def work(all_outputs: Iterable[Output], group: Callable[[Tensor], int | None] = lambda _: None) -> Iterator[tuple[Chunk, ...]]:
+    """The work, in the order of the new file, in what one thread does at a time; high and low copies of the same rows together.
 
     Args:
-        group: the tensors for which it gives the same are gone through side by side.
+        group: the tensors for which it gives the same are gone through side by side, an expert of all of them at a time, so that
+            no thread waits for what another works out for an expert. None: a tensor for itself, a chunk at a time.
     """
     by_source: dict[Tensor, list[Output]] = {}
     for output in all_outputs:
         by_source.setdefault(output.source, []).append(output)
-    groups: dict[object, list[Tensor]] = {}
+    groups: dict[int, list[Tensor]] = {}
     for source in by_source:
         key = group(source)
-        groups.setdefault(source if key is None else key, []).append(source)
-    for sources in groups.values():
-        of_each = [_chunks_of(source, by_source[source]) for source in sources]
-        for side_by_side in itertools.zip_longest(*of_each):
-            yield from filter(None, side_by_side)
+        if key is not None:
+            groups.setdefault(key, []).append(source)
+    for source, outputs in by_source.items():
+        key = group(source)
+        if key is None:
+            yield from ((chunk,) for chunk in _chunks(source, 0, source.n_rows, outputs))
+        elif source is groups[key][0]:
+            for expert in range(source.shape[2]):
+                yield tuple(
+                    chunk for one in groups[key] for chunk in _chunks(one, expert * one.shape[1], one.shape[1], by_source[one])
+                )
 
 
-def _chunks_of(source: Tensor, outputs: Sequence[Output]) -> Iterator[Chunk]:
+def _chunks(source: Tensor, first: int, n_rows: int, outputs: Sequence[Output]) -> Iterator[Chunk]:
     step = max(1, CHUNK_ELEMENTS // source.row)
-    for row in range(0, source.n_rows, step):
-        yield Chunk(source, row, min(step, source.n_rows - row), tuple(outputs))
+    for row in range(first, first + n_rows, step):
+        yield Chunk(source, row, min(step, first + n_rows - row), tuple(outputs))
 
 
 def write_fully(fd: int, data: memoryview, offset: int) -> None:
@@ -147,7 +153,7 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
     outputs = [o for file in files for o in file.layout.outputs]
     for kind in {o.type.id: o.type for o in outputs if o.type is not o.source.type}.values():
         quantiser.prepare(kind)
-    work = chunks(outputs, quantiser.group)
+    items = work(outputs, quantiser.group)
     lock = threading.Lock()
     stop = threading.Event()
     read = written = synced = 0
@@ -157,13 +163,14 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
         hands = _Worker(source, quantiser, files)
         while not stop.is_set():
             with lock:
-                chunk = next(work, None)
-            if chunk is None:
+                item = next(items, None)
+            if item is None:
                 return
-            n = hands.run(chunk)
-            with lock:
-                read += chunk.n_bytes
-                written += n
+            for chunk in item:
+                n = hands.run(chunk)
+                with lock:
+                    read += chunk.n_bytes
+                    written += n
 
     with ThreadPoolExecutor(threads, thread_name_prefix="hobbit-convert") as pool:
         futures = [pool.submit(worker) for _ in range(threads)]
