@@ -28,8 +28,6 @@ PRIOR = 250
 DAMPING = 0.1
 # Layers whose inputs are in memory: threads at the end of one and at the beginning of the next need no more.
 _LAYERS = 2
-# Factors in memory: those of the experts that threads are at, so that what follows of the same expert finds them.
-_FACTORS = 4
 
 
 class LayerInputs(Protocol):
@@ -84,7 +82,8 @@ class Moments:
         self._of_tensor = of_tensor
         self._lock = threading.Lock()
         self._layers: OrderedDict[int, _Once[_Layer]] = OrderedDict()
-        self._factors: OrderedDict[tuple[int, int], _Once[Floats | None]] = OrderedDict()
+        # The last factor of each thread: `writer.work` gives a thread all of an expert that has the same.
+        self._of_thread = threading.local()
 
     def group(self, tensor: str) -> int | None:
         """The same for tensors that share their inputs; None: there are none."""
@@ -99,10 +98,15 @@ class Moments:
         source = self._of_tensor.get(tensor)
         if source is None:
             return None
-        with self._lock:
-            layer = _latest(self._layers, id(source), _LAYERS)
-            factor = _latest(self._factors, (id(source), expert), _FACTORS)
-        return factor.get(lambda: _expert_factor(layer.get(lambda: _load(source)), expert))
+        key = id(source), expert
+        if getattr(self._of_thread, "key", None) != key:
+            with self._lock:
+                layer = _latest(self._layers, id(source), _LAYERS)
+            self._of_thread.key = self._of_thread.factor = None  # the memory, before the next takes its own
+            self._of_thread.factor = _expert_factor(layer.get(lambda: _load(source)), expert)
+            self._of_thread.key = key
+        found: Floats | None = self._of_thread.factor
+        return found
 
 
 def _load(source: LayerInputs) -> _Layer:
