@@ -119,7 +119,8 @@ class feedback {
             float * wanted = wanted_.data() + r * n;
             solve(sums_.data() + r * n_ + at, at, wanted);
             for (int64_t j = 0; j < n; ++j) {
-                wanted[j] = std::clamp(src[r * n_ + at + j] + wanted[j], -block_.largest, block_.largest);
+                // not std::clamp: of a sum that is no number, a number
+                wanted[j] = std::max(-block_.largest, std::min(block_.largest, src[r * n_ + at + j] + wanted[j]));
             }
         }
         quantize_(wanted_.data() + begin * n, bytes_.data(), back_.data(), end - begin, importance_.data() + at);

@@ -28,7 +28,7 @@ struct block_shape {
     float   largest;  // magnitude that the type can hold: what is made good never goes beyond
 };
 
-// `n_rows` rows of `n_per_row` floats, a multiple of the block; factor: R, [n_per_row][n_per_row]. Each row comes out the same whatever
+// `n_rows` rows of `n_per_row` floats, a multiple of the block; factor: R, [n_per_row][n_per_row], whose squares can be added up. Each row comes out the same whatever
 // rows it is quantised with. Throws std::bad_alloc, and what `quantize` throws.
 void quantize_with_feedback(const block_shape & block, const block_quantizer & quantize, const float * src, void * dst,
                             int64_t n_rows, int64_t n_per_row, const float * factor);

@@ -181,7 +181,7 @@ TEST("where what is owed outgrows the weights, nearest values") {
     const type_of_blocks type(GGML_TYPE_IQ4_NL);
     const numbers        w      = weights(6);
     numbers              factor = factor_of(0);
-    for (const float together : { 1e3f, 1e12f }) {
+    for (const float together : { 1e3f, 1e12f, 1e15f }) {
         for (int64_t i = 0; i < N; ++i) {
             std::fill(factor.begin() + i * N + i + 1, factor.begin() + (i + 1) * N, together);
         }
