@@ -339,7 +339,8 @@ typedef struct hobbit_inputs {
     const char *     name;   /* of the tensor */
     const float *    sums;   /* [n_expert][n_in]: of the squares of the inputs; NULL while they are not collected */
     const uint64_t * counts; /* [n_expert]: inputs */
-    const uint16_t * rows;   /* [n_rows][n_in], F16: the inputs since hobbit_session_decode_begin, in the order of the tokens, where all
+    const uint16_t *
+        rows; /* [n_rows][n_in], F16: the inputs since hobbit_session_decode_begin, in the order of the tokens, where all
                                 experts of a token see the same (up, gate); projections of a layer share them. NULL: not kept, or not so */
     const uint16_t * selected; /* [n_rows][k]: the experts of each; 65535 where one was skipped */
     uint64_t         n_rows;
@@ -472,8 +473,8 @@ HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void *
 /* The same, and what is rounded away in a block of columns is made good in the columns after it, as far as these go together with
  * them in the inputs (csrc/ggml/error-feedback.h). `factor`: R, [n_per_row][n_per_row], upper triangular, its diagonal positive, nothing
  * beyond 1e15, for which R R^T is the matrix of second moments of the inputs; it says how much each column counts as well. */
-HOBBIT_API hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
-                                                  const float * factor, hobbit_error * error);
+HOBBIT_API hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows,
+                                                  int64_t n_per_row, const float * factor, hobbit_error * error);
 HOBBIT_API hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error);
 
 #ifdef __cplusplus
