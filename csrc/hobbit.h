@@ -471,7 +471,7 @@ HOBBIT_API void          hobbit_quantize_init(int32_t type);
 HOBBIT_API hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
                                          const float * imatrix, hobbit_error * error);
 /* The same, and what is rounded away in a block of columns is made good in the columns after it, as far as these go together with
- * them in the inputs (csrc/ggml/error-feedback.h). `factor`: R, [n_per_row][n_per_row], upper triangular, its diagonal positive, nothing
+ * them in the inputs (csrc/ggml/error-feedback.h). `factor`: R, [n_per_row][n_per_row], upper triangular, its diagonal above 1e-15, nothing
  * beyond 1e15, for which R R^T is the matrix of second moments of the inputs; it says how much each column counts as well. */
 HOBBIT_API hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows,
                                                   int64_t n_per_row, const float * factor, hobbit_error * error);

@@ -64,7 +64,7 @@ void input_statistics::keep(uint32_t layer, const layer_pass & pass, size_t n_in
 void input_statistics::add(uint32_t layer, uint32_t part, const layer_pass & pass, const inputs & x) {
     entry &      e    = entries_[layer][part];
     const size_t n_in = e.sums.size() / e.counts.size();
-    if (!batches_.empty() && x.n_slots == 1) {
+    if (!batches_.empty() && x.n_slots == 1 && x.of_layer) {
         int32_t & filled_by = batches_[layer].part;
         filled_by           = filled_by < 0 ? (int32_t) part : filled_by;
         e.shared            = true;

@@ -32,6 +32,7 @@ class input_statistics {
         int64_t      n_slots, n_tokens;
         size_t       slot_stride, token_stride;
         uint32_t     k;
+        bool         of_layer;  // not of what each expert has computed, though with k = 1 that looks the same
     };
 
     // The rows of a product: what is skipped is not counted. One thread. Throws std::bad_alloc.

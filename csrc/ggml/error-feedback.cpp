@@ -77,6 +77,7 @@ class feedback {
     }
 
     void run(const float * src, char * dst, int64_t rows) {
+        share_.assign(TILE, 0);
         lost_.assign(TILE, 0);
         nearest_.assign(TILE, 0);
         std::fill(sums_.begin(), sums_.end(), 0.0f);
@@ -133,8 +134,8 @@ class feedback {
         }
     }
 
-    // Adds up |(e R)_B|^2, and what nearest values would lose: each column in all products, by the share of the weights that is rounded away
-    // in the first block, to which nothing is owed.
+    // From the first block on in which anything is rounded away, and to which so nothing is owed: adds up |(e R)_B|^2, and what nearest
+    // values would lose, each column in all products, by the share of the weights that is rounded away there.
     void count(const float * src, int64_t rows, int64_t at) {
         const int64_t n = block_.columns;
         for (int64_t r = 0; r < rows; ++r) {
@@ -149,11 +150,15 @@ class feedback {
                 stored += (double) moments_[at + i] * src[r * n_ + at + i] * src[r * n_ + at + i];
                 rounded += (double) moments_[at + i] * e * e;
             }
-            for (const float x : product_) {
-                lost_[r] += (double) x * x;
+            if (share_[r] == 0 && rounded > 0) {
+                share_[r] = rounded / stored;
             }
-            share_[r] = at > 0 ? share_[r] : stored > 0 ? rounded / stored : 0;
-            nearest_[r] += share_[r] * stored;
+            if (share_[r] > 0) {
+                for (const float x : product_) {
+                    lost_[r] += (double) x * x;
+                }
+                nearest_[r] += share_[r] * stored;
+            }
         }
     }
 
@@ -166,8 +171,7 @@ class feedback {
     std::vector<float>      sums_;        // [TILE][n]: of e_A R_A over the blocks A that are done
     std::vector<float>      wanted_, back_, errors_, product_, strip_;
     std::vector<char>       bytes_;
-    std::vector<double>     lost_, nearest_;
-    double                  share_[TILE] = {};
+    std::vector<double>     share_, lost_, nearest_;
 };
 
 }  // namespace

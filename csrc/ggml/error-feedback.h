@@ -10,7 +10,7 @@
 // so what is stored is to be nearest to w_B + s_B, where column i weighs (R_BB R_BB^T)_ii.
 //
 // Where columns go together closely, what is owed can outgrow the weights, and with them the errors. A row that so comes to lose more than
-// nearest values would, as far as the first block tells, is quantised to these.
+// twice what nearest values would, as far as the first block tells, is quantised to these.
 #pragma once
 
 #include <cstdint>

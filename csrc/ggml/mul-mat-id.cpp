@@ -61,7 +61,8 @@ class product {
         if (owner_.inputs().on()) {
             try {
                 owner_.inputs().add(expert_.layer(), part_, pass,
-                                    { x->data, x->ne[1], x->ne[2], x->nb[1], x->nb[2], (uint32_t) op_->src[2]->ne[0] });
+                                    { x->data, x->ne[1], x->ne[2], x->nb[1], x->nb[2], (uint32_t) op_->src[2]->ne[0],
+                                      !layer_.projections[part_].is_down });
             } catch (...) {
                 owner_.record_failure(std::current_exception());
             }

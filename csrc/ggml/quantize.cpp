@@ -56,8 +56,8 @@ bool can_quantize(ggml_type type) {
 // Largest magnitude that survives: most types keep either their values or the scale of a block as F16.
 float max_magnitude(ggml_type type) { return type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? FLT_MAX : 65504.0f; }
 
-// Of a Cholesky factor: sums of squares of a row stay finite.
-constexpr float LARGEST_FACTOR = 1e15f;
+// Of a Cholesky factor: sums of squares of a row stay finite, those of its diagonal above zero, on which ggml's quantisers insist.
+constexpr float LEAST_FACTOR = 1e-15f, LARGEST_FACTOR = 1e15f;
 
 // Index of the first value that is NaN, infinite or too large; -1 when there is none. The maximum over short runs is what the
 // compiler vectorises; `!(x <= limit)` is true for NaN.
@@ -174,7 +174,8 @@ void quantize_feedback(int32_t type_id, const float * src, void * dst, int64_t n
         fail(HOBBIT_ERR_INVALID_ARGUMENT, "factor must not be NULL");
     }
     for (int64_t i = 0; i < n_per_row; ++i) {
-        if (!(factor[i * n_per_row + i] > 0) || find_unusable(factor + i * n_per_row, n_per_row, LARGEST_FACTOR) >= 0) {
+        if (!(factor[i * n_per_row + i] >= LEAST_FACTOR) ||
+            find_unusable(factor + i * n_per_row, n_per_row, LARGEST_FACTOR) >= 0) {
             fail(HOBBIT_ERR_INVALID_ARGUMENT,
                  format("row %lld of the factor is not that of a Cholesky factor", (long long) i));
         }

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .convert.header import TensorInfo, Value, pad, strings_value, write_header
 from .convert.imatrix import F16, F32, I32, INPUTS_KEY, SELECTED_KEY
+from .convert.layout import FileLayout
+from .convert.target import target_paths, writing
 from .convert.writer import write_fully
 
-__all__ = ["ImatrixFile", "LayerSample", "Sums"]
+__all__ = ["ImatrixFile", "LayerSample", "Sums", "new_imatrix"]
 
 # Of an expert tensor: sums of squares, float32 [experts, columns], and the numbers of inputs, [experts]
 Sums = Tuple[npt.NDArray[Any], npt.NDArray[Any]]
@@ -33,37 +37,52 @@ class LayerSample:
     k: int
 
 
-class ImatrixFile:
-    """A new file, of which shapes are known and values come later. It is written beside `path` and renamed when it is whole."""
+@dataclass(frozen=True)
+class _Layout(FileLayout):
+    n_bytes: int = 0
 
-    def __init__(
-        self,
-        path: Path,
-        values: Mapping[str, Value],
-        tensors: Mapping[str, Sums],
-        samples: Sequence[LayerSample],
-        n_inputs: int,
-    ) -> None:
-        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
-        self._infos: Dict[str, TensorInfo] = {}
-        self._end = 0
-        all_values = dict(values)
-        for name, (sums, _) in sorted(tensors.items()):
-            self._place(f"{name}.in_sum2", sums.shape, F32)
-            self._place(f"{name}.counts", (sums.shape[0], 1), F32)
-        for sample in samples:
-            all_values[f"{INPUTS_KEY}{sample.layer}"] = strings_value(sample.tensors)
-            self._place(f"{INPUTS_KEY}{sample.layer}", (n_inputs, sample.n_columns), F16)
-            self._place(f"{SELECTED_KEY}{sample.layer}", (n_inputs, sample.k), I32)
-        header = write_header(all_values, list(self._infos.values()))
-        self._data = pad(len(header), _ALIGNMENT)
-        self._fd = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            os.ftruncate(self._fd, self._data + self._end)
-            write_fully(self._fd, memoryview(header), 0)
-        except BaseException:
-            self.close()
-            raise
+    @property
+    def size(self) -> int:
+        return self.n_bytes
+
+
+@contextlib.contextmanager
+def new_imatrix(
+    path: Path, values: Mapping[str, Value], tensors: Mapping[str, Sums], samples: Sequence[LayerSample], n_inputs: int
+) -> Iterator[ImatrixFile]:
+    """A new file, of which shapes are known and values come later. It appears at the end of the block, whole or not at all.
+
+    Raises:
+        ConvertError: it cannot be written, or there is no room for it.
+    """
+    infos: Dict[str, TensorInfo] = {}
+    end = 0
+
+    def place(name: str, shape: Sequence[int], kind: int) -> None:
+        nonlocal end
+        infos[name] = TensorInfo(name, tuple(reversed(shape)), kind, end)
+        end += pad(math.prod(shape) * _DTYPES[kind].itemsize, _ALIGNMENT)
+
+    all_values = dict(values)
+    for name, (sums, _) in sorted(tensors.items()):
+        place(f"{name}.in_sum2", sums.shape, F32)
+        place(f"{name}.counts", (sums.shape[0], 1), F32)
+    for sample in samples:
+        all_values[f"{INPUTS_KEY}{sample.layer}"] = strings_value(sample.tensors)
+        place(f"{INPUTS_KEY}{sample.layer}", (n_inputs, sample.n_columns), F16)
+        place(f"{SELECTED_KEY}{sample.layer}", (n_inputs, sample.k), I32)
+    head = write_header(all_values, list(infos.values()))
+    data = pad(len(head), _ALIGNMENT)
+    layout = _Layout(all_values, (), head, data + end)
+    with writing(target_paths(path, [layout]), [layout], force=True) as (made,):
+        yield ImatrixFile(made.fd, infos, data)
+
+
+class ImatrixFile:
+    """A file that is being written: see `new_imatrix`."""
+
+    def __init__(self, fd: int, infos: Mapping[str, TensorInfo], data: int) -> None:
+        self._fd, self._infos, self._data = fd, infos, data
 
     def add(self, layer: int, first: int, inputs: npt.NDArray[Any], selected: npt.NDArray[Any]) -> None:
         """Inputs of a layer, [tokens, columns], and the experts chosen for them, [tokens, k]; `first`: in the sample."""
@@ -71,27 +90,11 @@ class ImatrixFile:
         self._write(f"{SELECTED_KEY}{layer}", selected, first)
 
     def finish(self, tensors: Mapping[str, Sums]) -> None:
-        """The sums; then the file appears."""
+        """The sums, and all of it onto the disk."""
         for name, (sums, counts) in tensors.items():
             self._write(f"{name}.in_sum2", sums)
             self._write(f"{name}.counts", counts.reshape(-1, 1))
         os.fsync(self._fd)
-        os.replace(self._partial, self._path)
-
-    def close(self) -> None:
-        """Removes what did not become whole."""
-        os.close(self._fd)
-        self._partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> ImatrixFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _place(self, name: str, shape: Sequence[int], kind: int) -> None:
-        self._infos[name] = TensorInfo(name, tuple(reversed(shape)), kind, self._end)
-        self._end += pad(int(np.prod(shape, dtype=np.int64)) * _DTYPES[kind].itemsize, _ALIGNMENT)
 
     def _write(self, name: str, rows: npt.NDArray[Any], first: int = 0) -> None:
         info = self._infos[name]

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from ._imatrix_file import ImatrixFile, LayerSample, Sums
+from ._imatrix_file import ImatrixFile, LayerSample, Sums, new_imatrix
 from ._memory import Size
 from .convert.header import string_value, strings_value, u32_value
 from .convert.imatrix import imatrix_path
@@ -60,7 +60,17 @@ class _Collecting(Llama):
     """The memory that llama_cpp keeps for the logits of a whole context is not used here, the sums are."""
 
     def _memory_to_come(self) -> int:
-        return self.n_vocab() * 4 * (16 + self.n_batch) + self._offloaded().inputs_bytes(self.n_batch)
+        return self.n_vocab() * 4 * (16 + self.n_batch) + self._offloaded().inputs_bytes(self._rows())
+
+    def _rows(self) -> int:
+        return 0
+
+
+class _Keeping(_Collecting):
+    """And the inputs of a batch."""
+
+    def _rows(self) -> int:
+        return int(self.n_batch)
 
 
 def record_imatrix(
@@ -101,7 +111,7 @@ def record_imatrix(
         raise ParameterError(f"the inputs of {inputs} tokens cannot be kept")
     llm = load_for_text(
         model,
-        _Collecting,
+        _Keeping if inputs else _Collecting,
         OffloadParams(exact=True, low_model=False, heat=False),
         n_tokens=n_tokens,
         context=context,
@@ -117,10 +127,6 @@ def record_imatrix(
         if total == 0:
             raise ParameterError("the text is empty")
         session = llm._offloaded()
-        sequences = sequences_of(llm, text, context, False, n_tokens)
-        total = sum(map(len, sequences))
-        if total == 0:
-            raise ParameterError("the text is empty")
         path = imatrix_path(Path(model)) if out is None else Path(out)
         lens = [len(tokens) for tokens in sequences]
         # Of a text that is long enough, the last quarter is left for `hobbit calibrate`: on what low copies are fitted to, they
@@ -142,7 +148,7 @@ def record_imatrix(
                 for n in decode_sequence(llm, tokens, batch):
                     if file is None:  # which layers have inputs that can be kept is known now
                         samples = _samples(session)
-                        file = stack.enter_context(ImatrixFile(path, values, _sums(session), samples, sum(wanted)))
+                        file = stack.enter_context(new_imatrix(path, values, _sums(session), samples, sum(wanted)))
                     n_new = max(0, min(n, n_wanted - at))
                     batches = {layer: of for layer, _, *of in session.input_rows()} if n_new else {}
                     for layer, (x, selected) in batches.items():

@@ -177,6 +177,17 @@ TEST("a row comes out the same whatever rows it is quantised with") {
     }
 }
 
+TEST("zeros at the beginning of a row do not keep it from feedback") {
+    const type_of_blocks type(GGML_TYPE_IQ4_NL);
+    const numbers        factor = factor_of(0.3);
+    numbers              w      = weights(7);
+    for (int64_t row = 0; row < N_ROWS; ++row) {
+        std::fill_n(w.begin() + row * N, 64, 0.0f);
+    }
+    const double before = lost(type, w, without(type, w, diagonal_of_moments(type, factor)), factor);
+    CHECK(lost(type, w, with_feedback(type, w, factor), factor) < 0.5 * before);
+}
+
 TEST("where what is owed outgrows the weights, nearest values") {
     const type_of_blocks type(GGML_TYPE_IQ4_NL);
     const numbers        w      = weights(6);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Tuple
 
 import gguf
@@ -22,6 +24,7 @@ from hobbit_cpp.errors import ParameterError
 from hobbit_cpp.imatrix import record_imatrix, spread
 from models import tiny, tiny_architecture
 from test_record_imatrix import CONTEXT, TEXT, read
+from tiny_models import write_tiny
 
 Floats = npt.NDArray[np.float64]
 # of a layer: names of tensors, inputs, experts chosen
@@ -59,6 +62,37 @@ def test_the_inputs_are_those_of_the_sums(name: str, tmp_path: Path) -> None:
                 chosen = (selected == expert).sum(axis=1)
                 assert chosen.sum() == counts[expert]
                 np.testing.assert_allclose(chosen @ x**2, expected[expert], rtol=4e-3, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("n_ff", [128, 256, 512])
+def test_with_one_expert_a_token_what_it_has_computed_is_not_an_input_of_the_layer(n_ff: int, tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    write_tiny(model, "mixtral", n_layer=2, n_expert=4, n_expert_used=1, n_ff_exp=n_ff)
+    for names, x, selected in record(model, tmp_path / "i", expert_cache="100%"):
+        assert len(names) == 2 and not any("_down_" in name for name in names)
+        assert x.shape == (130, 256) and selected.shape == (130, 1) and (np.abs(x).max(axis=1) > 0).all()
+
+
+def test_what_is_interrupted_or_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(done: int, total: int) -> None:
+        assert [p.name.split(".partial")[0] for p in tmp_path.iterdir()] == ["i"]
+        if done > CONTEXT:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(tiny("mixtral"), tmp_path / "i", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hobbit_cpp._imatrix_file.write_fully", full)
+    with pytest.raises(ConvertError, match="the disk became full"):
+        record(tiny("mixtral"), tmp_path / "i")
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=10, f_frsize=4096))
+    with pytest.raises(ConvertError, match="not enough space in"):
+        record(tiny("mixtral"), tmp_path / "i")
+    assert not list(tmp_path.iterdir())
 
 
 def test_inputs_that_each_expert_has_for_itself_are_not_kept(tmp_path: Path) -> None:
@@ -257,9 +291,23 @@ def test_a_sample_of_tensors_that_the_model_does_not_have_is_none(matrix: Path, 
         names.update((key, [f"other.{n}" for n in of]) for key, of in names.items())
 
     other = damaged(matrix, tmp_path / "other", rename)
-    with Imatrix(other) as found:
-        assert all(name.startswith("other.") for name in found.samples)
-    convert(tiny("mixtral"), tmp_path / "out.gguf", low="Q4_0", imatrix=other, progress=False)
+    record_imatrix(tiny("mixtral"), TEXT, tmp_path / "sums", n_tokens=130, context=CONTEXT, inputs=0)
+    made = []
+    for source in (other, tmp_path / "sums", matrix):
+        convert(tiny("mixtral"), tmp_path / "out.gguf", low="Q4_0", imatrix=source, progress=False, force=True)
+        made.append({n: data.tobytes() for n, data in low_tensors(tmp_path / "out.gguf").items()})
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_sample_of_what_is_no_expert_tensor_is_passed_over(matrix: Path, tmp_path: Path) -> None:
+    def add(_: Any, names: Dict[str, List[str]]) -> None:
+        names["hobbit.inputs.0"].insert(0, "blk.0.attn_q.weight")
+
+    other = damaged(matrix, tmp_path / "other", add)
+    for source, out in ((other, "a"), (matrix, "b")):
+        convert(tiny("mixtral"), tmp_path / out, low="Q4_0", imatrix=source, progress=False)
+    a, b = ({n: d.tobytes() for n, d in low_tensors(tmp_path / out).items()} for out in "ab")
+    assert a == b
 
 
 def test_a_truncated_file_is_a_clear_error(matrix: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import positive
+from .signals import sigterm_exits
 from .text_run import add_text_run_flags, check_text_run, read_text
 
 __all__ = ["add_parser", "run"]
@@ -55,20 +56,21 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     progress = make_progress("collecting", "tokens", show=not args.quiet)
     try:
-        report = record_imatrix(
-            args.model,
-            text,
-            out,
-            n_tokens=args.tokens,
-            inputs=args.inputs,
-            context=args.ctx,
-            batch=args.batch_size,
-            memory=args.memory,
-            expert_cache=args.expert_cache,
-            threads=args.threads,
-            dataset="stdin" if str(args.text) == "-" else args.text.name,
-            progress=progress.update,
-        )
+        with sigterm_exits():  # leaves no partial file
+            report = record_imatrix(
+                args.model,
+                text,
+                out,
+                n_tokens=args.tokens,
+                inputs=args.inputs,
+                context=args.ctx,
+                batch=args.batch_size,
+                memory=args.memory,
+                expert_cache=args.expert_cache,
+                threads=args.threads,
+                dataset="stdin" if str(args.text) == "-" else args.text.name,
+                progress=progress.update,
+            )
     finally:
         progress.close()
     if not args.quiet:

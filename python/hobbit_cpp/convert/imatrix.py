@@ -12,6 +12,7 @@ value `hobbit.inputs.<i>`: the names of the expert tensors that they are inputs 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterable
@@ -205,8 +206,8 @@ class Imatrix:
 
     @property
     def samples(self) -> dict[str, LayerInputs]:
-        """By expert tensor, where there are inputs; one object for all tensors that share them."""
-        return dict(self._samples)
+        """By expert tensor that was checked, where there are inputs; one object for all tensors that share them."""
+        return {name: sample for name, sample in self._samples.items() if name in self._importance}
 
     def read(self, offset: int, n: int) -> Floats:
         """`n` floats from this place of the file."""
@@ -271,7 +272,7 @@ class Imatrix:
 
     def _place(self, header: Header, info: TensorInfo, size: int) -> tuple[int, int]:
         """Where a tensor is, and its elements."""
-        n = int(np.prod(info.shape, dtype=np.int64)) if info.shape else 1
+        n = math.prod(info.shape)
         offset = header.data_offset + info.offset
         end = offset + _ITEM_BYTES[info.type] * n
         if end > size:

@@ -71,9 +71,10 @@ class Quantiser:
                 self.quantise_feedback(kind, of, to, what, factor)
             done += n
 
-    def group(self, tensor: Tensor) -> int | None:
-        """The same for tensors whose rows are best quantised together, expert by expert; None: alone."""
-        return None if self._moments is None else self._moments.group(tensor.name)
+    def group(self, tensor: Tensor) -> tuple[int, int] | None:
+        """The same for tensors whose rows are best quantised together, expert by expert of as many; None: alone."""
+        inputs = None if self._moments is None else self._moments.group(tensor.name)
+        return None if inputs is None else (inputs, tensor.shape[2])
 
     def quantise_feedback(self, kind: TypeInfo, values: Floats, out: Bytes, what: str, factor: Floats) -> None:
         """`values`, whole rows, into `out`, stored as `kind`; `factor`: see `Moments.factor`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hobbit_cpp._split import base_name, part_paths
+from hobbit_cpp.errors import HobbitError
 
 from .errors import ConvertError
 from .layout import FileLayout
@@ -81,6 +82,8 @@ def writing(paths: Sequence[Path], layout: Sequence[FileLayout], force: bool) ->
                 if os.path.lexists(made.path):
                     raise ConvertError(f"{made.path} was made by someone else meanwhile")
         _publish(files)
+    except HobbitError:  # some are OSErrors as well
+        raise
     except OSError as e:
         raise _write_error(e, paths[0], size) from e
     finally:

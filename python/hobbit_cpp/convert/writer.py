@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,7 +60,9 @@ class Chunk:
         return self.n_rows * self.source.type.row_bytes(self.source.row)
 
 
-def work(all_outputs: Iterable[Output], group: Callable[[Tensor], int | None] = lambda _: None) -> Iterator[tuple[Chunk, ...]]:
+def work(
+    all_outputs: Iterable[Output], group: Callable[[Tensor], Hashable | None] = lambda _: None
+) -> Iterator[tuple[Chunk, ...]]:
     """The work, in the order of the new file, in what one thread does at a time; high and low copies of the same rows together.
 
     Args:
@@ -70,7 +72,7 @@ def work(all_outputs: Iterable[Output], group: Callable[[Tensor], int | None] = 
     by_source: dict[Tensor, list[Output]] = {}
     for output in all_outputs:
         by_source.setdefault(output.source, []).append(output)
-    groups: dict[int, list[Tensor]] = {}
+    groups: dict[Hashable, list[Tensor]] = {}
     for source in by_source:
         key = group(source)
         if key is not None:
@@ -167,6 +169,8 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
             if item is None:
                 return
             for chunk in item:
+                if stop.is_set():
+                    return
                 n = hands.run(chunk)
                 with lock:
                     read += chunk.n_bytes
