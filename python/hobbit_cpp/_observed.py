@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from . import _memory, _recording
@@ -173,25 +174,28 @@ class Observed(Handle):
             counts = np.frombuffer(buffer(c.counts, 8 * n), np.uint64) if n else np.empty(0, np.uint64)
             yield self._ffi.string(c.name).decode(), sums.reshape(n, n_in), counts
 
-    def input_rows(self) -> Iterator[Tuple[int, str, Any, Any]]:
-        """The inputs of the last llama_decode: MoE layer, name of an expert tensor, float16 [tokens, columns], and uint16
-        [tokens, k], the experts that each was given to.
+    def input_rows(self) -> Iterator[Tuple[int, Tuple[str, ...], Any, Any]]:
+        """The inputs of the last llama_decode, of each MoE layer where all experts of a token see the same (up and gate).
 
-        For the tensors whose experts all see the same input of a token (up and gate); those of a layer give the same arrays.
-        Views of what the next llama_decode overwrites.
+        The layer, the names of the expert tensors, float16 [tokens, columns], and uint16 [tokens, k], the experts that each was
+        given to. Views of what the next llama_decode overwrites.
         """
         import numpy as np
 
-        for layer, c in self._input_structs():
-            if c.rows != self._ffi.NULL and c.n_rows > 0:
+        structs = ((layer, c) for layer, c in self._input_structs() if c.rows != self._ffi.NULL and c.n_rows > 0)
+        for layer, of_layer in itertools.groupby(structs, lambda of: of[0]):
+            names = []
+            for _, c in of_layer:  # one struct, filled again and again
+                names.append(self._ffi.string(c.name).decode())
                 n = int(c.n_rows)
                 rows = np.frombuffer(self._ffi.buffer(c.rows, 2 * n * c.n_in), np.float16).reshape(n, c.n_in)
                 selected = np.frombuffer(self._ffi.buffer(c.selected, 2 * n * c.k), np.uint16).reshape(n, c.k)
-                yield layer, self._ffi.string(c.name).decode(), rows, selected
+            yield layer, tuple(names), rows, selected
 
     def inputs_bytes(self, rows: int = 0) -> int:
         """Memory that `collect_inputs` takes, with the rows of batches of so many tokens."""
-        sums, widest = 0, {0: 0}  # the experts chosen are next to nothing beside the rows
+        sums = 0
+        widest: Dict[int, int] = {}  # the experts chosen are next to nothing beside the rows
         for layer, c in self._input_structs():
             sums += int(c.n_expert) * (4 * int(c.n_in) + 8)
             widest[layer] = max(widest.get(layer, 0), int(c.n_in))

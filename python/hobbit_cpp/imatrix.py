@@ -14,7 +14,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
@@ -147,11 +147,10 @@ def record_imatrix(
                 at = 0
                 for n in decode_sequence(llm, tokens, batch):
                     if file is None:  # which layers have inputs that can be kept is known now
-                        samples = _samples(session)
+                        samples = [LayerSample(i, of, x.shape[1], s.shape[1]) for i, of, x, s in session.input_rows()]
                         file = stack.enter_context(new_imatrix(path, values, _sums(session), samples, sum(wanted)))
                     n_new = max(0, min(n, n_wanted - at))
-                    batches = {layer: of for layer, _, *of in session.input_rows()} if n_new else {}
-                    for layer, (x, selected) in batches.items():
+                    for layer, _, x, selected in session.input_rows() if n_new else ():
                         file.add(layer, kept, x[:n_new], selected[:n_new])
                     kept += n_new
                     at += n
@@ -187,12 +186,3 @@ def spread(lens: Sequence[int], most: int) -> List[int]:
 
 def _sums(session: Any) -> Dict[str, Sums]:
     return {name: (sums, counts) for name, sums, counts in session.inputs()}
-
-
-def _samples(session: Any) -> List[LayerSample]:
-    tensors: Dict[int, List[str]] = {}
-    shapes: Dict[int, Tuple[int, int]] = {}
-    for layer, name, x, selected in session.input_rows():
-        tensors.setdefault(layer, []).append(name)
-        shapes[layer] = x.shape[1], selected.shape[1]
-    return [LayerSample(layer, tuple(names), *shapes[layer]) for layer, names in tensors.items()]

@@ -23,6 +23,7 @@ from hobbit_cpp.convert.quantise import Quantiser
 from hobbit_cpp.errors import ParameterError
 from hobbit_cpp.imatrix import record_imatrix, spread
 from models import tiny, tiny_architecture
+from test_imatrix import write_gguf
 from test_record_imatrix import CONTEXT, TEXT, read
 from tiny_models import write_tiny
 
@@ -252,17 +253,7 @@ def damaged(source: Path, to: Path, change: Any) -> Path:
     tensors = {t.name: np.array(t.data) for t in reader.tensors}
     names = {k: f.contents() for k, f in reader.fields.items() if k.startswith("hobbit.inputs.")}
     change(tensors, names)
-    w = gguf.GGUFWriter(to, "")
-    w.add_type("imatrix")
-    for key, value in names.items():
-        w.add_array(key, value)
-    for name, data in tensors.items():
-        w.add_tensor(name, data)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return to
+    return write_gguf(to, {}, names, **tensors)
 
 
 def replace(name: str, by: Any) -> Any:

@@ -38,13 +38,15 @@ def importance(seed: int = 1, ff: int = FF) -> Data:
     return out
 
 
-def write_gguf(path: Path, data: Data, **more: Floats) -> Path:
-    """As IMatrixCollector::save_imatrix of llama.cpp; `more`: tensors as they are."""
+def write_gguf(path: Path, data: Data, lists: dict[str, list[str]] | None = None, /, **more: npt.NDArray[Any]) -> Path:
+    """As IMatrixCollector::save_imatrix of llama.cpp; `lists`: more metadata; `more`: tensors as they are."""
     w = gguf.GGUFWriter(path, "")
     w.add_type("imatrix")
     w.add_array("imatrix.datasets", ["wiki.txt"])
     w.add_uint32("imatrix.chunk_count", 3)
     w.add_uint32("imatrix.chunk_size", 512)
+    for key, texts in (lists or {}).items():
+        w.add_array(key, texts)
     for name, (means, counts) in sorted(data.items()):
         w.add_tensor(f"{name}.in_sum2", (means * counts.reshape(-1, 1)).astype(np.float32))
         w.add_tensor(f"{name}.counts", counts.reshape(-1, 1))

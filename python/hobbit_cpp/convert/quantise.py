@@ -78,29 +78,23 @@ class Quantiser:
 
     def quantise_feedback(self, kind: TypeInfo, values: Floats, out: Bytes, what: str, factor: Floats) -> None:
         """`values`, whole rows, into `out`, stored as `kind`; `factor`: see `Moments.factor`."""
-        error = self._ffi.new("hobbit_error *")
-        row = len(factor)
-        status = self._lib.hobbit_quantize_feedback(
-            kind.id,
-            self._pointer("float[]", values),
-            self._pointer("char[]", out),
-            values.size // row,
-            row,
-            self._pointer("float[]", factor),
-            error,
-        )
-        self._check(status, error, what)
+        self._quantise(self._lib.hobbit_quantize_feedback, kind, values, out, len(factor), what, factor)
 
     def quantise(self, kind: TypeInfo, values: Floats, out: Bytes, row: int, what: str, weights: Floats | None = None) -> None:
         """`values`, whole rows of `row` floats, into `out`, stored as `kind`; `weights`: the importance of each column."""
+        self._quantise(self._lib.hobbit_quantize, kind, values, out, row, what, weights)
+
+    def _quantise(
+        self, function: Any, kind: TypeInfo, values: Floats, out: Bytes, row: int, what: str, by: Floats | None
+    ) -> None:
         error = self._ffi.new("hobbit_error *")
-        status = self._lib.hobbit_quantize(
+        status = function(
             kind.id,
             self._pointer("float[]", values),
             self._pointer("char[]", out),
             values.size // row,
             row,
-            self._ffi.NULL if weights is None else self._pointer("float[]", weights),
+            self._ffi.NULL if by is None else self._pointer("float[]", by),
             error,
         )
         self._check(status, error, what)

@@ -75,16 +75,15 @@ def work(
     groups: dict[Hashable, list[Tensor]] = {}
     for source in by_source:
         key = group(source)
-        if key is not None:
-            groups.setdefault(key, []).append(source)
-    for source, outputs in by_source.items():
-        key = group(source)
-        if key is None:
-            yield from ((chunk,) for chunk in _chunks(source, 0, source.n_rows, outputs))
-        elif source is groups[key][0]:
-            for expert in range(source.shape[2]):
+        groups.setdefault(source if key is None else key, []).append(source)
+    for key, sources in groups.items():
+        first = sources[0]
+        if key is first:
+            yield from ((chunk,) for chunk in _chunks(first, 0, first.n_rows, by_source[first]))
+        else:
+            for expert in range(first.shape[2]):
                 yield tuple(
-                    chunk for one in groups[key] for chunk in _chunks(one, expert * one.shape[1], one.shape[1], by_source[one])
+                    chunk for one in sources for chunk in _chunks(one, expert * one.shape[1], one.shape[1], by_source[one])
                 )
 
 

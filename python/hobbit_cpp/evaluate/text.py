@@ -57,18 +57,19 @@ def read_passage(
     if skip >= window - 1:
         raise ParameterError(f"in windows of {window} tokens nothing is left to score after the first {skip}")
     text = path.read_text(encoding="utf-8", errors="replace")
-    wanted = n_tokens + warmup + (n_tokens // (window - 1 - skip) + 2) * (1 + skip)
+    first = scorer.words("", True)
+    n_windows = -(-n_tokens // (window - 1 - skip))
+    wanted = warmup + n_tokens + n_windows * (1 + skip - len(first))
     n_characters = 16 * wanted + 4096
     tokens = scorer.words(text[-n_characters:] if from_end else text[:n_characters], False)
-    if len(tokens) < wanted:
+    if len(tokens) <= wanted:  # one more, since the cut may go through a token
         tokens = scorer.words(text, False)
     if not tokens:
         raise ParameterError(f"{path} is empty: there is nothing to score")
-    first = scorer.words("", True)
     windows: List[List[int]] = []
     at, left = warmup, n_tokens
     if from_end:
-        tokens = tokens[max(0, len(tokens) - _n_used(n_tokens, window - len(first), skip + 1 - len(first), warmup)) :]
+        tokens = tokens[max(0, len(tokens) - wanted) :]
     while left > 0:
         body = tokens[at : at + min(window - len(first), left + skip + 1 - len(first))]
         if len(first) + len(body) < 2 + skip:
@@ -80,12 +81,6 @@ def read_passage(
         left -= len(first) + len(body) - 1 - skip
         at += len(body)
     return Passage(tokens[:warmup], windows, skip, n_tokens - left)
-
-
-def _n_used(n_tokens: int, room: int, unscored: int, warmup: int) -> int:
-    """Tokens of the text that are used: all but the first `unscored` of a window of `room` are scored."""
-    n_windows = -(-n_tokens // (room - unscored))
-    return warmup + n_tokens + n_windows * unscored
 
 
 class LogProbs:
