@@ -145,8 +145,7 @@ class product {
             }
             return true;
         }
-        const cut pieces(o.weights.ne[1], item.n_rows, params_->nth, o.repacked == nullptr ? 1 : o.repacked->columns,
-                         o.by_gemm || o.tiles != nullptr);
+        const cut pieces(o, item.n_rows, params_->nth);
         while (true) {
             const int32_t piece = progress.next.fetch_add(1, std::memory_order_relaxed);
             if (piece >= pieces.n) {
@@ -166,8 +165,12 @@ class product {
     void work(layer_pass & pass) {
         thread_local std::vector<uint32_t> left;  // items this thread is not through with
         left.resize(pass.items().size());
+        // With few batch rows an expert memory is what a product waits for: each thread begins with another expert and reads its slice
+        // in one stream. With many they share what one of them has brought near.
+        const bool   few   = pass.rows().size() < 4 * left.size();
+        const size_t first = few ? (size_t) params_->ith * left.size() / (size_t) params_->nth : 0;
         for (size_t i = 0; i < left.size(); ++i) {
-            left[i] = (uint32_t) i;
+            left[i] = (uint32_t) ((i + first) % left.size());
         }
         expert_store & store = *owner_.store();
         while (!left.empty()) {

@@ -8,6 +8,7 @@
 namespace hobbit {
 
 static constexpr int64_t GEMM_ROWS = 16;
+static constexpr int64_t CACHED    = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
 
 void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
     o.weights        = *op->src[0];
@@ -134,23 +135,30 @@ void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pa
     how(o, dst, slice, rows, r0, r1, c0, c1);
 }
 
-cut::cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm) {
-    const int64_t size = nr0 == 1 || nr1 == 1 ? 64 : 16;
-    int64_t       n0   = (nr0 + size - 1) / size;
-    int64_t       n1   = (nr1 + size - 1) / size;
-    by_gemm            = by_gemm && nr1 >= 4;
-    if (by_gemm) {
-        n0 = std::min<int64_t>(n0, 2 * nth);
-        n1 = (nr1 + GEMM_ROWS - 1) / GEMM_ROWS;
-    } else if (n0 * n1 < nth * 4) {
-        n0 = nr0 > nr1 ? nth : 1;
-        n1 = nr0 > nr1 ? 1 : nth;
+cut::cut(const operand & o, int64_t n_rows, int nth) {
+    const int64_t nr0      = o.weights.ne[1];
+    const int64_t multiple = o.repacked == nullptr ? 1 : o.repacked->columns;
+    const int64_t size     = nr0 == 1 || n_rows == 1 ? 64 : 16;
+    int64_t       n0       = (nr0 + size - 1) / size;
+    int64_t       n1       = (n_rows + size - 1) / size;
+    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= 4) {
+        n0   = std::min<int64_t>(n0, 2 * nth);  // few, since each prepares its inputs for itself
+        cols = GEMM_ROWS;
+    } else if (o.repacked != nullptr && n_rows > 1) {
+        // All batch rows go by a piece one after the other, as long as it stays in a core's own cache.
+        n0   = std::max<int64_t>(nth, (nr0 * (int64_t) o.weights.nb[1] + CACHED - 1) / CACHED);
+        cols = n_rows;
+    } else {  // ggml's rule
+        if (n0 * n1 < nth * 4) {
+            n0 = nr0 > n_rows ? nth : 1;
+            n1 = nr0 > n_rows ? 1 : nth;
+        }
+        cols = (n_rows + n1 - 1) / n1;
     }
     rows         = (nr0 + n0 - 1) / n0;
     rows         = (rows + multiple - 1) / multiple * multiple;
-    cols         = by_gemm ? GEMM_ROWS : (nr1 + n1 - 1) / n1;
-    n_row_pieces = n0;
-    n            = (int32_t) (n0 * n1);
+    n_row_pieces = (nr0 + rows - 1) / rows;
+    n            = (int32_t) (n_row_pieces * ((n_rows + cols - 1) / cols));
 }
 
 }  // namespace hobbit

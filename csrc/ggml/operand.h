@@ -38,14 +38,13 @@ void convert_rows(const ggml_compute_params * params, const ggml_tensor * src1, 
 void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
               int64_t c0, int64_t c1);
 
-// How an expert's product is cut into pieces: ggml's rule, so that the pieces are of a size that suits the caches.
+// How an expert's product with `n_rows` batch rows is cut into pieces of a size that suits the caches.
 struct cut {
     int64_t rows, cols;  // of a piece
     int64_t n_row_pieces;
     int32_t n;
 
-    // `multiple`: of rows that stay together. `by_gemm`: few pieces in rows, since each prepares its inputs for itself.
-    cut(int64_t nr0, int64_t nr1, int nth, int64_t multiple, bool by_gemm);
+    cut(const operand & o, int64_t n_rows, int nth);
 };
 
 }  // namespace hobbit
