@@ -8,7 +8,9 @@
 namespace hobbit {
 
 static constexpr int64_t GEMM_ROWS = 16;
-static constexpr int64_t CACHED    = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
+// Batch rows for which it pays to go through four rows of weights at a time: memory likes one stream.
+static constexpr int64_t FEW    = 4;
+static constexpr int64_t CACHED = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
 
 void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
     o.weights        = *op->src[0];
@@ -129,9 +131,9 @@ static void multiply_repacked(const operand & o, ggml_tensor * dst, const char *
 
 void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
               int64_t c0, int64_t c1) {
-    const auto how = o.repacked != nullptr               ? multiply_repacked
-                     : o.tiles != nullptr && c1 - c0 > 1 ? multiply_tiles
-                                                         : multiply_block;
+    const auto how = o.repacked != nullptr                  ? multiply_repacked
+                     : o.tiles != nullptr && c1 - c0 >= FEW ? multiply_tiles
+                                                            : multiply_block;
     how(o, dst, slice, rows, r0, r1, c0, c1);
 }
 
@@ -141,7 +143,7 @@ cut::cut(const operand & o, int64_t n_rows, int nth) {
     const int64_t size     = nr0 == 1 || n_rows == 1 ? 64 : 16;
     int64_t       n0       = (nr0 + size - 1) / size;
     int64_t       n1       = (n_rows + size - 1) / size;
-    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= 4) {
+    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= FEW) {
         n0   = std::min<int64_t>(n0, 2 * nth);  // few, since each prepares its inputs for itself
         cols = GEMM_ROWS;
     } else if (o.repacked != nullptr && n_rows > 1) {

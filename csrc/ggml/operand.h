@@ -22,7 +22,7 @@ struct operand {
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
     bool                  by_gemm       = false;    // of it, for four batch rows and more
-    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for two batch rows and more
+    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for four batch rows and more
 };
 
 inline ggml_type kernel_type(int32_t type) { return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type; }
