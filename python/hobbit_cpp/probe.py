@@ -144,7 +144,7 @@ def probe_compute(
     from . import _lib
 
     _lib.load_bindings()  # which keep ggml's log off the terminal
-    key = f"compute {cpu_name()} {type_id} {n_in}x{n_out} {threads}"
+    key = f"compute {_cores()} {type_id} {n_in}x{n_out} {threads}"
     kept = None if fresh else _recall(key)
     if kept is not None and isinstance(kept.get("rate"), (int, float)):
         return float(kept["rate"])
@@ -176,7 +176,15 @@ def recall_floor(model: Pathlike, threads: int) -> Optional[float]:
 
 def _floor_key(model: Pathlike, threads: int) -> str:
     stat = os.stat(model)
-    return f"floor {cpu_name()} {os.path.realpath(model)} {stat.st_size} {stat.st_mtime_ns} {threads}"
+    return f"floor {_cores()} {os.path.realpath(model)} {stat.st_size} {stat.st_mtime_ns} {threads}"
+
+
+def _cores() -> str:
+    """The CPU, and the build whose kernels run on it: what another build needed says nothing of this one."""
+    from ._lib import LIB_DIR
+
+    built = max((file.stat().st_mtime_ns for file in LIB_DIR.glob("*.so")), default=0)
+    return f"{cpu_name()} {built}"
 
 
 def cpu_name() -> str:

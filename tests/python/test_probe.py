@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hobbit_cpp import _cgroups, probe
+from hobbit_cpp import _cgroups, _lib, probe
 from models import tiny, tiny_dual
 
 Q8_0 = 8
@@ -73,6 +73,18 @@ def test_products_and_floors_are_kept(own_cache: Path) -> None:
     probe.remember_floor(tiny("mixtral"), 2, 0.125)
     assert probe.recall_floor(tiny("mixtral"), 2) == 0.125
     assert probe.recall_floor(tiny("mixtral"), 1) is None
+
+
+def test_figures_of_the_cores_are_those_of_a_build(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of another build are faster or slower."""
+    probe.remember_floor(tiny("mixtral"), 2, 0.125)
+    assert probe.probe_compute(Q8_0, 256, 256, 2, seconds=0.01)
+    assert len(json.loads((own_cache / "probes.json").read_text())["figures"]) == 2
+    (tmp_path / "libhobbit.so").touch()
+    monkeypatch.setattr(_lib, "LIB_DIR", tmp_path)
+    assert probe.recall_floor(tiny("mixtral"), 2) is None
+    assert probe.probe_compute(Q8_0, 256, 256, 2, seconds=0.01)
+    assert len(json.loads((own_cache / "probes.json").read_text())["figures"]) == 3
 
 
 def test_figures_of_a_busy_machine_are_not_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
