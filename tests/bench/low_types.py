@@ -3,9 +3,10 @@
     python tests/bench/low_types.py MODEL --calibration FILE --text FILE [--high Q8_0,Q4_K] [--low ...] [--json OUT]
 
 For each high type the predictions of exact mode, then those with what `--weight T1:T2` (default 0:1: all but the first expert
-of a token) serves low: by router weight alone, so that the same selections are low with every type, whatever is cached. With
-and without an importance matrix of the calibration text (TYPE+imatrix). `skip` does without these selections. The copies are
-made of the experts in the high type; with `--every N` only in every Nth layer, which takes less time.
+of a token) serves low: by router weight alone, so that the same selections are low with every type, whatever is cached. Without
+an importance matrix, with one of the calibration text (TYPE+imatrix), or with the inputs of its tokens as well, for error
+feedback (TYPE+feedback). `skip` does without these selections. The copies are made of the experts in the high type; with
+`--every N` only in every Nth layer, which takes less time.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from hobbit_cpp.convert.plan import make_plan
 from hobbit_cpp.evaluate import text as t
 from hobbit_cpp.evaluate.scorer import LlamaScorer
 from hobbit_cpp.evaluate.settings import exact_setting, parse_setting
-from hobbit_cpp.imatrix import record_imatrix
+from hobbit_cpp.imatrix import INPUTS, record_imatrix
 from hobbit_cpp.params import OffloadParams
 from hobbit_cpp.probe import probe_compute
 
 LOWS = (
     "Q4_0,Q4_0+imatrix,Q2_0,Q3_K,Q3_K+imatrix,Q2_K,Q2_K+imatrix,IQ2_S+imatrix,IQ3_XXS+imatrix,IQ2_XXS+imatrix,IQ4_NL+imatrix,"
-    "IQ2_XS+imatrix,IQ4_NL,IQ3_XXS,IQ2_S"
+    "IQ2_XS+imatrix,IQ4_NL,IQ3_XXS,IQ2_S,Q4_0+feedback,IQ4_NL+feedback,Q3_K+feedback,Q2_K+feedback"
 )
+INPUTS_KEPT = {"imatrix": 0, "feedback": INPUTS}
 WIDTH = 128
 # Of the kernels: an expert's up projection in Qwen3-30B-A3B.
 N_IN, N_OUT = 2048, 768
@@ -50,11 +52,20 @@ class Bench:
     def path(self, name: str) -> Path:
         return self.work / name
 
-    def matrix(self) -> Path:
-        out = self.path("imatrix.gguf")
+    def matrix(self, how: str) -> Optional[Path]:
+        if not how:
+            return None
+        out = self.path(f"{how}.gguf")
         if not out.exists():
             text = self.args.calibration.read_text(encoding="utf-8")
-            report = record_imatrix(self.args.model, text, out, n_tokens=self.args.calibration_tokens, dataset="calibration")
+            report = record_imatrix(
+                self.args.model,
+                text,
+                out,
+                n_tokens=self.args.calibration_tokens,
+                inputs=INPUTS_KEPT[how],
+                dataset="calibration",
+            )
             print(f"importance matrix: {report}", file=sys.stderr, flush=True)
         return out
 
@@ -83,7 +94,6 @@ class Bench:
             scorer.close()
 
     def rows(self) -> Iterator[Dict[str, Any]]:
-        matrix = self.matrix()
         t1 = self.args.weight.split(":")[0]
         for high in self.args.high.split(","):
             model, bits = self.path(f"{high}.gguf"), self.types.target(high).bits
@@ -91,31 +101,29 @@ class Bench:
                 convert(self.args.model, model, high=high, low="none", imatrix="none", progress=False)
             log_probs = t.LogProbs(self.work)
             exact = self.score(model, exact_setting(self.base), keep=log_probs)
-            yield {"high": high, "low": "exact", "imatrix": False, "bits": bits, "share": 0.0, **figures(exact, None)}
+            yield {"high": high, "low": "exact", "by": "", "bits": bits, "share": 0.0, **figures(exact, None)}
             if self.args.every == 1:  # the rule asks for copies also where it skips
                 side, _ = self.sidecar(model, "Q2_0", None)
                 skip = parse_setting(f"weight={t1}:{t1}", self.base)
                 scores = self.score(model, skip, low_model=side, against=log_probs)
-                yield {**row(high, "skip", False, 0.0, 0.0, scores, exact), "made_cpu_seconds": 0.0}
+                yield {**row(high, "skip", "", 0.0, 0.0, scores, exact), "made_cpu_seconds": 0.0}
             for name in self.args.low.split(","):
                 low, _, how = name.partition("+")
                 info = self.types.target(low, imatrix=True)
-                if info.bits >= bits or (how != "" and how != "imatrix"):
+                if info.bits >= bits or how not in ("", *INPUTS_KEPT):
                     continue
-                side, took = self.sidecar(model, low, matrix if how else None)
+                side, took = self.sidecar(model, low, self.matrix(how))
                 rule = parse_setting(f"weight={self.args.weight}", self.base)
                 scores = self.score(model, rule, low_model=side, against=log_probs)
-                yield {**row(high, low, how != "", info.bits, info.bits / bits, scores, exact), "made_cpu_seconds": took}
+                yield {**row(high, low, how, info.bits, info.bits / bits, scores, exact), "made_cpu_seconds": took}
             log_probs.close()
 
 
-def row(
-    high: str, low: str, imatrix: bool, bits: float, of_high: float, scores: t.TextScores, exact: t.TextScores
-) -> Dict[str, Any]:
+def row(high: str, low: str, by: str, bits: float, of_high: float, scores: t.TextScores, exact: t.TextScores) -> Dict[str, Any]:
     n = max(scores.counts.selections, 1)
     share = (scores.counts.hits_low + scores.counts.loads_low + scores.counts.skips) / n
     return {
-        "high": high, "low": low, "imatrix": imatrix, "bits": bits, "bytes_of_high": of_high, "share": share,
+        "high": high, "low": low, "by": by, "bits": bits, "bytes_of_high": of_high, "share": share,
         **figures(scores, exact),
     }  # fmt: skip
 
@@ -144,8 +152,8 @@ def cell(value: Dict[str, float], scale: float, digits: int) -> str:
 def table(rows: List[Dict[str, Any]], speed: Dict[str, Dict[str, float]]) -> str:
     """As Markdown."""
     lines = [
-        "| high | low | bits | of high | importance matrix | KL, nats | perplexity, % | top-1, % | expert, µs | made, CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| high | low | bits | of high | by | KL, nats | perplexity, % | top-1, % | expert, µs | made, CPU s |",
+        "|" + "---|" * 10,
     ]
     for r in rows:
         us = f"{speed[r['low']]['expert_us']:.0f}" if r["low"] in speed else ""
@@ -155,7 +163,7 @@ def table(rows: List[Dict[str, Any]], speed: Dict[str, Dict[str, float]]) -> str
             lines.append(f"| {r['high']} | {exact} | {r['bits']:.2f} | 1 | | | | | {us} | |")
             continue
         lines.append(
-            f"| {r['high']} | {r['low']} | {r['bits']:.2f} | {r['bytes_of_high']:.2f} | {'yes' if r['imatrix'] else 'no'} | "
+            f"| {r['high']} | {r['low']} | {r['bits']:.2f} | {r['bytes_of_high']:.2f} | {r['by']} | "
             f"{cell(r['kl'], 1, 4)} | {cell(r['perplexity_change'], 100, 2)} | {100 * r['top1_agreement']['value']:.1f} | {us} | "
             f"{r['made_cpu_seconds']:.0f} |"
         )
@@ -180,7 +188,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(f"{args.high},{args.low}".replace("+imatrix", "").split(",")))
+    names = list(dict.fromkeys(name.partition("+")[0] for name in f"{args.high},{args.low}".split(",")))
     threads = len(os.sched_getaffinity(0))
     if args.kernels:
         print(json.dumps(kernels(names, threads, fresh=True), indent=1))
