@@ -165,9 +165,9 @@ class product {
     void work(layer_pass & pass) {
         thread_local std::vector<uint32_t> left;  // items this thread is not through with
         left.resize(pass.items().size());
-        // With few batch rows an expert memory is what a product waits for: each thread begins with another expert and reads its slice
-        // in one stream. With many they share what one of them has brought near.
-        const bool   few   = pass.rows().size() < 4 * left.size();
+        // Bound by memory, each thread begins with another expert and reads its slice in one stream. Else they share what one of them has
+        // brought near.
+        const bool   few   = pass.rows().size() < MANY_ROWS * left.size();
         const size_t first = few ? (size_t) params_->ith * left.size() / (size_t) params_->nth : 0;
         for (size_t i = 0; i < left.size(); ++i) {
             left[i] = (uint32_t) ((i + first) % left.size());

@@ -8,9 +8,7 @@
 namespace hobbit {
 
 static constexpr int64_t GEMM_ROWS = 16;
-// Batch rows for which it pays to go through four rows of weights at a time: memory likes one stream.
-static constexpr int64_t FEW    = 4;
-static constexpr int64_t CACHED = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
+static constexpr int64_t CACHED    = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
 
 void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
     o.weights        = *op->src[0];
@@ -131,36 +129,38 @@ static void multiply_repacked(const operand & o, ggml_tensor * dst, const char *
 
 void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
               int64_t c0, int64_t c1) {
-    const auto how = o.repacked != nullptr                  ? multiply_repacked
-                     : o.tiles != nullptr && c1 - c0 >= FEW ? multiply_tiles
-                                                            : multiply_block;
+    const auto how = o.repacked != nullptr                        ? multiply_repacked
+                     : o.tiles != nullptr && c1 - c0 >= MANY_ROWS ? multiply_tiles
+                                                                  : multiply_block;
     how(o, dst, slice, rows, r0, r1, c0, c1);
 }
 
+static int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 cut::cut(const operand & o, int64_t n_rows, int nth) {
-    const int64_t nr0      = o.weights.ne[1];
-    const int64_t multiple = o.repacked == nullptr ? 1 : o.repacked->columns;
-    const int64_t size     = nr0 == 1 || n_rows == 1 ? 64 : 16;
-    int64_t       n0       = (nr0 + size - 1) / size;
-    int64_t       n1       = (n_rows + size - 1) / size;
-    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= FEW) {
-        n0   = std::min<int64_t>(n0, 2 * nth);  // few, since each prepares its inputs for itself
+    const int64_t n_out = o.weights.ne[1];
+    int64_t       n0    = 0;  // pieces of the rows of weights
+    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= MANY_ROWS) {
+        n0   = std::min<int64_t>(parts(n_out, 16), 2 * nth);  // few, since each prepares its inputs for itself
         cols = GEMM_ROWS;
     } else if (o.repacked != nullptr && n_rows > 1) {
         // All batch rows go by a piece one after the other, as long as it stays in a core's own cache.
-        n0   = std::max<int64_t>(nth, (nr0 * (int64_t) o.weights.nb[1] + CACHED - 1) / CACHED);
+        n0   = std::max<int64_t>(nth, parts(n_out * (int64_t) o.weights.nb[1], CACHED));
         cols = n_rows;
     } else {  // ggml's rule
+        const int64_t size = n_out == 1 || n_rows == 1 ? 64 : 16;
+        int64_t       n1   = parts(n_rows, size);
+        n0                 = parts(n_out, size);
         if (n0 * n1 < nth * 4) {
-            n0 = nr0 > n_rows ? nth : 1;
-            n1 = nr0 > n_rows ? 1 : nth;
+            n0 = n_out > n_rows ? nth : 1;
+            n1 = n_out > n_rows ? 1 : nth;
         }
-        cols = (n_rows + n1 - 1) / n1;
+        cols = parts(n_rows, n1);
     }
-    rows         = (nr0 + n0 - 1) / n0;
-    rows         = (rows + multiple - 1) / multiple * multiple;
-    n_row_pieces = (nr0 + rows - 1) / rows;
-    n            = (int32_t) (n_row_pieces * ((n_rows + cols - 1) / cols));
+    const int64_t together = o.repacked == nullptr ? 1 : o.repacked->columns;
+    rows                   = parts(parts(n_out, n0), together) * together;
+    n_row_pieces           = parts(n_out, rows);
+    n                      = (int32_t) (n_row_pieces * parts(n_rows, cols));
 }
 
 }  // namespace hobbit

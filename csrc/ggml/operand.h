@@ -12,6 +12,9 @@
 
 namespace hobbit {
 
+// Of so many batch rows an expert on, a product is bound by computing; below by memory, which likes one stream.
+constexpr int64_t MANY_ROWS = 4;
+
 // One source type: a slice of one expert seen as a tensor of a single expert, and src1 in the type its kernel wants.
 struct operand {
     bool                  used = false;
@@ -22,7 +25,7 @@ struct operand {
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
     bool                  by_gemm       = false;    // of it, for four batch rows and more
-    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for four batch rows and more
+    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for MANY_ROWS and more
 };
 
 inline ggml_type kernel_type(int32_t type) { return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type; }

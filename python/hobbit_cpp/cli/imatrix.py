@@ -10,7 +10,7 @@ from typing import Any
 
 from .options import positive
 from .signals import sigterm_exits
-from .text_run import add_text_run_flags, check_text_run, read_text
+from .text_run import add_text_run_flags, check_text_run, read_text, text_name
 
 __all__ = ["add_parser", "run"]
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 memory=args.memory,
                 expert_cache=args.expert_cache,
                 threads=args.threads,
-                dataset="stdin" if str(args.text) == "-" else args.text.name,
+                dataset=text_name(args.text),
                 progress=progress.update,
             )
     finally:

@@ -43,6 +43,11 @@ def check_text_run(args: argparse.Namespace, output: Path, stdin: bool = True) -
             raise FileExistsError(f"{output} exists: --force replaces it")
 
 
+def text_name(path: Path) -> str:
+    """What a text is called in a file that was made of it."""
+    return "stdin" if str(path) == "-" else path.name
+
+
 def read_text(path: Path) -> str:
     """The text of a file, of stdin for "-"; ValueError when it is none."""
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import positive
-from .text_run import add_text_run_flags, check_text_run, read_text
+from .text_run import add_text_run_flags, check_text_run, read_text, text_name
 
 __all__ = ["add_parser", "run"]
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             memory=args.memory,
             expert_cache=args.expert_cache,
             threads=args.threads,
-            meta={"text": "stdin" if str(args.text) == "-" else args.text.name},
+            meta={"text": text_name(args.text)},
             progress=progress.update,
         )
     finally:
