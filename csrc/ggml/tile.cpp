@@ -255,6 +255,8 @@ void multiply_tile(int64_t n_blocks, const char * weights, size_t row_bytes, int
         for (int64_t b = s; b < n_blocks; b += W::SUMS) {
             for (int i = 0; i < R; ++i) {
                 const typename W::block & block = ((const typename W::block *) (weights + (r + i) * row_bytes))[b];
+                // The rows of the next tile: these end before a processor has seen that they are a stream.
+                _mm_prefetch((const char *) &block + R * row_bytes, _MM_HINT_T0);
                 const typename I::weights w(W::bytes(block), W::BIAS);
                 const typename I::floats  scale = I::set(_cvtsh_ss(block.d));
                 for (int v = 0; v < V; ++v) {
@@ -288,18 +290,23 @@ void multiply_columns(int64_t n_blocks, const char * weights, size_t row_bytes, 
     }
 }
 
+// V vectors at a time, and what is left over as one tile with fewer.
+template <typename W, typename I, int V>
+void multiply_vectors(int64_t n_blocks, const char * weights, size_t row_bytes, int64_t n_r, const typename I::inputs * x,
+                      int64_t n_c, float * const * out) {
+    int64_t c = 0;
+    for (; c + (V - 1) * I::LANES < n_c; c += V * I::LANES, x += V * n_blocks) {
+        multiply_columns<W, I, V>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+    }
+    if constexpr (V > 1) {
+        multiply_vectors<W, I, V - 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
+    }
+}
+
 template <typename W, typename I>
 void multiply(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, const std::byte * inputs, int64_t n_c,
               float * const * out) {
-    const int64_t n_blocks = n / BLOCK;
-    const auto *  x        = (const typename I::inputs *) inputs;
-    int64_t       c        = 0;
-    for (; c + (I::VECTORS - 1) * I::LANES < n_c; c += I::VECTORS * I::LANES, x += I::VECTORS * n_blocks) {
-        multiply_columns<W, I, I::VECTORS>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
-    }
-    for (; c < n_c; c += I::LANES, x += n_blocks) {
-        multiply_columns<W, I, 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
-    }
+    multiply_vectors<W, I, I::VECTORS>(n / BLOCK, weights, row_bytes, n_r, (const typename I::inputs *) inputs, n_c, out);
 }
 
 template <typename W, typename I>
