@@ -8,6 +8,7 @@
 
 #include "../engine/session.h"
 #include "repacking.h"
+#include "tile.h"
 
 #include "ggml-backend.h"
 
@@ -36,7 +37,10 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     // Of high-precision slices; NULL: they lie as in the file.
     const repack_kernel * repacked() const { return repacked_; }
 
-    // Batches by its gemm: always the bits of stock llama.cpp in exact mode.
+    // Of repacked slices: for batches; NULL where there are none.
+    const tile_kernel * repacked_tiles() const { return tiles_; }
+
+    // Batches by upstream's gemm: always the bits of stock llama.cpp in exact mode.
     bool by_gemm() const { return by_gemm_; }
 
     // `op` is not the product that can be offloaded.
@@ -52,6 +56,7 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     uint32_t                 layer_;
     uint32_t                 part_;
     const repack_kernel *    repacked_;
+    const tile_kernel *      tiles_;
     bool                     by_gemm_;
     std::atomic<bool>        weights_are_gains_ { false };
 };

@@ -79,8 +79,11 @@ class product {
                 continue;
             }
             make_operand(o, op_, layer_.projections[part_].source[p]);
-            o.repacked           = p == 0 ? expert_.repacked() : nullptr;
-            o.by_gemm            = p == 0 && expert_.by_gemm();
+            if (p == 0 && expert_.repacked() != nullptr) {
+                o.repacked = expert_.repacked();
+                o.by_gemm  = expert_.by_gemm();
+                o.tiles    = expert_.repacked_tiles();
+            }
             const ggml_type type = kernel_type(o.weights.type);
             if (src1->type == type) {
                 o.rows          = (const char *) src1->data;

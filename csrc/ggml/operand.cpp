@@ -129,9 +129,9 @@ static void multiply_repacked(const operand & o, ggml_tensor * dst, const char *
 
 void multiply(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0, int64_t r1,
               int64_t c0, int64_t c1) {
-    const auto how = o.repacked != nullptr                        ? multiply_repacked
-                     : o.tiles != nullptr && c1 - c0 >= MANY_ROWS ? multiply_tiles
-                                                                  : multiply_block;
+    const auto how = o.tiles != nullptr && c1 - c0 >= MANY_ROWS ? multiply_tiles
+                     : o.repacked != nullptr                    ? multiply_repacked
+                                                                : multiply_block;
     how(o, dst, slice, rows, r0, r1, c0, c1);
 }
 

@@ -25,7 +25,7 @@ struct operand {
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
     bool                  by_gemm       = false;    // of it, for four batch rows and more
-    const tile_kernel *   tiles         = nullptr;  // beside vec_dot, for MANY_ROWS and more
+    const tile_kernel *   tiles         = nullptr;  // beside vec_dot or repacked, for MANY_ROWS and more
 };
 
 inline ggml_type kernel_type(int32_t type) { return ggml_get_type_traits_cpu((ggml_type) type)->vec_dot_type; }

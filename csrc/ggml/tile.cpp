@@ -1,6 +1,7 @@
 #include "tile.h"
 
 #include "../base/memory.h"
+#include "tile-instructions.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -15,18 +16,6 @@
 #include <cstring>
 #include <map>
 #include <random>
-
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#    define HOBBIT_TILES
-#    if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
-        defined(__AVX512VNNI__)
-#        define HOBBIT_TILES_AVX512
-#    endif
-#    if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
-#        define HOBBIT_TILES_VNNI
-#    endif
-#    include <immintrin.h>
-#endif
 
 namespace hobbit {
 
@@ -124,15 +113,6 @@ struct avx2 : of_256 {
 };
 
 #    ifdef HOBBIT_TILES_VNNI
-
-// sum + the sums of four products each, of bytes without sign by bytes with sign.
-__m256i add_products(__m256i sum, __m256i u, __m256i s) {
-#        ifdef __AVXVNNI__
-    return _mm256_dpbusd_avx_epi32(sum, u, s);
-#        else
-    return _mm256_dpbusd_epi32(sum, u, s);
-#        endif
-}
 
 // (w + bias) x - bias x, of which the last is `offset`.
 void put_vnni(const block_q8_0 & x, int bias, int8_t * quants, int32_t * offset, float * scale) {

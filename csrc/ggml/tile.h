@@ -1,10 +1,13 @@
-// Q8_0, Q4_0 and IQ4_NL experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is
-// loaded and unpacked once serves many products. Upstream has the product of two rows alone for these types as they are stored (its tiled
-// kernels take K- and I-quants; Q4_0 and IQ4_NL in high precision are repacked, low copies are not). One row of a batch gains nothing while
-// decoding.
+// Experts times the rows of a batch: several rows of the matrix by several of the batch at a time, so that what is loaded and unpacked once
+// serves many products. One row of a batch gains nothing while decoding.
 //
-// The same numbers are added in the same order as by upstream's product of two rows, so the result has the same bits: a block of 32 is
-// summed in integers, times the product of both scales it is added to one of eight running sums (IQ4_NL: sixteen).
+// For Q8_0, Q4_0 and IQ4_NL as they are stored upstream has the product of two rows alone (its tiled kernels take K- and I-quants), and for
+// experts that are repacked that of eight rows by one. The same numbers are added in the same order as by these, so the result has the same
+// bits:
+// - Q8_0, Q4_0, IQ4_NL: a block of 32 is summed in integers, times the product of both scales it is added to one of eight running sums
+//   (IQ4_NL: sixteen);
+// - Q4_K, Q2_K: a super-block of 256 is summed in integers, times the product of both scales it is added to a running sum, that of the
+//   minimums to another.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +16,11 @@
 
 namespace hobbit {
 
+struct repack_kernel;
+
 struct tile_kernel {
     const char * name;
-    int32_t      type;      // ggml_type of the weights; the inputs are Q8_0
+    int32_t      type;      // ggml_type of the weights; the inputs are its vec_dot_type
     int64_t      multiple;  // that the length of a row must be of
     // Bytes that prepare() fills for `n_c` rows of inputs, `n` long.
     size_t (*prepared_bytes)(int64_t n, int64_t n_c);
@@ -32,5 +37,11 @@ const std::vector<tile_kernel> & tile_kernels();
 // For rows of `n` elements. NULL for a type that there is none for, for rows that upstream's product ends differently, where none was
 // built, and where its bits are not those of upstream's product: tried on this CPU with some random numbers.
 const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
+
+// The same for slices that are repacked: n_r is a multiple of eight. (Q4_0, IQ4_NL and MXFP4: upstream's gemm has the bits of its gemv.)
+const std::vector<tile_kernel> & repacked_tile_kernels();
+
+// NULL where there is none for the type, and where its bits are not those of `repacked.gemv` on this CPU.
+const tile_kernel * find_repacked_tile_kernel(const repack_kernel & repacked);
 
 }  // namespace hobbit
