@@ -199,8 +199,6 @@ expert_tensor::expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uin
     const projection & p = owner_->index().layers()[layer].projections[part];
     repacked_            = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
     tiles_               = repacked_ != nullptr ? find_repacked_tile_kernel(*repacked_) : nullptr;
-    by_gemm_             = repacked_ != nullptr && tiles_ == nullptr &&
-               (owner_->params().precision_rule != HOBBIT_PRECISION_EXACT || gemm_has_bits_of_gemv(*repacked_));
 }
 
 bool is_product(const ggml_tensor * op, int where) {

@@ -40,9 +40,6 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     // Of repacked slices: for batches; NULL where there are none.
     const tile_kernel * repacked_tiles() const { return tiles_; }
 
-    // Batches by upstream's gemm: always the bits of stock llama.cpp in exact mode.
-    bool by_gemm() const { return by_gemm_; }
-
     // `op` is not the product that can be offloaded.
     void refuse(const ggml_tensor * op);
 
@@ -57,7 +54,6 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     uint32_t                 part_;
     const repack_kernel *    repacked_;
     const tile_kernel *      tiles_;
-    bool                     by_gemm_;
     std::atomic<bool>        weights_are_gains_ { false };
 };
 

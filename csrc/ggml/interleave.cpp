@@ -67,37 +67,7 @@ void pack_sub_block(uint8_t * to, uint64_t scales, uint64_t mins) {
     memcpy(to, packed, sizeof(packed));
 }
 
-void put_sums(block_q8_0x4 &, const block_q8_0 &, int) {}
-
-// Of 16 quants each; four of each row in turn.
-void put_sums(block_q8_Kx4 & to, const block_q8_K & row, int j) {
-    for (int c = 0; c < QK_K / 64; ++c) {
-        memcpy(to.bsums + (c * 4 + j) * 4, row.bsums + c * 4, 4 * sizeof(int16_t));
-    }
-}
-
-template <typename wide_t, typename block_t>
-void interleave_four(const char * const rows[4], int64_t n_blocks, char * to) {
-    auto * y = (wide_t *) to;
-    for (int64_t i = 0; i < n_blocks; ++i) {
-        for (int j = 0; j < 4; ++j) {
-            const block_t & x = ((const block_t *) rows[j])[i];
-            y[i].d[j]         = x.d;
-            put_quants(y[i].qs, x.qs, j, 4);
-            put_sums(y[i], x, j);
-        }
-    }
-}
-
 }  // namespace
-
-void interleave_inputs(int32_t type, const char * const rows[4], int64_t n, char * to) {
-    if (type == GGML_TYPE_Q8_K) {
-        interleave_four<block_q8_Kx4, block_q8_K>(rows, n / QK_K, to);
-    } else {
-        interleave_four<block_q8_0x4, block_q8_0>(rows, n / QK8_0, to);
-    }
-}
 
 int interleave_q4_K(ggml_tensor * group, const void * plain, size_t) {
     const int64_t n  = group->ne[0] / QK_K;

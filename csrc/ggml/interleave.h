@@ -14,7 +14,4 @@ namespace hobbit {
 int interleave_q4_K(ggml_tensor * group, const void * plain, size_t bytes);
 int interleave_q2_K(ggml_tensor * group, const void * plain, size_t bytes);
 
-// Four rows of inputs, `n` long and quantised already to Q8_0 or Q8_K (`type`): the operand of upstream's gemm. It takes as many bytes.
-void interleave_inputs(int32_t type, const char * const rows[4], int64_t n, char * to);
-
 }  // namespace hobbit

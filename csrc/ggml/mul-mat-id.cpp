@@ -81,7 +81,6 @@ class product {
             make_operand(o, op_, layer_.projections[part_].source[p]);
             if (p == 0 && expert_.repacked() != nullptr) {
                 o.repacked = expert_.repacked();
-                o.by_gemm  = expert_.by_gemm();
                 o.tiles    = expert_.repacked_tiles();
             }
             const ggml_type type = kernel_type(o.weights.type);

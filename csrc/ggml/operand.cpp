@@ -1,13 +1,11 @@
 #include "operand.h"
 
-#include "interleave.h"
-
 #include <algorithm>
 #include <cstring>
 
 namespace hobbit {
 
-static constexpr int64_t GEMM_ROWS = 16;
+static constexpr int64_t TILE_ROWS = 16;
 static constexpr int64_t CACHED    = 256 << 10;  // bytes of weights: a half or a quarter of usual second-level caches
 
 void make_operand(operand & o, const ggml_tensor * op, const tensor_source & source) {
@@ -70,18 +68,18 @@ static void multiply_block(const operand & o, ggml_tensor * dst, const char * sl
     }
 }
 
-// At most GEMM_ROWS batch rows at a time.
+// At most TILE_ROWS batch rows at a time.
 static void multiply_tiles(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
                            int64_t r1, int64_t c0, int64_t c1) {
     thread_local std::vector<std::byte> room;
 
     const int64_t n = o.weights.ne[0];
-    room.resize(o.tiles->prepared_bytes(n, GEMM_ROWS) + 64);
+    room.resize(o.tiles->prepared_bytes(n, TILE_ROWS) + 64);
     auto * inputs = (std::byte *) align_up((size_t) room.data(), 64);
-    for (int64_t c = c0; c < c1; c += GEMM_ROWS) {
-        const int64_t n_c = std::min(GEMM_ROWS, c1 - c);
-        const char *  x[GEMM_ROWS];
-        float *       out[GEMM_ROWS];
+    for (int64_t c = c0; c < c1; c += TILE_ROWS) {
+        const int64_t n_c = std::min(TILE_ROWS, c1 - c);
+        const char *  x[TILE_ROWS];
+        float *       out[TILE_ROWS];
         for (int64_t i = 0; i < n_c; ++i) {
             x[i]   = input_of(o, dst, rows[c + i]);
             out[i] = output_of(dst, rows[c + i]) + r0;
@@ -91,39 +89,13 @@ static void multiply_tiles(const operand & o, ggml_tensor * dst, const char * sl
     }
 }
 
-// As ggml does it, one batch row at a time; where the operand allows, GEMM_ROWS of them, fours at least.
+// As ggml does it, one batch row at a time.
 static void multiply_repacked(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
                               int64_t r1, int64_t c0, int64_t c1) {
-    if (r0 >= r1) {
-        return;
-    }
-    const auto   n   = (int) o.weights.ne[0];
-    const auto   n_r = (int) (r1 - r0);
-    const char * w   = slice + r0 * o.weights.nb[1];
-    const auto   x   = [&](int64_t c) { return input_of(o, dst, rows[c]); };
-    const auto   out = [&](int64_t c) { return output_of(dst, rows[c]) + r0; };
-    int64_t      c   = c0;
-    if (o.by_gemm) {
-        thread_local std::vector<char>  inputs;
-        thread_local std::vector<float> results;
-        const ggml_type                 type = kernel_type(o.weights.type);
-        const size_t                    row  = ggml_row_size(type, n);
-        inputs.resize(row * GEMM_ROWS);
-        results.resize((size_t) n_r * GEMM_ROWS);
-        while (c1 - c >= 4) {
-            const int64_t n_c = std::min<int64_t>(GEMM_ROWS, (c1 - c) / 4 * 4);
-            for (int64_t i = 0; i < n_c; i += 4) {
-                const char * const four[4] = { x(c + i), x(c + i + 1), x(c + i + 2), x(c + i + 3) };
-                interleave_inputs(type, four, n, &inputs[i * row]);
-            }
-            o.repacked->gemm(n, results.data(), (size_t) n_r, w, inputs.data(), (int) n_c, n_r);
-            for (int64_t i = 0; i < n_c; ++i, ++c) {
-                memcpy(out(c), &results[(size_t) (i * n_r)], n_r * sizeof(float));
-            }
-        }
-    }
-    for (; c < c1; ++c) {
-        o.repacked->gemv(n, out(c), (size_t) o.weights.ne[1], w, x(c), 1, n_r);
+    const char * w = slice + r0 * o.weights.nb[1];
+    for (int64_t c = c0; r0 < r1 && c < c1; ++c) {
+        o.repacked->gemv((int) o.weights.ne[0], output_of(dst, rows[c]) + r0, (size_t) o.weights.ne[1], w,
+                         input_of(o, dst, rows[c]), 1, (int) (r1 - r0));
     }
 }
 
@@ -140,9 +112,9 @@ static int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 cut::cut(const operand & o, int64_t n_rows, int nth) {
     const int64_t n_out = o.weights.ne[1];
     int64_t       n0    = 0;  // pieces of the rows of weights
-    if ((o.by_gemm || o.tiles != nullptr) && n_rows >= MANY_ROWS) {
+    if (o.tiles != nullptr && n_rows >= MANY_ROWS) {
         n0   = std::min<int64_t>(parts(n_out, 16), 2 * nth);  // few, since each prepares its inputs for itself
-        cols = GEMM_ROWS;
+        cols = TILE_ROWS;
     } else if (o.repacked != nullptr && n_rows > 1) {
         // All batch rows go by a piece one after the other, as long as it stays in a core's own cache.
         n0   = std::max<int64_t>(nth, parts(n_out * (int64_t) o.weights.nb[1], CACHED));

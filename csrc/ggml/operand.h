@@ -24,7 +24,6 @@ struct operand {
     size_t                row_stride[2] = { 0, 0 };  // bytes along i11, i12
     ggml_vec_dot_t        vec_dot       = nullptr;
     const repack_kernel * repacked      = nullptr;  // instead of vec_dot, where the slices are repacked
-    bool                  by_gemm       = false;    // of it, for four batch rows and more
     const tile_kernel *   tiles         = nullptr;  // beside vec_dot or repacked, for MANY_ROWS and more
 };
 

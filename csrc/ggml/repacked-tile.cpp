@@ -1,19 +1,21 @@
-#include "../base/memory.h"
+#include "eight-rows.h"
 #include "repacking.h"
-#include "tile-instructions.h"
+#include "tile-trial.h"
 #include "tile.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
 
-// upstream, private
+// upstream, private: the tables, then the blocks
+#define GGML_COMMON_IMPL_CPP
+#include "ggml-common.h"
 #include "repack.h"
 
 #include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <random>
+#include <numeric>
 #include <vector>
 
 namespace hobbit {
@@ -22,11 +24,14 @@ namespace {
 
 #ifdef HOBBIT_TILES
 
-constexpr int ROWS  = 8;         // of weights that are interleaved
-constexpr int CHUNK = 8 * ROWS;  // bytes: eight quants of each row
-constexpr int COLS  = 16;        // rows of inputs at a time
+using eight_rows::CHUNK;
+using eight_rows::load;
+using eight_rows::ROWS;
 
-// A super-block of a type, of eight rows: SUB_BLOCKS sub-blocks with a scale and a minimum each, of so many CHUNKS of quants.
+constexpr int COLS = 16;  // rows of inputs at a time
+
+// K-quants: a super-block of eight rows is SUB_BLOCKS sub-blocks, with a scale and a minimum of each row, of CHUNKS chunks.
+
 struct q4_K {
     static constexpr ggml_type TYPE       = GGML_TYPE_Q4_K;
     static constexpr int       SUB_BLOCKS = 8;
@@ -34,7 +39,7 @@ struct q4_K {
     static constexpr int       MASK       = 15;
     using block                           = block_q4_Kx8;
 
-    // The chunks of sub-block `s` lie one behind the other, this much to the left in their bytes.
+    // The chunks of sub-block `s` lie one behind the other, so many bits to the left.
     static const uint8_t * chunks(const block & b, int s) { return b.qs + s / 2 * CHUNKS * CHUNK; }
 
     static int shift(int s) { return s % 2 * 4; }
@@ -42,18 +47,16 @@ struct q4_K {
     // Of row r `scale[s][r]` and `min[s / 2][r][s % 2]`.
     static void unpack(const block & b, uint8_t (*scale)[ROWS], uint8_t (*min)[ROWS][2]) {
         for (int s = 0; s < SUB_BLOCKS; ++s) {
-            uint64_t low;
-            uint32_t high;
-            memcpy(&low, b.scales + s * 12, 8);
-            memcpy(&high, b.scales + s * 12 + 8, 4);
-            // Rows 0 to 3: six bits; rows 4 to 7: four of `high` and the two above the six. Scales in the lower half of `low`.
-            const uint64_t two = low >> 6 & 0x0303030303030303;
-            const auto     s0 = (uint32_t) (low & 0x3f3f3f3f), m0 = (uint32_t) (low >> 32 & 0x3f3f3f3f);
-            const uint32_t s4 = (high & 0x0f0f0f0f) | (uint32_t) two << 4;
-            const uint32_t m4 = (high >> 4 & 0x0f0f0f0f) | (uint32_t) (two >> 32) << 4;
-            const __m128i  m  = _mm_set_epi32(0, 0, (int) m4, (int) m0);
-            memcpy(scale[s], &s0, 4);
-            memcpy(scale[s] + 4, &s4, 4);
+            // Rows 0 to 3 have six bits in `low`, scales in its first half; rows 4 to 7 four bits in `high`, and two above those six.
+            const auto     low   = load<uint64_t>(b.scales + s * 12);
+            const auto     high  = load<uint32_t>(b.scales + s * 12 + 8);
+            const uint64_t six   = low & 0x3f3f3f3f3f3f3f3f;
+            const uint64_t two   = low >> 6 & 0x0303030303030303;
+            const uint32_t s4    = (high & 0x0f0f0f0f) | (uint32_t) two << 4;
+            const uint32_t m4    = (high >> 4 & 0x0f0f0f0f) | (uint32_t) (two >> 32) << 4;
+            const __m128i  m     = _mm_set_epi32(0, 0, (int) m4, (int) (six >> 32));
+            const uint64_t eight = (uint32_t) six | (uint64_t) s4 << 32;
+            memcpy(scale[s], &eight, sizeof(eight));
             auto * pairs = (__m128i *) min[s / 2];
             _mm_storeu_si128(pairs, s % 2 == 0 ? m : _mm_unpacklo_epi8(_mm_loadu_si128(pairs), m));
         }
@@ -82,268 +85,229 @@ struct q2_K {
     }
 };
 
-int64_t eight_bytes(const int8_t * x) {
-    int64_t v;
-    memcpy(&v, x, sizeof(v));
-    return v;
-}
+template <typename W, typename I>
+struct k_quants {
+    using type                      = W;
+    using set                       = I;
+    static constexpr int LENGTH     = QK_K;
+    static constexpr int SUB_LENGTH = QK_K / W::SUB_BLOCKS;
 
-// A set of instructions: integers of eight rows, two of each row, which are added up at the end.
-
-// What those of 256 bits have in common: a vector for rows 0 to 3, and one for 4 to 7.
-struct of_256 {
-    struct ints {
-        __m256i half[2];
+    struct inputs {
+        int8_t  quants[QK_K];
+        int16_t sums[W::SUB_BLOCKS];  // of the quants
+        float   scale;
     };
 
-    static ints zero() { return { { _mm256_setzero_si256(), _mm256_setzero_si256() } }; }
+    struct sums {
+        __m256 of_quants, of_mins;
+    };
 
-    static ints quants(const uint8_t * chunk, int shift, int mask) {
-        ints out;
-        for (int h = 0; h < 2; ++h) {
-            const __m256i x = _mm256_loadu_si256((const __m256i *) chunk + h);
-            out.half[h]     = _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8((char) mask));
+    static void put(inputs & to, const char * row, int64_t b) {
+        const block_q8_K & x = ((const block_q8_K *) row)[b];
+        memcpy(to.quants, x.qs, sizeof(x.qs));
+        for (int s = 0; s < W::SUB_BLOCKS; ++s) {
+            const int16_t * of_16 = x.bsums + s * SUB_LENGTH / 16;
+            to.sums[s]            = (int16_t) (SUB_LENGTH == 16 ? of_16[0] : of_16[0] + of_16[1]);
         }
-        return out;
+        to.scale = x.d;
     }
 
-    // A byte of each row to where the bytes of `to` that are not negative are, of eight.
-    static ints spread(const uint8_t * bytes, int64_t to) {
-        ints          out;
-        const __m256i places =
-            _mm256_or_si256(_mm256_set1_epi64x(to), _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));
-        for (int h = 0; h < 2; ++h) {
-            int32_t four;
-            memcpy(&four, bytes + h * 4, sizeof(four));
-            out.half[h] = _mm256_shuffle_epi8(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)), places);
-        }
-        return out;
-    }
-
-    static __m256i of_rows(const ints & sum) {
-        return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.half[0], sum.half[1]), 0xd8);
-    }
-};
-
-// Plain AVX2 adds products of bytes in 16 bits: eight of at most 15 * 128.
-struct avx2 : of_256 {
-    static constexpr const char * NAME = "AVX2";
-
-    static ints scales(const uint8_t * of_rows) { return spread(of_rows, (int64_t) 0x8000800080008000); }
-
-    template <int CHUNKS>
-    static void add(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
-        for (int h = 0; h < 2; ++h) {
-            __m256i dots = _mm256_setzero_si256();
-            for (int j = 0; j < CHUNKS; ++j) {
-                const __m256i eight = _mm256_set1_epi64x(eight_bytes(x + j * 8));
-                dots                = _mm256_add_epi16(dots, _mm256_maddubs_epi16(quants[j].half[h], eight));
+    static void add(const typename W::block & w, const inputs * x, int64_t n_c, sums * to) {
+        constexpr int PAIRS = W::SUB_BLOCKS / 2;
+        uint8_t       scale[W::SUB_BLOCKS][ROWS];
+        uint8_t       min[PAIRS][ROWS][2];
+        W::unpack(w, scale, min);
+        typename I::ints products[COLS];
+        std::fill_n(products, n_c, I::zero());
+        for (int s = 0; s < W::SUB_BLOCKS; ++s) {
+            typename I::ints quants[W::CHUNKS];
+            for (int j = 0; j < W::CHUNKS; ++j) {
+                quants[j] = I::quants(W::chunks(w, s) + j * CHUNK, W::shift(s), W::MASK);
             }
-            sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(dots, scales.half[h]));
-        }
-    }
-};
-
-#    ifdef HOBBIT_TILES_VNNI
-
-// Sums of 16 products are within 16 bits too, so that they are multiplied as such: by the scale and, where their sign is, by nothing.
-constexpr int64_t SCALE_AND_NOTHING = (int64_t) 0x8080800080808000;
-
-struct avx_vnni : of_256 {
-    static constexpr const char * NAME = "AVX VNNI";
-
-    static ints scales(const uint8_t * of_rows) { return spread(of_rows, SCALE_AND_NOTHING); }
-
-    template <int CHUNKS>
-    static void add(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
-        for (int h = 0; h < 2; ++h) {
-            __m256i dots = _mm256_setzero_si256();
-            for (int j = 0; j < CHUNKS; ++j) {
-                dots = add_products(dots, quants[j].half[h], _mm256_set1_epi64x(eight_bytes(x + j * 8)));
+            const typename I::ints scales = I::scales(scale[s]);
+            for (int64_t c = 0; c < n_c; ++c) {
+                I::template add_scaled<W::CHUNKS>(products[c], quants, scales, x[c].quants + s * SUB_LENGTH);
             }
-            sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(dots, scales.half[h]));
         }
-    }
-};
-
-#    endif
-
-#    ifdef HOBBIT_TILES_AVX512
-
-struct avx512_vnni {
-    static constexpr const char * NAME = "AVX512 VNNI";
-    using ints                         = __m512i;
-
-    static ints zero() { return _mm512_setzero_si512(); }
-
-    static ints quants(const uint8_t * chunk, int shift, int mask) {
-        return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(chunk), (unsigned) shift),
-                                _mm512_set1_epi8((char) mask));
-    }
-
-    static ints scales(const uint8_t * of_rows) {
-        const __m512i s = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *) of_rows));
-        return _mm512_or_si512(s, _mm512_slli_epi64(s, 32));
-    }
-
-    template <int CHUNKS>
-    static void add(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
-        __m512i dots = _mm512_setzero_si512();
-        for (int j = 0; j < CHUNKS; ++j) {
-            dots = _mm512_dpbusd_epi32(dots, quants[j], _mm512_set1_epi64(eight_bytes(x + j * 8)));
-        }
-        sum = _mm512_dpwssd_epi32(sum, dots, scales);
-    }
-
-    static __m256i of_rows(const ints & sum) {
-        return _mm512_cvtepi64_epi32(_mm512_add_epi64(sum, _mm512_srli_epi64(sum, 32)));
-    }
-};
-
-#    endif
-
-// A super-block of a row of inputs.
-template <typename W>
-struct inputs {
-    int8_t  quants[QK_K];
-    int16_t sums[W::SUB_BLOCKS];  // of the quants
-    float   scale;
-};
-
-template <typename W>
-size_t prepared_bytes(int64_t n, int64_t n_c) {
-    return (size_t) (n / QK_K * n_c) * sizeof(inputs<W>);
-}
-
-// [super-block][row]
-template <typename W>
-void prepare(const char * const * rows, int64_t n, int64_t n_c, std::byte * to) {
-    constexpr int EACH = QK_K / 16 / W::SUB_BLOCKS;  // of upstream's sums
-    auto *        out  = (inputs<W> *) to;
-    for (int64_t b = 0; b < n / QK_K; ++b) {
-        for (int64_t c = 0; c < n_c; ++c, ++out) {
-            const block_q8_K & x = ((const block_q8_K *) rows[c])[b];
-            memcpy(out->quants, x.qs, sizeof(x.qs));
-            for (int s = 0; s < W::SUB_BLOCKS; ++s) {
-                out->sums[s] = (int16_t) (x.bsums[s * EACH] + (EACH == 2 ? x.bsums[s * EACH + 1] : 0));
-            }
-            out->scale = x.d;
-        }
-    }
-}
-
-// Eight rows of weights by a super-block of n_c <= COLS rows of inputs, added to `of_quants` and `of_mins`.
-template <typename W, typename I>
-void multiply_block(const typename W::block & w, const inputs<W> * x, int64_t n_c, __m256 * of_quants, __m256 * of_mins) {
-    constexpr int PAIRS = W::SUB_BLOCKS / 2;
-    uint8_t       scale[W::SUB_BLOCKS][ROWS];
-    uint8_t       min[PAIRS][ROWS][2];
-    W::unpack(w, scale, min);
-    typename I::ints sums[COLS];
-    std::fill_n(sums, n_c, I::zero());
-    for (int s = 0; s < W::SUB_BLOCKS; ++s) {
-        typename I::ints quants[W::CHUNKS];
-        for (int j = 0; j < W::CHUNKS; ++j) {
-            quants[j] = I::quants(W::chunks(w, s) + j * CHUNK, W::shift(s), W::MASK);
-        }
-        const typename I::ints scales = I::scales(scale[s]);
-        for (int64_t c = 0; c < n_c; ++c) {
-            I::template add<W::CHUNKS>(sums[c], quants, scales, x[c].quants + s * (QK_K / W::SUB_BLOCKS));
-        }
-    }
-    __m256i mins[PAIRS];
-    for (int p = 0; p < PAIRS; ++p) {
-        mins[p] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *) min[p]));
-    }
-    const __m256 d    = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.d));
-    const __m256 dmin = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.dmin));
-    for (int64_t c = 0; c < n_c; ++c) {
-        __m256i sum = _mm256_setzero_si256();
+        __m256i mins[PAIRS];
         for (int p = 0; p < PAIRS; ++p) {
-            int32_t two;
-            memcpy(&two, &x[c].sums[2 * p], sizeof(two));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi32(two), mins[p]));
+            mins[p] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *) min[p]));
         }
-        const __m256 scale_x = _mm256_set1_ps(x[c].scale);
-        of_quants[c] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(I::of_rows(sums[c])), _mm256_mul_ps(d, scale_x), of_quants[c]);
-        of_mins[c]   = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_mul_ps(dmin, scale_x), of_mins[c]);
+        const __m256 d    = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.d));
+        const __m256 dmin = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.dmin));
+        for (int64_t c = 0; c < n_c; ++c) {
+            __m256i of_mins = _mm256_setzero_si256();
+            for (int p = 0; p < PAIRS; ++p) {
+                const __m256i two = _mm256_set1_epi32(load<int32_t>(&x[c].sums[2 * p]));
+                of_mins           = _mm256_add_epi32(of_mins, _mm256_madd_epi16(two, mins[p]));
+            }
+            const __m256 scale_x   = _mm256_set1_ps(x[c].scale);
+            const __m256 of_quants = _mm256_cvtepi32_ps(I::of_rows(products[c]));
+            to[c].of_quants        = _mm256_fmadd_ps(of_quants, _mm256_mul_ps(d, scale_x), to[c].of_quants);
+            to[c].of_mins = _mm256_fmadd_ps(_mm256_cvtepi32_ps(of_mins), _mm256_mul_ps(dmin, scale_x), to[c].of_mins);
+        }
+    }
+
+    static __m256 result(const sums & of) { return _mm256_sub_ps(of.of_quants, of.of_mins); }
+};
+
+// Four bits that stand for a value each: blocks of 32 with a scale of each row. The first sixteen are the lower halves of the bytes.
+
+struct q4_0 {
+    static constexpr ggml_type TYPE = GGML_TYPE_Q4_0;
+    static constexpr int       BIAS = 8;
+    using block                     = block_q4_0x8;
+
+    // Of numbers with sign: upstream's repacking makes them such.
+    static __m128i values() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
+
+    static __m256 scales(const block & b) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b.d)); }
+};
+
+struct iq4_nl {
+    static constexpr ggml_type TYPE = GGML_TYPE_IQ4_NL;
+    static constexpr int       BIAS = 128;
+    using block                     = block_iq4_nlx8;
+
+    static __m128i values() { return _mm_loadu_si128((const __m128i *) kvalues_iq4nl); }
+
+    static __m256 scales(const block & b) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b.d)); }
+};
+
+struct mxfp4 {
+    static constexpr ggml_type TYPE = GGML_TYPE_MXFP4;
+    static constexpr int       BIAS = 12;
+    using block                     = block_mxfp4x8;
+
+    static __m128i values() { return _mm_loadu_si128((const __m128i *) kvalues_mxfp4); }
+
+    // 2^(e - 128), of which the smallest two are denormal.
+    static __m256 scales(const block & b) {
+        const __m256i e     = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) b.e));
+        const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+        const __m256i large = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+        return _mm256_castsi256_ps(_mm256_blendv_epi8(small, large, _mm256_cmpgt_epi32(e, _mm256_set1_epi32(1))));
+    }
+};
+
+template <typename W, typename I>
+struct of_values {
+    using type                  = W;
+    using set                   = I;
+    static constexpr int LENGTH = 32;
+    static constexpr int CHUNKS = LENGTH / 8;
+
+    struct inputs {
+        int8_t  quants[LENGTH];
+        int32_t start, nothing;  // of each row's two integers
+        float   scale;
+    };
+
+    using sums = __m256;
+
+    static void put(inputs & to, const char * row, int64_t b) {
+        const block_q8_0 & x = ((const block_q8_0 *) row)[b];
+        memcpy(to.quants, x.qs, sizeof(x.qs));
+        to.start   = -W::BIAS * std::accumulate(x.qs, x.qs + LENGTH, 0);
+        to.nothing = 0;
+        to.scale   = _cvtsh_ss(x.d);
+    }
+
+    static void add(const typename W::block & w, const inputs * x, int64_t n_c, sums * to) {
+        const __m128i    values = _mm_add_epi8(W::values(), _mm_set1_epi8((char) (I::BIASED ? W::BIAS : 0)));
+        typename I::ints chunks[CHUNKS];
+        for (int j = 0; j < CHUNKS; ++j) {
+            chunks[j] = I::values(values, I::quants((const uint8_t *) w.qs + j % 2 * CHUNK, j / 2 * 4, 15));
+        }
+        const __m256 d = W::scales(w);
+        for (int64_t c = 0; c < n_c; ++c) {
+            const auto products = I::template dots<CHUNKS>(load<int64_t>(&x[c].start), chunks, x[c].quants);
+            const auto of_rows  = _mm256_cvtepi32_ps(I::of_rows(products));
+            to[c]               = _mm256_fmadd_ps(of_rows, _mm256_mul_ps(d, _mm256_set1_ps(x[c].scale)), to[c]);
+        }
+    }
+
+    static __m256 result(const sums & of) { return of; }
+};
+
+// The kernel of products P, one of the two above.
+
+template <typename P>
+size_t prepared_bytes(int64_t n, int64_t n_c) {
+    return (size_t) (n / P::LENGTH * n_c) * sizeof(typename P::inputs);
+}
+
+// [block][row]
+template <typename P>
+void prepare(const char * const * rows, int64_t n, int64_t n_c, std::byte * to) {
+    auto * out = (typename P::inputs *) to;
+    for (int64_t b = 0; b < n / P::LENGTH; ++b) {
+        for (int64_t c = 0; c < n_c; ++c, ++out) {
+            P::put(*out, rows[c], b);
+        }
     }
 }
 
-template <typename W, typename I>
+template <typename P>
 void multiply(int64_t n, const char * weights, size_t row_bytes, int64_t n_r, const std::byte * prepared, int64_t n_c,
               float * const * out) {
-    const int64_t n_blocks = n / QK_K;
     for (int64_t r = 0; r < n_r; r += ROWS) {
-        const auto * w = (const typename W::block *) (weights + (size_t) r * row_bytes);
+        const auto * w = (const typename P::type::block *) (weights + (size_t) r * row_bytes);
         for (int64_t c0 = 0; c0 < n_c; c0 += COLS) {
-            const int64_t n_now = std::min<int64_t>(COLS, n_c - c0);
-            __m256        of_quants[COLS], of_mins[COLS];
-            std::fill_n(of_quants, n_now, _mm256_setzero_ps());
-            std::fill_n(of_mins, n_now, _mm256_setzero_ps());
-            for (int64_t b = 0; b < n_blocks; ++b) {
-                multiply_block<W, I>(w[b], (const inputs<W> *) prepared + b * n_c + c0, n_now, of_quants, of_mins);
+            const auto *     x     = (const typename P::inputs *) prepared + c0;
+            const int64_t    n_now = std::min<int64_t>(COLS, n_c - c0);
+            typename P::sums sums[COLS];
+            memset(sums, 0, sizeof(sums));
+            for (int64_t b = 0; b < n / P::LENGTH; ++b) {
+                P::add(w[b], x + b * n_c, n_now, sums);
             }
             for (int64_t c = 0; c < n_now; ++c) {
-                _mm256_storeu_ps(out[c0 + c] + r, _mm256_sub_ps(of_quants[c], of_mins[c]));
+                _mm256_storeu_ps(out[c0 + c] + r, P::result(sums[c]));
             }
         }
     }
 }
 
-template <typename W, typename I>
+template <typename P>
 constexpr tile_kernel kernel() {
-    return { I::NAME, W::TYPE, QK_K, prepared_bytes<W>, prepare<W>, multiply<W, I> };
+    return { P::set::NAME, P::type::TYPE, P::LENGTH, prepared_bytes<P>, prepare<P>, multiply<P> };
+}
+
+template <typename I>
+void add_kernels(std::vector<tile_kernel> & to) {
+    for (const tile_kernel & one : { kernel<k_quants<q4_K, I>>(), kernel<k_quants<q2_K, I>>(), kernel<of_values<q4_0, I>>(),
+                                     kernel<of_values<iq4_nl, I>>(), kernel<of_values<mxfp4, I>>() }) {
+        to.push_back(one);
+    }
 }
 
 #endif
 
 bool has_bits_of_gemv(const tile_kernel & kernel, const repack_kernel & repacked) {
-    constexpr int64_t               N = 512, N_R = 16, N_C = 19;
-    const auto                      type  = (ggml_type) kernel.type;
-    const auto *                    q8_K  = ggml_get_type_traits_cpu(GGML_TYPE_Q8_K);
-    const size_t                    w_row = ggml_row_size(type, N), x_row = ggml_row_size(GGML_TYPE_Q8_K, N);
-    std::minstd_rand                random(1);
-    std::normal_distribution<float> normal;
-    const auto                      numbers = [&](int64_t n) {
-        std::vector<float> out((size_t) n);
-        std::generate(out.begin(), out.end(), [&] { return normal(random); });
-        return out;
+    constexpr int N = TRIAL_LENGTH, N_R = 16;
+    const auto    arrange  = [&](std::byte * w) { repack_slice(repacked, N, N_R, w); };
+    const auto    multiply = [&](const std::byte * w, const char * x, float * out) {
+        repacked.gemv(N, out, N_R, w, x, 1, N_R);
     };
-    std::vector<std::byte> w(w_row * N_R);
-    std::vector<char>      x(x_row * N_C);
-    ggml_quantize_chunk(type, numbers(N * N_R).data(), w.data(), 0, N_R, N, nullptr);
-    repack_slice(repacked, N, N_R, w.data());
-    const char *       rows[N_C];
-    float *            out[N_C];
-    std::vector<float> tiled(N_R * N_C), plain(N_R * N_C);
-    for (int64_t c = 0; c < N_C; ++c) {
-        q8_K->from_float(numbers(N).data(), &x[(size_t) c * x_row], N);
-        rows[c] = &x[(size_t) c * x_row];
-        out[c]  = &tiled[(size_t) (c * N_R)];
-        repacked.gemv(N, &plain[(size_t) (c * N_R)], N_R, w.data(), rows[c], 1, N_R);
-    }
-    std::vector<std::byte> room(kernel.prepared_bytes(N, N_C) + 64);
-    auto *                 prepared = (std::byte *) align_up((size_t) room.data(), 64);
-    kernel.prepare(rows, N, N_C, prepared);
-    kernel.multiply(N, (const char *) w.data(), w_row, N_R, prepared, N_C, out);
-    return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
+    return has_bits_of({ N_R, arrange, multiply }, kernel);
 }
 
 }  // namespace
 
 const std::vector<tile_kernel> & repacked_tile_kernels() {
-    static const std::vector<tile_kernel> kernels = {
+    static const std::vector<tile_kernel> kernels = [] {
+        std::vector<tile_kernel> all;
 #ifdef HOBBIT_TILES
 #    ifdef HOBBIT_TILES_AVX512
-        kernel<q4_K, avx512_vnni>(), kernel<q2_K, avx512_vnni>(),
+        add_kernels<eight_rows::avx512_vnni>(all);
 #    endif
 #    ifdef HOBBIT_TILES_VNNI
-        kernel<q4_K, avx_vnni>(),    kernel<q2_K, avx_vnni>(),
+        add_kernels<eight_rows::avx_vnni>(all);
 #    endif
-        kernel<q4_K, avx2>(),        kernel<q2_K, avx2>(),
+        add_kernels<eight_rows::avx2>(all);
 #endif
-    };
+        return all;
+    }();
     return kernels;
 }
 

@@ -10,11 +10,7 @@
 #include "ggml-backend-impl.h"
 #include "repack.h"
 
-#include <algorithm>
 #include <cstring>
-#include <map>
-#include <mutex>
-#include <random>
 #include <vector>
 
 // Upstream's functions behind the buffer's set_tensor. That one writes a line to the log each time, and the log may be a function in
@@ -38,11 +34,11 @@ using ggml::cpu::repack::repack;
 
 // The kernels of x86-64; which of them are used depends on the CPU, and that is upstream's decision (asked below).
 const repack_kernel KERNELS[] = {
-    { GGML_TYPE_Q4_0, 8, ggml_gemv_q4_0_8x8_q8_0, ggml_gemm_q4_0_8x8_q8_0, repack<block_q4_0, 8, 8> },
-    { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K, ggml_gemm_q4_K_8x8_q8_K, interleave_q4_K },
-    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K, ggml_gemm_q2_K_8x8_q8_K, interleave_q2_K },
-    { GGML_TYPE_IQ4_NL, 8, ggml_gemv_iq4_nl_8x8_q8_0, ggml_gemm_iq4_nl_8x8_q8_0, repack<block_iq4_nl, 8, 8> },
-    { GGML_TYPE_MXFP4, 8, ggml_gemv_mxfp4_8x8_q8_0, ggml_gemm_mxfp4_8x8_q8_0, repack<block_mxfp4, 8, 8> },
+    { GGML_TYPE_Q4_0, 8, ggml_gemv_q4_0_8x8_q8_0, repack<block_q4_0, 8, 8> },
+    { GGML_TYPE_Q4_K, 8, ggml_gemv_q4_K_8x8_q8_K, interleave_q4_K },
+    { GGML_TYPE_Q2_K, 8, ggml_gemv_q2_K_8x8_q8_K, interleave_q2_K },
+    { GGML_TYPE_IQ4_NL, 8, ggml_gemv_iq4_nl_8x8_q8_0, repack<block_iq4_nl, 8, 8> },
+    { GGML_TYPE_MXFP4, 8, ggml_gemv_mxfp4_8x8_q8_0, repack<block_mxfp4, 8, 8> },
 };
 
 // An empty buffer of upstream's repacking type: the way to its functions.
@@ -79,48 +75,6 @@ const repack_kernel * find_repack_kernel(int32_t type, int64_t n_in, int64_t n_o
     }
 #endif
     return nullptr;
-}
-
-static bool try_gemm(const repack_kernel & kernel) {
-    // Two super-blocks; both widths of the kernels, in rows (16 + 4) and in columns (16 + 8).
-    constexpr int                   N_IN = 512, N_OUT = 24, N_ROWS = 20;
-    const auto                      type   = (ggml_type) kernel.type;
-    const ggml_type                 y_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
-    const size_t                    y_row  = ggml_row_size(y_type, N_IN);
-    std::minstd_rand                random(1);
-    std::normal_distribution<float> normal;
-    const auto                      numbers = [&](size_t n) {
-        std::vector<float> out(n);
-        std::generate(out.begin(), out.end(), [&] { return normal(random); });
-        return out;
-    };
-    std::vector<std::byte>   w(ggml_row_size(type, N_IN) * N_OUT);
-    const std::vector<float> weights = numbers(N_IN * N_OUT), inputs = numbers(N_IN * N_ROWS);
-    ggml_quantize_chunk(type, weights.data(), w.data(), 0, N_OUT, N_IN, nullptr);
-    repack_slice(kernel, N_IN, N_OUT, w.data());
-    std::vector<char>  y(y_row * N_ROWS), y4(y_row * N_ROWS);
-    std::vector<float> by_gemv(N_OUT * N_ROWS), by_gemm(N_OUT * N_ROWS);
-    for (int i = 0; i < N_ROWS; ++i) {
-        ggml_get_type_traits_cpu(y_type)->from_float(&inputs[(size_t) i * N_IN], &y[i * y_row], N_IN);
-        kernel.gemv(N_IN, &by_gemv[(size_t) i * N_OUT], N_OUT, w.data(), &y[i * y_row], 1, N_OUT);
-    }
-    for (int i = 0; i < N_ROWS; i += 4) {
-        const char * const rows[4] = { &y[i * y_row], &y[(i + 1) * y_row], &y[(i + 2) * y_row], &y[(i + 3) * y_row] };
-        interleave_inputs(y_type, rows, N_IN, &y4[i * y_row]);
-    }
-    kernel.gemm(N_IN, by_gemm.data(), N_OUT, w.data(), y4.data(), N_ROWS, N_OUT);
-    return memcmp(by_gemv.data(), by_gemm.data(), by_gemv.size() * sizeof(float)) == 0;
-}
-
-bool gemm_has_bits_of_gemv(const repack_kernel & kernel) {
-    static std::mutex                            mutex;
-    static std::map<const repack_kernel *, bool> known;
-    std::lock_guard<std::mutex>                  lock(mutex);
-    const auto [at, is_new] = known.emplace(&kernel, false);
-    if (is_new) {
-        at->second = try_gemm(kernel);
-    }
-    return at->second;
 }
 
 void repack_slice(const repack_kernel & kernel, int64_t n_in, int64_t n_out, std::byte * slice) {

@@ -17,18 +17,12 @@ struct repack_kernel {
     int64_t columns;  // rows of the matrix that are interleaved
     // s[0 .. nc) = the rows of vx (repacked, n long) times vy; nr = 1.
     void (*gemv)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
-    // The same for nr rows, a multiple of four, out of interleave_inputs(), bs floats from one result to the next.
-    void (*gemm)(int n, float * s, size_t bs, const void * vx, const void * vy, int nr, int nc);
     // `plain`, `columns` rows in `bytes` bytes -> group->data; 0 when done.
     int (*repack)(ggml_tensor * group, const void * plain, size_t bytes);
 };
 
 // NULL when stock llama.cpp multiplies [n_in, n_out] experts of this type as they are, here.
 const repack_kernel * find_repack_kernel(int32_t type, int64_t n_in, int64_t n_out);
-
-// Whether gemm gives what gemv gives, to the bit: tried on this CPU with some random numbers. Upstream multiplies experts by gemv alone;
-// gemm takes a half to two thirds of its time.
-bool gemm_has_bits_of_gemv(const repack_kernel & kernel);
 
 // `slice`: n_out rows of the type, plain -> repacked.
 void repack_slice(const repack_kernel & kernel, int64_t n_in, int64_t n_out, std::byte * slice);

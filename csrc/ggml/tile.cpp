@@ -1,7 +1,7 @@
 #include "tile.h"
 
-#include "../base/memory.h"
 #include "tile-instructions.h"
+#include "tile-trial.h"
 
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <random>
 
 namespace hobbit {
 
@@ -297,37 +296,15 @@ constexpr tile_kernel kernel() {
 #endif
 
 bool has_bits_of_upstream(const tile_kernel & kernel) {
-    constexpr int64_t               N = 192, N_R = 5, N_C = 11;
-    const auto                      type   = (ggml_type) kernel.type;
-    const size_t                    w_row  = ggml_row_size(type, N);
-    const size_t                    x_row  = ggml_row_size(GGML_TYPE_Q8_0, N);
-    const auto *                    inputs = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0);
-    std::minstd_rand                random(1);
-    std::normal_distribution<float> normal;
-    const auto                      numbers = [&](int64_t n) {
-        std::vector<float> out((size_t) n);
-        std::generate(out.begin(), out.end(), [&] { return normal(random); });
-        return out;
-    };
-    std::vector<char> w(w_row * N_R), x(x_row * N_C);
-    ggml_quantize_chunk(type, numbers(N * N_R).data(), w.data(), 0, N_R, N, nullptr);
-    const char *       rows[N_C];
-    float *            out[N_C];
-    std::vector<float> tiled(N_R * N_C), plain(N_R * N_C);
-    for (int64_t c = 0; c < N_C; ++c) {
-        inputs->from_float(numbers(N).data(), &x[(size_t) c * x_row], N);
-        rows[c] = &x[(size_t) c * x_row];
-        out[c]  = &tiled[(size_t) (c * N_R)];
+    constexpr int64_t N_R      = 5;  // four at a time, and one
+    const auto        type     = (ggml_type) kernel.type;
+    const auto        multiply = [type](const std::byte * w, const char * x, float * out) {
         for (int64_t r = 0; r < N_R; ++r) {
-            ggml_get_type_traits_cpu(type)->vec_dot(N, &plain[(size_t) (c * N_R + r)], 0, &w[(size_t) r * w_row], 0, rows[c],
-                                                    0, 1);
+            const std::byte * row = w + r * ggml_row_size(type, TRIAL_LENGTH);
+            ggml_get_type_traits_cpu(type)->vec_dot(TRIAL_LENGTH, out + r, 0, row, 0, x, 0, 1);
         }
-    }
-    std::vector<std::byte> room(kernel.prepared_bytes(N, N_C) + 64);
-    auto *                 prepared = (std::byte *) align_up((size_t) room.data(), 64);
-    kernel.prepare(rows, N, N_C, prepared);
-    kernel.multiply(N, w.data(), w_row, N_R, prepared, N_C, out);
-    return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
+    };
+    return has_bits_of({ N_R, nullptr, multiply }, kernel);
 }
 
 const tile_kernel * find_kernel(int32_t type) {

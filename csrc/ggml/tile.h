@@ -4,10 +4,10 @@
 // For Q8_0, Q4_0 and IQ4_NL as they are stored upstream has the product of two rows alone (its tiled kernels take K- and I-quants), and for
 // experts that are repacked that of eight rows by one. The same numbers are added in the same order as by these, so the result has the same
 // bits:
-// - Q8_0, Q4_0, IQ4_NL: a block of 32 is summed in integers, times the product of both scales it is added to one of eight running sums
+// - as stored: a block of 32 is summed in integers to eight parts, which times the product of both scales are added to eight running sums
 //   (IQ4_NL: sixteen);
-// - Q4_K, Q2_K: a super-block of 256 is summed in integers, times the product of both scales it is added to a running sum, that of the
-//   minimums to another.
+// - repacked Q4_0, IQ4_NL, MXFP4: it is summed to one integer, and there is one running sum;
+// - repacked Q4_K, Q2_K: a super-block of 256 is, with one running sum for the quants and one for the minimums.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +38,8 @@ const std::vector<tile_kernel> & tile_kernels();
 // built, and where its bits are not those of upstream's product: tried on this CPU with some random numbers.
 const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
 
-// The same for slices that are repacked: n_r is a multiple of eight. (Q4_0, IQ4_NL and MXFP4: upstream's gemm has the bits of its gemv.)
+// The same for slices that are repacked: n_r is a multiple of eight. (Upstream has a gemm for these types, but multiplies experts by gemv, of
+// which that of K-quants has not the bits.)
 const std::vector<tile_kernel> & repacked_tile_kernels();
 
 // NULL where there is none for the type, and where its bits are not those of `repacked.gemv` on this CPU.

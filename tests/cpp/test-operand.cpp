@@ -8,13 +8,16 @@
 
 namespace {
 
-hobbit::operand operand_of(int64_t n_out, size_t row_bytes, const hobbit::repack_kernel * repacked, bool by_gemm) {
+const hobbit::repack_kernel EIGHT = { GGML_TYPE_Q4_0, 8, nullptr, nullptr };
+const hobbit::tile_kernel   TILES = {};
+
+hobbit::operand operand_of(int64_t n_out, size_t row_bytes, const hobbit::repack_kernel * repacked, bool tiles) {
     hobbit::operand o;
     o.weights       = {};
     o.weights.ne[1] = n_out;
     o.weights.nb[1] = row_bytes;
     o.repacked      = repacked;
-    o.by_gemm       = by_gemm;
+    o.tiles         = tiles ? &TILES : nullptr;
     return o;
 }
 
@@ -36,8 +39,6 @@ void covers_once(const hobbit::operand & o, int64_t n_rows, int nth) {
         CHECK(pieces.rows % o.repacked->columns == 0);
     }
 }
-
-const hobbit::repack_kernel EIGHT = { GGML_TYPE_Q4_0, 8, nullptr, nullptr, nullptr };
 
 }  // namespace
 

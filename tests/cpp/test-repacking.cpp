@@ -60,47 +60,6 @@ TEST("a slice is repacked to the bytes of upstream, whatever it holds") {
     CHECK(n_kernels > 0 || !ggml_cpu_has_avx2());
 }
 
-TEST("gemm on interleaved inputs gives the numbers of gemv, and the bits where it is said to") {
-    ggml_cpu_init();
-    constexpr int                   N_IN = 768, N_OUT = 40, N_ROWS = 24;
-    std::mt19937                    random(3);
-    std::normal_distribution<float> normal;
-    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q2_K, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 }) {
-        const hobbit::repack_kernel * kernel = hobbit::find_repack_kernel(type, N_IN, N_OUT);
-        if (kernel == nullptr) {
-            continue;
-        }
-        std::vector<float> weights(N_IN * N_OUT), x(N_IN * N_ROWS);
-        for (std::vector<float> * v : { &weights, &x }) {
-            for (float & f : *v) {
-                f = normal(random);
-            }
-        }
-        std::vector<std::byte> w(ggml_row_size(type, N_IN) * N_OUT);
-        ggml_quantize_chunk(type, weights.data(), w.data(), 0, N_OUT, N_IN, nullptr);
-        hobbit::repack_slice(*kernel, N_IN, N_OUT, w.data());
-        const ggml_type    y_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
-        const size_t       row    = ggml_row_size(y_type, N_IN);
-        std::vector<char>  y(row * N_ROWS), y4(y.size());
-        std::vector<float> one_by_one(N_OUT * N_ROWS), together(one_by_one.size());
-        for (int i = 0; i < N_ROWS; ++i) {
-            ggml_get_type_traits_cpu(y_type)->from_float(&x[(size_t) i * N_IN], &y[i * row], N_IN);
-            kernel->gemv(N_IN, &one_by_one[(size_t) i * N_OUT], N_OUT, w.data(), &y[i * row], 1, N_OUT);
-        }
-        for (int i = 0; i < N_ROWS; i += 4) {
-            const char * const rows[4] = { &y[i * row], &y[(i + 1) * row], &y[(i + 2) * row], &y[(i + 3) * row] };
-            hobbit::interleave_inputs(y_type, rows, N_IN, &y4[i * row]);
-        }
-        kernel->gemm(N_IN, together.data(), N_OUT, w.data(), y4.data(), N_ROWS, N_OUT);
-        for (size_t i = 0; i < together.size(); ++i) {
-            CHECK(std::abs(together[i] - one_by_one[i]) <= 1e-5f * (1.0f + std::abs(one_by_one[i])) * 30.0f);
-        }
-        if (hobbit::gemm_has_bits_of_gemv(*kernel)) {
-            CHECK(together == one_by_one);
-        }
-    }
-}
-
 TEST("rows that do not come in eights are not repacked") {
     CHECK(hobbit::find_repack_kernel(GGML_TYPE_Q4_K, 256, 12) == nullptr);
     CHECK(hobbit::find_repack_kernel(GGML_TYPE_F16, 256, 8) == nullptr);
