@@ -278,17 +278,34 @@ void prefetcher::predict_batch(const job & j) {
     if (to >= index_.layers().size() || !routers_.shape(to, shape)) {
         return;
     }
-    std::vector<uint32_t> votes(shape.n_expert, 0);
-    std::vector<float>    logits(shape.n_expert);
-    policy::prediction    guess;
+    std::vector<uint32_t>     votes(shape.n_expert, 0);
+    std::vector<policy::need> needs(shape.n_expert, policy::need::never), of_token;
+    std::vector<float>        logits(shape.n_expert);
+    policy::prediction        guess;
+    // Of a sample nobody knows whether one of the other tokens needs it high.
+    const bool all       = j.n_tokens == j.of_tokens;
+    const bool by_demand = j.how.rule == policy::precision_rule::demand;
     for (uint32_t i = 0; i < j.n_tokens; ++i) {
         if (!predict_logits(j, 1, i, logits.data())) {
             return;
         }
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
         const auto k = (uint32_t) guess.experts.size();
+        of_token.assign(k, policy::need::high);
+        if (j.how.by_weight(k) && all && !by_demand) {
+            policy::assess(guess.weights.data(), k, to, j.how, of_token.data(), nullptr);
+        }
         for (uint32_t s = 0; s < (j.how.limits(k) ? j.how.max_experts : k); ++s) {
-            votes[guess.experts[s]]++;
+            const uint32_t e = guess.experts[s];
+            needs[e]         = std::max(needs[e], of_token[s]);
+            votes[e]++;
+        }
+    }
+    if (j.how.by_popularity(j.of_tokens)) {
+        std::vector<policy::need> popular(shape.n_expert);
+        policy::classify_popularity(votes.data(), shape.n_expert, j.how.prefill_low, popular.data());
+        for (uint32_t e = 0; e < shape.n_expert; ++e) {
+            needs[e] = std::min(needs[e], popular[e]);
         }
     }
     std::vector<expert_want> wants;
@@ -296,6 +313,7 @@ void prefetcher::predict_batch(const job & j) {
         if (votes[e] > 0) {
             expert_want w;
             w.expert = (uint16_t) e;
+            w.need   = needs[e];
             w.count  = votes[e];
             wants.push_back(w);
         }
