@@ -122,6 +122,24 @@ def test_a_failed_run_is_told() -> None:
     assert median_row([failed])["error"] == "killed"
 
 
+def test_stock_that_is_refused_memory_for_repacked_weights_is_run_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = runner._call, []
+
+    def call(command: Any, *rest: Any) -> Any:
+        job = json.loads(Path(re.findall(r"\S+job\.json", str(command))[0].strip("'\"")).read_text(encoding="utf-8"))
+        asked.append(job["repack"])
+        if job["repack"]:
+            return 1, "llama.cpp cannot load it: insufficient memory (attempted to allocate 24192.00 MB)"
+        return real(command, *rest)
+
+    monkeypatch.setattr(runner, "_call", call)
+    path = tiny("mixtral", "Q8_0")
+    setting = runner.Setting(path, path, list(range(5, 13)), 4, 64, 32, 32, 1, 60.0, files=(path,))
+    row = runner.run_once(setting, parse_contenders("mmap")[0], None)
+    assert asked == [True, False] and "error" not in row, row
+    assert any("no memory for repacked weights" in note for note in row["notes"])
+
+
 def test_the_roof_is_the_higher_of_cores_and_disk() -> None:
     row = run_of(tok_s=10.0, mb_token=60.0, mb_wasted_token=10.0, stall_ms=70.0)
     add_roof(row, floor_ms=20.0, bandwidth=1e9)

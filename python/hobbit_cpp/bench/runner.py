@@ -162,16 +162,16 @@ def _run_worker(setting: Setting, contender: Contender, memory: Optional[int], c
     }
     try:
         out = _work(job, cap)
-    except _Killed as e:
+    except _OutOfMemory as e:
         if contender.kind != "stock":
-            raise _RunError(str(e)) from None
+            raise
         # Stock llama.cpp copies weights of some types into memory of its own, repacked: more than it was given.
         job["repack"] = False
         try:
             out = _work(job, cap)
-        except _Killed:
-            raise _RunError(str(e)) from None
-        notes.append("killed with repacked weights, so run with the weights as they are in the file")
+        except _OutOfMemory:
+            raise e from None
+        notes.append("no memory for repacked weights, so run with the weights as they are in the file")
     note = out.pop("note")
     if note:
         notes.append(note)
@@ -180,8 +180,8 @@ def _run_worker(setting: Setting, contender: Contender, memory: Optional[int], c
     return out
 
 
-class _Killed(_RunError):
-    """The kernel ended it."""
+class _OutOfMemory(_RunError):
+    """The kernel ended it, or llama.cpp was refused what it asked for."""
 
 
 def _work(job: Dict[str, Any], cap: conditions.Cap) -> Row:
@@ -198,8 +198,10 @@ def _work(job: Dict[str, Any], cap: conditions.Cap) -> Row:
 
 def _fail(code: int, output: str, cap: conditions.Cap) -> None:
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        raise _Killed("killed: it took more memory than the cap" if cap.kills() else "killed")
+        raise _OutOfMemory("killed: it took more memory than the cap" if cap.kills() else "killed")
     last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+    if "insufficient memory" in last:  # llama.cpp's log
+        raise _OutOfMemory(" ".join(last.split()))
     raise _RunError(" ".join(last.split()) or f"ended with code {code}")
 
 
