@@ -72,9 +72,10 @@ struct avx2 : of_256 {
     // The operand of add_scaled.
     static ints scales(const uint8_t * of_rows) { return spread(of_rows, (int64_t) 0x8000800080008000); }
 
-    // sum += scale * the products of CHUNKS chunks of quants that are 0 to 15, in 16 bits: eight of at most 15 * 128.
+    // sum += scale * the products of CHUNKS chunks of quants that are 0 to 15; in 16 bits, of which two go by one instruction.
     template <int CHUNKS>
     static void add_scaled(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
+        static_assert(2 * CHUNKS * 15 * 128 < 1 << 15);
         for (int h = 0; h < 2; ++h) {
             __m256i dots = _mm256_setzero_si256();
             for (int j = 0; j < CHUNKS; ++j) {
@@ -85,11 +86,13 @@ struct avx2 : of_256 {
         }
     }
 
-    // The products of CHUNKS chunks of values with sign; the sign goes to the other side, since one is multiplied without.
+    // The products of CHUNKS chunks of values with sign; the sign goes to the other side, since one is multiplied without. `start`: what the
+    // two integers of each row begin with.
     template <int CHUNKS>
-    static ints dots(int64_t, const ints * values, const int8_t * x) {
-        ints out = zero();
+    static ints dots(int64_t start, const ints * values, const int8_t * x) {
+        ints out;
         for (int h = 0; h < 2; ++h) {
+            out.half[h] = _mm256_set1_epi64x(start);
             for (int j = 0; j < CHUNKS; ++j) {
                 const __m256i w = values[j].half[h];
                 const __m256i y = _mm256_sign_epi8(_mm256_set1_epi64x(load<int64_t>(x + j * 8)), w);
@@ -107,18 +110,19 @@ struct avx_vnni : of_256 {
     static constexpr const char * NAME   = "AVX VNNI";
     static constexpr bool         BIASED = true;
 
-    // Sums of 16 products are within 16 bits, so they are multiplied as such: by the scale and, where their sign is, by nothing.
+    // Sums of products are within 16 bits, so they are multiplied as such: by the scale and, where their sign is, by nothing.
     static ints scales(const uint8_t * of_rows) { return spread(of_rows, (int64_t) 0x8080800080808000); }
 
     template <int CHUNKS>
     static void add_scaled(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
+        static_assert(4 * CHUNKS * 15 * 128 < 1 << 15);
         const ints products = dots<CHUNKS>(0, quants, x);
         for (int h = 0; h < 2; ++h) {
             sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(products.half[h], scales.half[h]));
         }
     }
 
-    // The values have a bias; `start`: what it adds, taken off, in the first of two integers.
+    // The values have a bias, and are without sign; what it adds is taken off by `start`.
     template <int CHUNKS>
     static ints dots(int64_t start, const ints * values, const int8_t * x) {
         ints out;
@@ -159,6 +163,7 @@ struct avx512_vnni {
 
     template <int CHUNKS>
     static void add_scaled(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
+        static_assert(4 * CHUNKS * 15 * 128 < 1 << 15);
         sum = _mm512_dpwssd_epi32(sum, dots<CHUNKS>(0, quants, x), scales);
     }
 

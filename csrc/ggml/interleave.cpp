@@ -15,11 +15,11 @@ namespace {
 constexpr int ROWS  = 8;
 constexpr int CHUNK = 8;  // bytes of quants that stay together
 
-// Quants of row j of `rows`, which take turns, eight bytes each.
-template <size_t bytes, typename to_t, typename from_t>
-void put_quants(to_t * to, const from_t (&quants)[bytes], int j, int rows) {
+// Quants of row j; the rows take turns, eight bytes each.
+template <size_t bytes>
+void put_quants(uint8_t * to, const uint8_t (&quants)[bytes], int j) {
     for (size_t c = 0; c < bytes / CHUNK; ++c) {
-        memcpy(to + (c * rows + j) * CHUNK, quants + c * CHUNK, CHUNK);
+        memcpy(to + (c * ROWS + j) * CHUNK, quants + c * CHUNK, CHUNK);
     }
 }
 
@@ -30,7 +30,7 @@ void interleave_block(wide_t & to, const block_t * from, int64_t stride) {
         const block_t & row = from[j * stride];
         memcpy(&to.d[j], &row.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d, sizeof(ggml_half));
         memcpy(&to.dmin[j], &row.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin, sizeof(ggml_half));
-        put_quants(to.qs, row.qs, j, ROWS);
+        put_quants(to.qs, row.qs, j);
     }
 }
 

@@ -1,5 +1,5 @@
-// Rows interleaved as upstream's kernels for repacked weights want them. Of weights, eight rows of K-quants: the bytes that
-// upstream's repacking gives, at two to three times its speed. Upstream does it once, at load; we do it for every expert that
+// Eight rows of K-quants interleaved as upstream's kernels for repacked weights want them: the bytes that upstream's repacking
+// gives, at two to three times its speed. Upstream does it once, at load; we do it for every expert that
 // arrives, and there it took as much processor time as multiplying.
 #pragma once
 

@@ -93,7 +93,7 @@ static void multiply_tiles(const operand & o, ggml_tensor * dst, const char * sl
 static void multiply_repacked(const operand & o, ggml_tensor * dst, const char * slice, const pass_row * rows, int64_t r0,
                               int64_t r1, int64_t c0, int64_t c1) {
     const char * w = slice + r0 * o.weights.nb[1];
-    for (int64_t c = c0; r0 < r1 && c < c1; ++c) {
+    for (int64_t c = c0; c < c1; ++c) {
         o.repacked->gemv((int) o.weights.ne[0], output_of(dst, rows[c]) + r0, (size_t) o.weights.ne[1], w,
                          input_of(o, dst, rows[c]), 1, (int) (r1 - r0));
     }
@@ -113,8 +113,9 @@ cut::cut(const operand & o, int64_t n_rows, int nth) {
     const int64_t n_out = o.weights.ne[1];
     int64_t       n0    = 0;  // pieces of the rows of weights
     if (o.tiles != nullptr && n_rows >= MANY_ROWS) {
-        n0   = std::min<int64_t>(parts(n_out, 16), 2 * nth);  // few, since each prepares its inputs for itself
-        cols = TILE_ROWS;
+        n0 = std::min<int64_t>(parts(n_out, 16), 2 * nth);  // few, since each prepares its inputs for itself
+        // No rest of a few batch rows, which would go one by one.
+        cols = n_rows % TILE_ROWS < MANY_ROWS ? parts(n_rows, parts(n_rows, TILE_ROWS)) : TILE_ROWS;
     } else if (o.repacked != nullptr && n_rows > 1) {
         // All batch rows go by a piece one after the other, as long as it stays in a core's own cache.
         n0   = std::max<int64_t>(nth, parts(n_out * (int64_t) o.weights.nb[1], CACHED));

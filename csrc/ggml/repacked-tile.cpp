@@ -3,7 +3,6 @@
 #include "tile-trial.h"
 #include "tile.h"
 
-#include "ggml-cpu.h"
 #include "ggml.h"
 
 // upstream, private: the tables, then the blocks
@@ -30,6 +29,8 @@ using eight_rows::ROWS;
 
 constexpr int COLS = 16;  // rows of inputs at a time
 
+__m256 eight_halves(const ggml_half * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
+
 // K-quants: a super-block of eight rows is SUB_BLOCKS sub-blocks, with a scale and a minimum of each row, of CHUNKS chunks.
 
 struct q4_K {
@@ -39,7 +40,7 @@ struct q4_K {
     static constexpr int       MASK       = 15;
     using block                           = block_q4_Kx8;
 
-    // The chunks of sub-block `s` lie one behind the other, so many bits to the left.
+    // The chunks of sub-block `s`, one behind the other; `shift`: by so many bits to the left in their bytes.
     static const uint8_t * chunks(const block & b, int s) { return b.qs + s / 2 * CHUNKS * CHUNK; }
 
     static int shift(int s) { return s % 2 * 4; }
@@ -133,8 +134,8 @@ struct k_quants {
         for (int p = 0; p < PAIRS; ++p) {
             mins[p] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *) min[p]));
         }
-        const __m256 d    = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.d));
-        const __m256 dmin = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) w.dmin));
+        const __m256 d    = eight_halves(w.d);
+        const __m256 dmin = eight_halves(w.dmin);
         for (int64_t c = 0; c < n_c; ++c) {
             __m256i of_mins = _mm256_setzero_si256();
             for (int p = 0; p < PAIRS; ++p) {
@@ -161,7 +162,7 @@ struct q4_0 {
     // Of numbers with sign: upstream's repacking makes them such.
     static __m128i values() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1); }
 
-    static __m256 scales(const block & b) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b.d)); }
+    static __m256 scales(const block & b) { return eight_halves(b.d); }
 };
 
 struct iq4_nl {
@@ -171,7 +172,7 @@ struct iq4_nl {
 
     static __m128i values() { return _mm_loadu_si128((const __m128i *) kvalues_iq4nl); }
 
-    static __m256 scales(const block & b) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b.d)); }
+    static __m256 scales(const block & b) { return eight_halves(b.d); }
 };
 
 struct mxfp4 {
@@ -196,10 +197,11 @@ struct of_values {
     using set                   = I;
     static constexpr int LENGTH = 32;
     static constexpr int CHUNKS = LENGTH / 8;
+    static constexpr int BIAS   = I::BIASED ? W::BIAS : 0;
 
     struct inputs {
         int8_t  quants[LENGTH];
-        int32_t start, nothing;  // of each row's two integers
+        int32_t start[2];  // of the two integers of each row
         float   scale;
     };
 
@@ -208,20 +210,20 @@ struct of_values {
     static void put(inputs & to, const char * row, int64_t b) {
         const block_q8_0 & x = ((const block_q8_0 *) row)[b];
         memcpy(to.quants, x.qs, sizeof(x.qs));
-        to.start   = -W::BIAS * std::accumulate(x.qs, x.qs + LENGTH, 0);
-        to.nothing = 0;
-        to.scale   = _cvtsh_ss(x.d);
+        to.start[0] = -BIAS * std::accumulate(x.qs, x.qs + LENGTH, 0);
+        to.start[1] = 0;
+        to.scale    = _cvtsh_ss(x.d);
     }
 
     static void add(const typename W::block & w, const inputs * x, int64_t n_c, sums * to) {
-        const __m128i    values = _mm_add_epi8(W::values(), _mm_set1_epi8((char) (I::BIASED ? W::BIAS : 0)));
+        const __m128i    values = _mm_add_epi8(W::values(), _mm_set1_epi8((char) BIAS));
         typename I::ints chunks[CHUNKS];
         for (int j = 0; j < CHUNKS; ++j) {
             chunks[j] = I::values(values, I::quants((const uint8_t *) w.qs + j % 2 * CHUNK, j / 2 * 4, 15));
         }
         const __m256 d = W::scales(w);
         for (int64_t c = 0; c < n_c; ++c) {
-            const auto products = I::template dots<CHUNKS>(load<int64_t>(&x[c].start), chunks, x[c].quants);
+            const auto products = I::template dots<CHUNKS>(load<int64_t>(x[c].start), chunks, x[c].quants);
             const auto of_rows  = _mm256_cvtepi32_ps(I::of_rows(products));
             to[c]               = _mm256_fmadd_ps(of_rows, _mm256_mul_ps(d, _mm256_set1_ps(x[c].scale)), to[c]);
         }
@@ -312,18 +314,18 @@ const std::vector<tile_kernel> & repacked_tile_kernels() {
 }
 
 const tile_kernel * find_repacked_tile_kernel(const repack_kernel & repacked) {
-    static std::mutex                                           mutex;
-    static std::map<const repack_kernel *, const tile_kernel *> known;
-    std::lock_guard<std::mutex>                                 lock(mutex);
-    const auto [at, is_new] = known.emplace(&repacked, nullptr);
-    if (is_new) {
-        const auto & kernels = repacked_tile_kernels();
-        const auto   first   = std::find_if(kernels.begin(), kernels.end(), [&](const tile_kernel & kernel) {
-            return kernel.type == repacked.type && has_bits_of_gemv(kernel, repacked);
-        });
-        at->second           = first == kernels.end() ? nullptr : &*first;
+    static std::mutex                             mutex;
+    static std::map<int32_t, const tile_kernel *> known;
+    std::lock_guard<std::mutex>                   lock(mutex);
+    const auto                                    at = known.find(repacked.type);
+    if (at != known.end()) {
+        return at->second;
     }
-    return at->second;
+    const tile_kernel * found = first_with_bits(repacked_tile_kernels(), repacked.type, [&](const tile_kernel & kernel) {
+        return has_bits_of_gemv(kernel, repacked);
+    });
+    known.emplace(repacked.type, found);
+    return found;
 }
 
 }  // namespace hobbit

@@ -3,7 +3,6 @@
 #include "interleave.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml.h"
 
 // upstream, private

@@ -278,6 +278,9 @@ void multiply_vectors(int64_t n_blocks, const char * weights, size_t row_bytes, 
         multiply_columns<W, I, V>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
     if constexpr (V > 1) {
+        if (c >= n_c) {
+            return;
+        }
         multiply_vectors<W, I, V - 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
 }
@@ -307,14 +310,6 @@ bool has_bits_of_upstream(const tile_kernel & kernel) {
     return has_bits_of({ N_R, nullptr, multiply }, kernel);
 }
 
-const tile_kernel * find_kernel(int32_t type) {
-    const auto & kernels = tile_kernels();
-    const auto   at      = std::find_if(kernels.begin(), kernels.end(), [type](const tile_kernel & kernel) {
-        return kernel.type == type && has_bits_of_upstream(kernel);
-    });
-    return at == kernels.end() ? nullptr : &*at;
-}
-
 }  // namespace
 
 const std::vector<tile_kernel> & tile_kernels() {
@@ -336,7 +331,7 @@ const tile_kernel * find_tile_kernel(int32_t type, int64_t n) {
     static const std::map<int32_t, const tile_kernel *> found = [] {
         std::map<int32_t, const tile_kernel *> of_type;
         for (const tile_kernel & kernel : tile_kernels()) {
-            of_type.emplace(kernel.type, find_kernel(kernel.type));
+            of_type.emplace(kernel.type, first_with_bits(tile_kernels(), kernel.type, has_bits_of_upstream));
         }
         return of_type;
     }();

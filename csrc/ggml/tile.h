@@ -3,7 +3,7 @@
 //
 // For Q8_0, Q4_0 and IQ4_NL as they are stored upstream has the product of two rows alone (its tiled kernels take K- and I-quants), and for
 // experts that are repacked that of eight rows by one. The same numbers are added in the same order as by these, so the result has the same
-// bits:
+// bits for finite inputs:
 // - as stored: a block of 32 is summed in integers to eight parts, which times the product of both scales are added to eight running sums
 //   (IQ4_NL: sixteen);
 // - repacked Q4_0, IQ4_NL, MXFP4: it is summed to one integer, and there is one running sum;
@@ -38,8 +38,7 @@ const std::vector<tile_kernel> & tile_kernels();
 // built, and where its bits are not those of upstream's product: tried on this CPU with some random numbers.
 const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
 
-// The same for slices that are repacked: n_r is a multiple of eight. (Upstream has a gemm for these types, but multiplies experts by gemv, of
-// which that of K-quants has not the bits.)
+// The same for slices that are repacked: n_r is a multiple of eight.
 const std::vector<tile_kernel> & repacked_tile_kernels();
 
 // NULL where there is none for the type, and where its bits are not those of `repacked.gemv` on this CPU.

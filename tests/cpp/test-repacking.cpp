@@ -1,8 +1,6 @@
 // ggml/repacking.h: slices come out of it as they come out of stock llama.cpp's repacking buffer.
 #include "ggml/repacking.h"
 
-#include "ggml/interleave.h"
-
 #include "test.h"
 
 #include "ggml-backend.h"
@@ -12,7 +10,6 @@
 // upstream, private
 #include "repack.h"
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <random>

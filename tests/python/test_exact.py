@@ -102,9 +102,10 @@ def test_offload_none_is_unpatched(shape: str, tmp_path: Path) -> None:
     assert np.array_equal(ours, stock_logits(path, prompt, 64, tmp_path))
 
 
-def test_streaming_serves_a_batch_that_does_not_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("high", ["F16", "Q4_K"])
+def test_streaming_serves_a_batch_that_does_not_fit(high: str, tmp_path: Path) -> None:
     """At the floor a batch wants more experts than there are slots; the others are streamed, each read once a product."""
-    path = tiny("mixtral", "F16")
+    path = tiny_dual("mixtral", high, "none")
     llm = load(Llama, str(path), 2, offload="lru", expert_cache=pool_sizes(path)[0])
     prompt = words(llm, 64)
     got = logits(llm, prompt, 64)

@@ -81,7 +81,7 @@ def test_what_a_prompt_reads_ahead_is_low_for_unpopular_experts_too(shape: str) 
             logits(llm, words(llm, 64), 64)
         read[share] = llm.offload_stats().bytes_read
         llm.close()
-    # Low copies have half the bytes, and are more of the experts than of the selections. Read ahead in high precision, it was .68 and .75.
+    # Low copies have half the bytes, and are more of the experts than of the selections. Read ahead high, it was .68 and .75.
     assert read[0.6] < 0.6 * read[0.0], read
 
 
