@@ -109,7 +109,7 @@ class Session(Observed):
         return MemoryBudgetError(
             f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
             f"{human(smallest)} (dense weights {human(self.info.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
-            "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps)"
+            "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps, and flash attention)"
         )
 
     def _pool_floor(self) -> int:

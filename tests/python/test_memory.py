@@ -39,7 +39,7 @@ LONG = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 from hobbit_cpp import Llama
-sizes = {"n_ctx": 4096, "n_batch": 2048, "n_ubatch": 2048, "n_threads": 2}
+sizes = {"n_ctx": 4096, "n_batch": 2048, "n_ubatch": 2048, "n_threads": 2, "flash_attn": sys.argv[3] == "True"}
 llm = Llama(sys.argv[1], offload="lru", memory=int(sys.argv[2]), verbose=False, **sizes)
 llm.eval((llm.tokenize(b"the expert of the layer and the token in the wood ") * 1000)[:4000])
 s = llm.offload_stats()
@@ -66,10 +66,11 @@ def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> Non
     assert out["tokens"] == 610 and out["read"] > out["pool"]
 
 
-def test_a_long_prompt_stays_under_the_budget(large_model: Path) -> None:
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_long_prompt_stays_under_the_budget(large_model: Path, flash_attn: bool) -> None:
     """What ggml works in (attention over the whole context, here 64 MiB) is part of it."""
     budget = 480 << 20
-    command = [sys.executable, "-c", LONG, str(large_model), str(budget)]
+    command = [sys.executable, "-c", LONG, str(large_model), str(budget), str(flash_attn)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)

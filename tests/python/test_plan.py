@@ -37,7 +37,7 @@ MEASURE = """
 import json, sys
 from hobbit_cpp import Llama, _memory
 llm = Llama(sys.argv[1], offload="hobbit", memory=int(sys.argv[2]), n_ctx=int(sys.argv[3]), n_batch=128, n_ubatch=128,
-            n_threads=1, n_threads_batch=1, verbose=False)
+            n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
 tokens = (llm.tokenize(b"the expert of the layer and the token in the wood ") * 100)[: int(sys.argv[3]) - 8]
 llm.eval(tokens)
 s = llm.offload_stats()
@@ -73,6 +73,11 @@ def test_the_smallest_budget_works_and_less_does_not() -> None:
         assert (done.returncode == 0) is works, done.stderr
         if not works:
             assert "too small" in done.stderr
+
+
+def test_flash_attention_leaves_more_of_a_long_context() -> None:
+    flash, plain = (measure_sizes(tiny("mixtral"), 8192, 512, 512, 1, flash_attn=on) for on in (True, False))
+    assert flash.buffers < plain.buffers / 2 and flash.kv == plain.kv
 
 
 def test_a_larger_context_takes_more() -> None:

@@ -266,13 +266,14 @@ def test_model_flags_reach_llama(
     model = tmp_path / "m.gguf"
     model.touch()
     numbers = ["-c", "1000", "-t", "3", "-tb", "4", "-b", "64", "-ub", "32"]
-    assert main(["run", str(model), "-p", "x", "--memory", "50%", *numbers, *flags]) == 0
+    attention = ["-fa", "off"] if "--exact" in flags else []
+    assert main(["run", str(model), "-p", "x", "--memory", "50%", *numbers, *attention, *flags]) == 0
     params, progress = seen.pop("offload"), seen.pop("progress")
     assert progress(0.5) is True
     assert (params if params is None else params.given) == offload
     assert seen == {
         "path": str(model), "memory": "50%", "n_ctx": 1000, "n_threads": 3, "n_threads_batch": 4, "n_batch": 64,
-        "n_ubatch": 32, "verbose": False,
+        "n_ubatch": 32, "flash_attn": not attention, "verbose": False,
     }  # fmt: skip
 
 

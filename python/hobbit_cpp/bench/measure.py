@@ -71,7 +71,7 @@ def measure(request: Request) -> Dict[str, Any]:
     # Warmed by the text before the one that is measured: a cache that knows what is to come would be no measure.
     n_before = n - 1 if request.warm else 0
     tokens = tokens_of(request.model, n_before + n, request.text)
-    sizes = measure_sizes(request.model, n_ctx, request.n_batch, request.n_ubatch, request.threads)
+    sizes = measure_sizes(request.model, n_ctx, request.n_batch, request.n_ubatch, request.threads, flash_attn=False)
     routing_layers = None
     if request.routing is not None:  # a trace that cannot be followed is said before anything runs
         trace = Trace.load(request.routing)

@@ -100,13 +100,22 @@ class _Unloaded(Llama):
         return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers)
 
 
-def measure_sizes(model: Path, n_ctx: int, n_batch: int, n_ubatch: int, threads: int, low_model: LowModel = None) -> Sizes:
-    """Asks llama.cpp. `low_model`: see `OffloadParams`.
+def measure_sizes(
+    model: Path,
+    n_ctx: int,
+    n_batch: int,
+    n_ubatch: int,
+    threads: int,
+    low_model: LowModel = None,
+    flash_attn: bool = True,
+) -> Sizes:
+    """Asks llama.cpp. `low_model`: see `OffloadParams`; flash_attn: as `hobbit run` has it.
 
     Raises:
         NotMoeError, ModelFormatError, UnsupportedModelError: as loading it would.
     """
     kwargs = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": threads, "n_threads_batch": threads}
+    kwargs["flash_attn"] = flash_attn
     llm: Optional[_Unloaded] = None
     try:
         with errors_explained(str(model)):

@@ -81,6 +81,13 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument("-tb", "--threads-batch", metavar="N", type=positive, help="threads for the prompt")
     group.add_argument("-b", "--batch-size", metavar="N", type=positive, default=512, help="default: 512")
     group.add_argument("-ub", "--ubatch-size", metavar="N", type=positive, default=512, help="default: 512")
+    group.add_argument(
+        "-fa",
+        "--flash-attn",
+        choices=["on", "off"],
+        default="on",
+        help="attention by tiles (default: on): with a long context it leaves more memory for experts, and is faster",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log; a traceback when something fails")
 
 
@@ -160,6 +167,7 @@ def load_model(args: argparse.Namespace, model_class: Any = None, **more: Any) -
         "n_threads_batch": args.threads_batch,
         "n_batch": args.batch_size,
         "n_ubatch": args.ubatch_size,
+        "flash_attn": args.flash_attn == "on",
         "verbose": args.verbose,
     }
     return (model_class or Llama)(str(args.model), **{**options, **more})
