@@ -172,6 +172,7 @@ def calibrate(
         )
     width = min(_WIDTH, window)
     sizes = {"n_ctx": window, "n_batch": width, "n_ubatch": width, "n_threads": threads, "n_threads_batch": threads}
+    sizes["flash_attn"] = True  # as what runs later, and `hobbit eval`
     scorer = LlamaScorer(path, offload=params, memory=memory, verbose=False, **sizes)
     try:
         info = scorer.offload_info
