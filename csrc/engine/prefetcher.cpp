@@ -210,6 +210,14 @@ void prefetcher::learn(const job & j) {
     }
 }
 
+// The needs of the first k of what is predicted of a token; by `demand` what is read ahead is high.
+static void assess_ahead(const policy::serving & how, uint32_t layer, const policy::prediction & of, uint32_t k,
+                         policy::need * needs) {
+    if (how.by_weight(k) && how.rule != policy::precision_rule::demand) {
+        policy::assess(of.weights.data(), k, layer, how, needs, nullptr);
+    }
+}
+
 void prefetcher::predict_token(const job & j) {
     std::vector<float>        logits;
     std::vector<expert_want>  wants;
@@ -252,11 +260,8 @@ void prefetcher::predict_token(const job & j) {
         if (!queue) {
             continue;  // farther layers are predicted for the recall figures only
         }
-        needs.assign(n_read, policy::need::high);
-        // By `demand` what is read ahead is high, and so is by any rule what is read beyond the k that are expected.
-        if (j.how.by_weight(n_used) && j.how.rule != policy::precision_rule::demand) {
-            policy::assess(found.weights.data(), n_used, to, j.how, needs.data(), nullptr);
-        }
+        needs.assign(n_read, policy::need::high);  // what is read beyond the k that are expected, by any rule
+        assess_ahead(j.how, to, found, n_used, needs.data());
         wants.clear();
         for (uint32_t i = 0; i < n_read; ++i) {
             if (chance[i] >= MIN_CHANCE[d - 1]) {
@@ -282,9 +287,6 @@ void prefetcher::predict_batch(const job & j) {
     std::vector<policy::need> needs(shape.n_expert, policy::need::never), of_token;
     std::vector<float>        logits(shape.n_expert);
     policy::prediction        guess;
-    // Of a sample nobody knows whether one of the other tokens needs it high.
-    const bool all       = j.n_tokens == j.of_tokens;
-    const bool by_demand = j.how.rule == policy::precision_rule::demand;
     for (uint32_t i = 0; i < j.n_tokens; ++i) {
         if (!predict_logits(j, 1, i, logits.data())) {
             return;
@@ -292,8 +294,8 @@ void prefetcher::predict_batch(const job & j) {
         policy::predict_top_k(shape, logits.data(), routers_.selection_bias(to), guess);
         const auto k = (uint32_t) guess.experts.size();
         of_token.assign(k, policy::need::high);
-        if (j.how.by_weight(k) && all && !by_demand) {
-            policy::assess(guess.weights.data(), k, to, j.how, of_token.data(), nullptr);
+        if (j.n_tokens == j.of_tokens) {  // of a sample nobody knows whether one of the other tokens needs it high
+            assess_ahead(j.how, to, guess, k, of_token.data());
         }
         for (uint32_t s = 0; s < (j.how.limits(k) ? j.how.max_experts : k); ++s) {
             const uint32_t e = guess.experts[s];

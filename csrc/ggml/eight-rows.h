@@ -59,6 +59,26 @@ struct of_256 {
         return out;
     }
 
+    // `start` for each row, and what `add(sum, quants, eight inputs)` makes of CHUNKS chunks.
+    template <int CHUNKS, typename add_t>
+    static ints over_chunks(int64_t start, const ints * quants, const int8_t * x, const add_t & add) {
+        ints out;
+        for (int h = 0; h < 2; ++h) {
+            out.half[h] = _mm256_set1_epi64x(start);
+            for (int j = 0; j < CHUNKS; ++j) {
+                out.half[h] = add(out.half[h], quants[j].half[h], _mm256_set1_epi64x(load<int64_t>(x + j * 8)));
+            }
+        }
+        return out;
+    }
+
+    // Of numbers of 16 bits.
+    static void add_products_of(ints & sum, const ints & a, const ints & b) {
+        for (int h = 0; h < 2; ++h) {
+            sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(a.half[h], b.half[h]));
+        }
+    }
+
     // The sums of both integers, of row 0, 1, ...
     static __m256i of_rows(const ints & sum) {
         return _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.half[0], sum.half[1]), 0xd8);
@@ -76,31 +96,20 @@ struct avx2 : of_256 {
     template <int CHUNKS>
     static void add_scaled(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
         static_assert(2 * CHUNKS * 15 * 128 < 1 << 15);
-        for (int h = 0; h < 2; ++h) {
-            __m256i dots = _mm256_setzero_si256();
-            for (int j = 0; j < CHUNKS; ++j) {
-                const __m256i eight = _mm256_set1_epi64x(load<int64_t>(x + j * 8));
-                dots                = _mm256_add_epi16(dots, _mm256_maddubs_epi16(quants[j].half[h], eight));
-            }
-            sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(dots, scales.half[h]));
-        }
+        const auto add = [](__m256i sums, __m256i w, __m256i y) {
+            return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, y));
+        };
+        add_products_of(sum, over_chunks<CHUNKS>(0, quants, x, add), scales);
     }
 
     // The products of CHUNKS chunks of values with sign; the sign goes to the other side, since one is multiplied without. `start`: what the
     // two integers of each row begin with.
     template <int CHUNKS>
     static ints dots(int64_t start, const ints * values, const int8_t * x) {
-        ints out;
-        for (int h = 0; h < 2; ++h) {
-            out.half[h] = _mm256_set1_epi64x(start);
-            for (int j = 0; j < CHUNKS; ++j) {
-                const __m256i w = values[j].half[h];
-                const __m256i y = _mm256_sign_epi8(_mm256_set1_epi64x(load<int64_t>(x + j * 8)), w);
-                const __m256i s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), y), _mm256_set1_epi16(1));
-                out.half[h]     = _mm256_add_epi32(out.half[h], s);
-            }
-        }
-        return out;
+        return over_chunks<CHUNKS>(start, values, x, [](__m256i sums, __m256i w, __m256i y) {
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(y, w));
+            return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        });
     }
 };
 
@@ -116,23 +125,13 @@ struct avx_vnni : of_256 {
     template <int CHUNKS>
     static void add_scaled(ints & sum, const ints * quants, const ints & scales, const int8_t * x) {
         static_assert(4 * CHUNKS * 15 * 128 < 1 << 15);
-        const ints products = dots<CHUNKS>(0, quants, x);
-        for (int h = 0; h < 2; ++h) {
-            sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_madd_epi16(products.half[h], scales.half[h]));
-        }
+        add_products_of(sum, dots<CHUNKS>(0, quants, x), scales);
     }
 
     // The values have a bias, and are without sign; what it adds is taken off by `start`.
     template <int CHUNKS>
     static ints dots(int64_t start, const ints * values, const int8_t * x) {
-        ints out;
-        for (int h = 0; h < 2; ++h) {
-            out.half[h] = _mm256_set1_epi64x(start);
-            for (int j = 0; j < CHUNKS; ++j) {
-                out.half[h] = add_products(out.half[h], values[j].half[h], _mm256_set1_epi64x(load<int64_t>(x + j * 8)));
-            }
-        }
-        return out;
+        return over_chunks<CHUNKS>(start, values, x, add_products);
     }
 };
 

@@ -198,7 +198,7 @@ expert_tensor::expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uin
     owner_(std::move(owner)), layer_(layer), part_(part) {
     const projection & p = owner_->index().layers()[layer].projections[part];
     repacked_            = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
-    tiles_               = repacked_ != nullptr ? find_repacked_tile_kernel(*repacked_) : nullptr;
+    tiles_               = repacked_ != nullptr ? find_repacked_tile_kernel(repacked_->type) : nullptr;
 }
 
 bool is_product(const ggml_tensor * op, int where) {

@@ -12,8 +12,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -285,11 +283,15 @@ void add_kernels(std::vector<tile_kernel> & to) {
 
 #endif
 
-bool has_bits_of_gemv(const tile_kernel & kernel, const repack_kernel & repacked) {
-    constexpr int N = TRIAL_LENGTH, N_R = 16;
-    const auto    arrange  = [&](std::byte * w) { repack_slice(repacked, N, N_R, w); };
-    const auto    multiply = [&](const std::byte * w, const char * x, float * out) {
-        repacked.gemv(N, out, N_R, w, x, 1, N_R);
+bool has_bits_of_gemv(const tile_kernel & kernel) {
+    constexpr int         N = TRIAL_LENGTH, N_R = 16;
+    const repack_kernel * repacked = find_repack_kernel(kernel.type, N, N_R);
+    if (repacked == nullptr) {
+        return false;
+    }
+    const auto arrange  = [&](std::byte * w) { repack_slice(*repacked, N, N_R, w); };
+    const auto multiply = [&](const std::byte * w, const char * x, float * out) {
+        repacked->gemv(N, out, N_R, w, x, 1, N_R);
     };
     return has_bits_of({ N_R, arrange, multiply }, kernel);
 }
@@ -313,19 +315,10 @@ const std::vector<tile_kernel> & repacked_tile_kernels() {
     return kernels;
 }
 
-const tile_kernel * find_repacked_tile_kernel(const repack_kernel & repacked) {
-    static std::mutex                             mutex;
-    static std::map<int32_t, const tile_kernel *> known;
-    std::lock_guard<std::mutex>                   lock(mutex);
-    const auto                                    at = known.find(repacked.type);
-    if (at != known.end()) {
-        return at->second;
-    }
-    const tile_kernel * found = first_with_bits(repacked_tile_kernels(), repacked.type, [&](const tile_kernel & kernel) {
-        return has_bits_of_gemv(kernel, repacked);
-    });
-    known.emplace(repacked.type, found);
-    return found;
+const tile_kernel * find_repacked_tile_kernel(int32_t type) {
+    static const auto found = first_with_bits(repacked_tile_kernels(), has_bits_of_gemv);
+    const auto        at    = found.find(type);
+    return at == found.end() ? nullptr : at->second;
 }
 
 }  // namespace hobbit

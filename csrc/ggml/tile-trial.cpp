@@ -47,11 +47,16 @@ bool has_bits_of(const trial_product & product, const tile_kernel & kernel) {
     return memcmp(tiled.data(), plain.data(), plain.size() * sizeof(float)) == 0;
 }
 
-const tile_kernel * first_with_bits(const std::vector<tile_kernel> & kernels, int32_t type,
-                                    const std::function<bool(const tile_kernel &)> & passes) {
-    const auto at = std::find_if(kernels.begin(), kernels.end(),
-                                 [&](const tile_kernel & kernel) { return kernel.type == type && passes(kernel); });
-    return at == kernels.end() ? nullptr : &*at;
+std::map<int32_t, const tile_kernel *> first_with_bits(const std::vector<tile_kernel> &                 kernels,
+                                                       const std::function<bool(const tile_kernel &)> & passes) {
+    std::map<int32_t, const tile_kernel *> of_type;
+    for (const tile_kernel & kernel : kernels) {
+        const tile_kernel *& first = of_type[kernel.type];
+        if (first == nullptr && passes(kernel)) {
+            first = &kernel;
+        }
+    }
+    return of_type;
 }
 
 }  // namespace hobbit

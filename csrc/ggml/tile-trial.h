@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <vector>
 
 namespace hobbit {
@@ -23,8 +24,8 @@ constexpr int64_t TRIAL_LENGTH = 512;
 // Tried with some random numbers.
 bool has_bits_of(const trial_product & product, const tile_kernel & kernel);
 
-// The first of `kernels` of a type that passes, or NULL.
-const tile_kernel * first_with_bits(const std::vector<tile_kernel> & kernels, int32_t type,
-                                    const std::function<bool(const tile_kernel &)> & passes);
+// Of each type the first of `kernels` that passes, or NULL.
+std::map<int32_t, const tile_kernel *> first_with_bits(const std::vector<tile_kernel> &                 kernels,
+                                                       const std::function<bool(const tile_kernel &)> & passes);
 
 }  // namespace hobbit

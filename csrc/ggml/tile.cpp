@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 
 namespace hobbit {
 
@@ -278,10 +277,9 @@ void multiply_vectors(int64_t n_blocks, const char * weights, size_t row_bytes, 
         multiply_columns<W, I, V>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
     if constexpr (V > 1) {
-        if (c >= n_c) {
-            return;
+        if (c < n_c) {
+            multiply_vectors<W, I, V - 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
         }
-        multiply_vectors<W, I, V - 1>(n_blocks, weights, row_bytes, n_r, x, n_c - c, out + c);
     }
 }
 
@@ -328,14 +326,8 @@ const std::vector<tile_kernel> & tile_kernels() {
 }
 
 const tile_kernel * find_tile_kernel(int32_t type, int64_t n) {
-    static const std::map<int32_t, const tile_kernel *> found = [] {
-        std::map<int32_t, const tile_kernel *> of_type;
-        for (const tile_kernel & kernel : tile_kernels()) {
-            of_type.emplace(kernel.type, first_with_bits(tile_kernels(), kernel.type, has_bits_of_upstream));
-        }
-        return of_type;
-    }();
-    const auto at = found.find(type);
+    static const auto found = first_with_bits(tile_kernels(), has_bits_of_upstream);
+    const auto        at    = found.find(type);
     return at != found.end() && at->second != nullptr && n % at->second->multiple == 0 ? at->second : nullptr;
 }
 

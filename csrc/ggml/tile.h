@@ -16,8 +16,6 @@
 
 namespace hobbit {
 
-struct repack_kernel;
-
 struct tile_kernel {
     const char * name;
     int32_t      type;      // ggml_type of the weights; the inputs are its vec_dot_type
@@ -41,7 +39,7 @@ const tile_kernel * find_tile_kernel(int32_t type, int64_t n);
 // The same for slices that are repacked: n_r is a multiple of eight.
 const std::vector<tile_kernel> & repacked_tile_kernels();
 
-// NULL where there is none for the type, and where its bits are not those of `repacked.gemv` on this CPU.
-const tile_kernel * find_repacked_tile_kernel(const repack_kernel & repacked);
+// NULL where there is none for the type, and where its bits are not those of repack_kernel::gemv on this CPU.
+const tile_kernel * find_repacked_tile_kernel(int32_t type);
 
 }  // namespace hobbit

@@ -181,9 +181,8 @@ TEST("no kernel for rows that end within the blocks upstream takes at a time") {
 TEST("there is a kernel for every type that upstream repacks, and it is found") {
     ggml_cpu_init();
     for (const ggml_type type : REPACKED) {
-        const hobbit::repack_kernel * repacked = hobbit::find_repack_kernel(type, 256, 8);
-        if (repacked != nullptr) {
-            const hobbit::tile_kernel * found = hobbit::find_repacked_tile_kernel(*repacked);
+        if (hobbit::find_repack_kernel(type, 256, 8) != nullptr) {
+            const hobbit::tile_kernel * found = hobbit::find_repacked_tile_kernel(type);
             CHECK(found != nullptr ? found->type == type : hobbit::repacked_tile_kernels().empty());
         }
     }

@@ -114,8 +114,14 @@ def measure_sizes(
     Raises:
         NotMoeError, ModelFormatError, UnsupportedModelError: as loading it would.
     """
-    kwargs = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": threads, "n_threads_batch": threads}
-    kwargs["flash_attn"] = flash_attn
+    kwargs = {
+        "n_ctx": n_ctx,
+        "n_batch": n_batch,
+        "n_ubatch": n_ubatch,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "flash_attn": flash_attn,
+    }
     llm: Optional[_Unloaded] = None
     try:
         with errors_explained(str(model)):
