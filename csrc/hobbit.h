@@ -174,9 +174,11 @@ HOBBIT_API void hobbit_session_bind_thread(hobbit_session * session);
 HOBBIT_API const void * hobbit_session_buft_overrides(hobbit_session * session);
 HOBBIT_API void *       hobbit_abort_callback(void);
 
-/* Bytes that a llama context holds or may come to hold beyond what is resident now: its compute buffers, and the buffer that
- * ggml works in for its largest graph. `context` is a llama_context * that computes nothing now. */
-HOBBIT_API uint64_t hobbit_context_compute_bytes(const void * context);
+/* Lays the compute buffers of a context out for batches of at most `n_tokens` (cut to n_ubatch) and gives their pages back: from now on
+ * these touch at most `*buffers` bytes of them, and `*work` of what ggml works in, which is kept once it was touched. A larger batch is
+ * computed as well, in more. `context` is a llama_context * that computes nothing now. HOBBIT_ERR_NO_MEMORY. */
+HOBBIT_API hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * buffers, uint64_t * work,
+                                            hobbit_error * error);
 /* Model and context (KV) bytes of the ggml buffers of a llama context, host memory only. */
 HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);
 

@@ -20,6 +20,14 @@ static void touch_pages(std::byte * data, size_t size) {
     }
 }
 
+void release_pages(void * data, size_t bytes) {
+    const size_t begin = align_up((size_t) data, PAGE);
+    const size_t end   = align_down((size_t) data + bytes, PAGE);
+    if (end > begin) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 void prefer_large_pages(void * data, size_t bytes) {
     constexpr size_t LARGE = (size_t) 2 << 20;
     const size_t     begin = align_up((size_t) data, LARGE);
@@ -75,13 +83,7 @@ void region::populate(size_t offset, size_t bytes) {
     touch_pages(data_ + begin, end - begin);
 }
 
-void region::release(size_t offset, size_t bytes) {
-    const size_t begin = align_up(offset, PAGE);
-    const size_t end   = align_down(offset + bytes, PAGE);
-    if (end > begin) {
-        madvise(data_ + begin, end - begin, MADV_DONTNEED);
-    }
-}
+void region::release(size_t offset, size_t bytes) { release_pages(data_ + offset, bytes); }
 
 region::~region() {
     if (data_ != nullptr) {

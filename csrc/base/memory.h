@@ -39,6 +39,9 @@ class region {
     size_t      size_ = 0;
 };
 
+// Gives the whole pages inside of [data, data + bytes) of anonymous memory back to the system; their contents are lost.
+void release_pages(void * data, size_t bytes);
+
 // Asks for large pages for what lies whole in [data, data + bytes) and is not touched yet. Only a wish: the system may have none.
 void prefer_large_pages(void * data, size_t bytes);
 

@@ -158,12 +158,18 @@ const void * hobbit_session_buft_overrides(hobbit_session * s) {
 
 void * hobbit_abort_callback(void) { return (void *) abort_on_failure; }
 
-uint64_t hobbit_context_compute_bytes(const void * context) {
-    return hobbit::context_memory((const llama_context *) context).compute;
+hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * buffers, uint64_t * work,
+                                 hobbit_error * error) {
+    return guarded(error, [&] {
+        require(context != nullptr && buffers != nullptr && work != nullptr, "context, buffers or work is NULL");
+        const hobbit::batch_bytes bytes = hobbit::fit_batches((llama_context *) context, n_tokens);
+        *buffers                        = bytes.buffers;
+        *work                           = bytes.work;
+    });
 }
 
 uint64_t hobbit_context_resident_bytes(const void * context) {
-    return hobbit::context_memory((const llama_context *) context).resident;
+    return hobbit::resident_bytes((const llama_context *) context);
 }
 
 hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobbit_error * error) {

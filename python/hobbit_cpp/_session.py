@@ -9,12 +9,13 @@ import warnings
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 from . import _heat, _memory
+from ._batches import SMALL, BatchRoom
 from ._handle import fingerprint
 from ._memory import Size, human
 from ._observed import Observed
 from ._pressure import Monitor, Yielding, read_all
-from .errors import HobbitError, HobbitWarning, MemoryBudgetError, from_c
-from .params import OffloadParams
+from .errors import HobbitError, HobbitWarning, MemoryBudgetError, OutOfMemoryError, from_c
+from .params import OWN_SLOTS, OffloadParams
 
 if TYPE_CHECKING:
     from .calibrate.dial import Feedback
@@ -56,7 +57,9 @@ class Session(Observed):
     def __init__(self, path: str, params: OffloadParams) -> None:
         self._base_budget: Optional[int] = None
         self._resizing = threading.Lock()
-        self._whole_pool = 0  # its size when nothing had to be given back
+        self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
+        self._room: Optional[BatchRoom] = None
+        self._context = 0
         self._heat: Optional[_heat.HeatFile] = None
         self.feedback: Optional[Feedback] = None
         super().__init__(path, params)
@@ -97,11 +100,18 @@ class Session(Observed):
         needed = _memory.resident() + self.info.bytes_dense + self._pool_floor()
         return self._base_budget is None or needed + _SLACK <= self._base_budget
 
-    def refuse_unloaded(self, context: int, extra: int) -> MemoryBudgetError:
+    def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
         """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
         ctx = self._ffi.cast("void *", context)
-        sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + int(self._lib.hobbit_context_compute_bytes(ctx))
+        sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + sum(self.fit_batches(context, n_least))
         return self._refusal(_memory.resident() + sizes - self.info.bytes_high + self.info.bytes_learned + extra)
+
+    def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
+        """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
+        buffers, work, error = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *"), self._ffi.new("hobbit_error *")
+        ctx = self._ffi.cast("void *", context)
+        self._check(self._lib.hobbit_context_fit(ctx, n_tokens, buffers, work, error), error)
+        return int(buffers[0]), int(work[0])
 
     def _refusal(self, held: int) -> MemoryBudgetError:
         """`held`: what the process holds with everything but the expert pool."""
@@ -119,25 +129,41 @@ class Session(Observed):
     def _parse_pool(self, size: Size) -> int:
         return _memory.parse_size(size, of=self.info.pool_max)
 
-    def start(self, context: int, extra: int) -> None:
+    def _lends(self) -> bool:
+        """Whether the pool can lend large batches memory for their buffers: nobody has given it a size, and it can change it."""
+        rule = self.params.eviction or self.params.mode
+        return self._base_budget is not None and self.params.expert_cache is None and rule not in OWN_SLOTS
+
+    def start(self, context: int, extra: int, n_ubatch: int, n_least: int, announced: bool) -> None:
         """Makes the expert pool out of what the budget leaves, and starts the threads.
 
         Args:
             context: address of the llama_context.
             extra: bytes that the caller will come to use beside what it holds now.
+            n_ubatch: tokens of the largest batch.
+            n_least: of the largest batch that there has to be room for; longer ones are cut by `largest_batch`.
+            announced: every batch comes by `decoding`.
         """
         ctx = self._ffi.cast("void *", context)
-        held = _memory.resident() + int(self._lib.hobbit_context_compute_bytes(ctx)) + self.info.bytes_learned + extra
+        self._context = context
+        held = _memory.resident() + self.info.bytes_learned + extra
+        most = self.fit_batches(context, n_ubatch)
+        taken = sum(most)
         pool: Optional[int] = None
         if self.params.expert_cache is not None:
             pool = self._parse_pool(self.params.expert_cache)
         if self._base_budget is not None:
-            budget = self._base_budget
+            budget = self.memory_budget = self._base_budget
             spare = budget - held - _SLACK - int(budget * _SLACK_SHARE)
-            if spare < self._pool_floor():
-                raise self._refusal(held)
-            self.memory_budget = budget
-            pool = spare if pool is None else pool
+            # Where every expert has a place beside the largest batch nothing needs to be lent.
+            if announced and self._lends() and spare - taken < self.info.pool_max:
+                taken = sum(self.fit_batches(context, n_least))
+                self._room = BatchRoom(n_ubatch, most, self.fit_batches(context, SMALL), spare, self._pool_floor())
+                pool = self._room.pool
+            if spare - taken < self._pool_floor():
+                raise self._refusal(held + taken)
+            pool = spare - taken if pool is None else pool
+        held += taken
         assert pool is not None
         pool = min(pool, self.info.pool_max)
         free = _memory.available()
@@ -152,6 +178,7 @@ class Session(Observed):
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
         self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
         stats = self.stats()
+        self._whole_pool = self.pool_bytes()
         if self.params.yield_memory:
             self._yield_memory()
         if _heat.wanted(self.params.heat):
@@ -176,6 +203,8 @@ class Session(Observed):
         self._alive()
         wanted = min(self._parse_pool(size), self.info.pool_max)
         with self._resizing:
+            if self._room is not None and wanted >= self.info.pool_min:
+                wanted = max(wanted - self._room.borrowed, self.info.pool_min)  # by the batch at hand
             before = self.pool_bytes()
             free = _memory.available()
             if wanted - before > free:
@@ -187,17 +216,18 @@ class Session(Observed):
             now = self.pool_bytes()
             self._whole_pool = now
             self.memory_budget += now - before
+            if self._room is not None:
+                self._room.spare = now + self._room.lent
 
     def _yield_memory(self) -> None:
         """From now on the pool shrinks while memory is short, and grows again."""
         cycle = self.info.n_moe_layer * self.info.n_expert_used * self.info.slot_high
-        self._whole_pool = self.pool_bytes()
         to_come = max(0, self.memory_budget - _memory.resident())
         yielding = Yielding(read_all(), to_come, max(self.info.pool_min, cycle))
 
         def resize(pool: int) -> None:
             with self._resizing:
-                self._resize(pool)
+                self._resize(min(pool, self._whole_pool))  # what was whole when it was decided may be lent by now
 
         self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
 
@@ -247,11 +277,29 @@ class Session(Observed):
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
 
+    def largest_batch(self, wanted: int) -> int:
+        """Of so many tokens, those that one llama_decode has memory for."""
+        return wanted if self._room is None else self._room.largest(wanted)
+
+    def _make_room(self, n_tokens: int) -> None:
+        """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""
+        room = self._room
+        n = None if room is None else room.to_lay_out(n_tokens)
+        if room is None or n is None:
+            return
+        with self._resizing:
+            room.laid_out(n, self.fit_batches(self._context, n))
+            given_back = max(0, self._whole_pool - self.pool_bytes())  # and stays so: see _yield_memory
+            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into
+                self._resize(max(min(room.pool, self.info.pool_max) - given_back, self.info.pool_min))
+            self._whole_pool = self.pool_bytes() + given_back  # a pool is a number of slots
+
     @contextlib.contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Around calls of llama_decode: times them, and turns a failed read into its exception."""
+    def decoding(self, n_tokens: int) -> Iterator[None]:
+        """Around calls of llama_decode, of so many tokens: makes room, times them, and turns a failed read into its exception."""
         handle = self._alive()
         begin = time.perf_counter()
+        self._make_room(n_tokens)
         self._lib.hobbit_session_decode_begin(handle)
         try:
             yield

@@ -232,7 +232,7 @@ def _budgets(sizes: Sizes) -> Dict[str, Any]:
     info = sizes.info
 
     def with_pool(pool: int) -> int:
-        return pad(sizes.budget(max(info.pool_min, pool)) + _MARGIN, 1 << 20)
+        return pad(sizes.budget(max(info.pool_min + sizes.prompt, pool)) + _MARGIN, 1 << 20)
 
     def with_slots(n: float) -> int:
         return with_pool(sizes.streaming + int(n * info.slot_high))
@@ -243,5 +243,5 @@ def _budgets(sizes: Sizes) -> Dict[str, Any]:
         "one_cycle": with_slots(info.n_moe_layer * info.n_expert_used),
         "experts_25_percent": with_slots(sizes.n_experts * 0.25),
         "experts_50_percent": with_slots(sizes.n_experts * 0.5),
-        "experts_100_percent": with_slots(sizes.n_experts),
+        "experts_100_percent": with_pool(info.pool_max + sizes.prompt),
     }

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import _lib, _memory
 from ._arguments import check_with_offload, check_without_offload
+from ._batches import LEAST
 from ._calls import Calls
 from ._log import errors_explained, stoppable
 from ._memory import Size
@@ -131,11 +132,17 @@ class Llama(OffloadMethods, _Llama):
                 self._no_alloc = True
                 with errors_explained(path):
                     super().__init__(path, **{**kwargs, "lora_path": None})
-                raise session.refuse_unloaded(self._context_address(), self._memory_to_come())
+                raise session.refuse_unloaded(self._context_address(), self._memory_to_come(), self._least_batch())
             with session.bound(), errors_explained(path):
                 super().__init__(path, **kwargs)
             self._fit_arrays()
-            session.start(self._context_address(), self._memory_to_come())
+            session.start(
+                self._context_address(),
+                self._memory_to_come(),
+                self._n_ubatch(),
+                self._least_batch(),
+                announced=self.chat_handler is None,  # one of images decodes by itself
+            )
             if calibrated is not None and params.quality is not None:
                 session.feedback = dial.begin(session, calibrated, params)
         except BaseException:
@@ -224,6 +231,17 @@ class Llama(OffloadMethods, _Llama):
             rows = self.n_ctx() + n_batch  # `scores`, and llama.cpp's output buffer
         return n_vocab * (64 + 4 * rows)
 
+    def _n_ubatch(self) -> int:
+        return int(_c.llama_n_ubatch(self._ctx.ctx))
+
+    def _least_batch(self) -> int:
+        """Tokens of a batch that the budget has to have room for beside the smallest pool; prompts are cut where it has no more.
+
+        All that llama.cpp may be given where batches are not cut: for pooling, or to have all logits.
+        """
+        whole = self._logits_all or self.context_params.embeddings
+        return self._n_ubatch() if whole else min(self._n_ubatch(), LEAST)
+
     # ---- calls: one at a time, and any thread may cancel ----
 
     def cancel(self) -> None:
@@ -245,11 +263,13 @@ class Llama(OffloadMethods, _Llama):
             self._session.clear_cancel()
 
     @contextlib.contextmanager
-    def _decoding(self) -> Iterator[None]:
+    def _decoding(self, n_tokens: int) -> Iterator[None]:
         """Around llama_decode: its failure becomes an exception of ours, and n_tokens and llama.cpp's memory agree afterwards."""
         session = self._session
         try:
-            with errors_explained(self.model_path), session.decoding() if session is not None else contextlib.nullcontext():
+            with errors_explained(self.model_path), contextlib.ExitStack() as stack:
+                if session is not None:
+                    stack.enter_context(session.decoding(n_tokens))
                 yield
         except BaseException:
             self._roll_back()
@@ -273,10 +293,17 @@ class Llama(OffloadMethods, _Llama):
         with self._calls.running():
             if self._session is not None and self.n_tokens == 0:
                 self._session.begin_sequence()
-            for i in range(0, max(1, len(tokens)), self.n_batch):
+            tokens = list(tokens)
+            while True:
+                n = min(len(tokens), self.n_batch)
+                if self._session is not None:
+                    n = self._session.largest_batch(n)
                 self._calls.check()
-                with self._decoding():
-                    super().eval(tokens[i : i + self.n_batch])
+                with self._decoding(n):
+                    super().eval(tokens[:n])
+                tokens = tokens[n:]
+                if not tokens:
+                    return
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         with self._calls.running():
@@ -293,7 +320,7 @@ class Llama(OffloadMethods, _Llama):
                 self._calls.check()
                 # Clears llama.cpp's memory at its begin, and at its end.
                 self.n_tokens = 0
-                with self._decoding():
+                with self._decoding(batch.n_tokens()):
                     type(context).decode(context, batch)
 
             context.decode = decode

@@ -12,6 +12,8 @@ from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
 EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4, "layer-lru": 5, "layer-arc": 6, "fate": 7}
+# With slots of its own for each layer: such a pool keeps its size. "fate" is the mode's, too.
+OWN_SLOTS = ("layer-lru", "layer-arc", "fate")
 
 
 @dataclass(frozen=True)

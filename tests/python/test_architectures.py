@@ -108,6 +108,21 @@ def test_exact_is_stock(name: str, which: int) -> None:
 
 
 @everyone
+def test_buffers_may_be_laid_out_anew_between_batches(name: str) -> None:
+    """For fewer tokens than the batch has, too: then llama.cpp lays them out itself."""
+    path = tiny_architecture(name, ARCHITECTURES[name].types[0])
+    llm = open_model(path, name, expert_cache=small_pool(path), offload="hobbit", exact=True)
+    session = llm._session
+    assert session is not None
+    taken = []
+    for n in (1, 64, 16):
+        taken.append(session.fit_batches(llm._context_address(), n)[0])
+        assert same(outputs(llm, name), stock(path, name)), n
+    assert 0 < taken[0] < taken[2] < taken[1]
+    llm.close()
+
+
+@everyone
 def test_hobbit_mode_hears_the_router(name: str) -> None:
     path = tiny_architecture(name, "Q8_0", "Q4_0")
     got, stats = offloaded(path, name, offload=OffloadParams(t1=0.3, t2=0.55, prefetch_always=True))

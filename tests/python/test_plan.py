@@ -77,13 +77,13 @@ def test_the_smallest_budget_works_and_less_does_not() -> None:
 
 def test_flash_attention_leaves_more_of_a_long_context() -> None:
     flash, plain = (measure_sizes(tiny("mixtral"), 8192, 512, 512, 1, flash_attn=on) for on in (True, False))
-    assert flash.buffers < plain.buffers / 2 and flash.kv == plain.kv
+    assert flash.buffers + flash.prompt < (plain.buffers + plain.prompt) / 2 and flash.kv == plain.kv
 
 
 def test_a_larger_context_takes_more() -> None:
     small, large = (measure_sizes(tiny("mixtral"), n, 64, 64, 1) for n in (256, 2048))
     assert large.kv == 8 * small.kv > 0 and large.dense == small.dense
-    assert small.budget(small.info.pool_max) >= small.largest > small.smallest
+    assert small.largest >= small.budget(small.info.pool_max + small.prompt) > small.smallest > small.budget(small.info.pool_min)
     assert small.pool(small.budget(1 << 20)) in range((1 << 20) - 4, (1 << 20) + 4)
 
 
@@ -99,7 +99,7 @@ def model(n_expert: int = 64, used: int = 4, **more: Any) -> Sizes:
         bytes_expert_high=slot, slot_high=slot, bytes_cycle=32 * used * slot,
         pool_min=used * slot + 4 * slot, pool_max=GIB + 4 * slot, **more,
     )  # fmt: skip
-    return Sizes(info, 256, 60 << 20, 100 << 20, 10 << 20, 10 << 20)
+    return Sizes(info, 256, 60 << 20, 100 << 20, 10 << 20, 10 << 20, 40 << 20)
 
 
 def machine(disk: DiskProbe = FAST) -> Machine:
@@ -203,7 +203,7 @@ def test_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     plan = run_plan(tiny_dual("mixtral"), "--memory", "88MiB", "-c", "512")
     assert set(plan) == {
         "format", "model", "name", "budget", "free", "fits", "problem", "smallest", "largest", "memory", "experts", "disk",
-        "compute", "forecasts", "table", "choices", "command", "notes",
+        "compute", "forecasts", "table", "choices", "command", "notes", "prompt",
     }  # fmt: skip
     assert {f["mode"] for f in plan["forecasts"]} == {"hobbit", "exact", "lru"}
     assert [f["budget"] for f in plan["table"]] == sorted(f["budget"] for f in plan["table"])

@@ -189,7 +189,7 @@ def forecast(
         compute_ms=machine.compute.total * 1e3,
         disk_ms=disk * 1e3,
         prompt_s=to_read / machine.bandwidth,
-        peak=sizes.held + pool,
+        peak=sizes.peak(budget),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from hobbit_cpp import _memory, probe
+from hobbit_cpp._batches import COMMON
 from hobbit_cpp._memory import human
 
 from .conditions import cores
@@ -126,7 +127,7 @@ def _choices(sizes: Sizes, machine: Machine, chosen: Forecast, threads: int) -> 
 
 def _command(model: Path, budget: int, n_ctx: int, batch: Tuple[int, int], threads: int, mode: str) -> str:
     flags = {"exact": " --exact", "lru": " --offload lru"}.get(mode, "")
-    if batch != (512, 512):
+    if batch != (COMMON, COMMON):
         flags += f" -b {batch[0]} -ub {batch[1]}"
     where = f"--memory {-(-budget // (1 << 20))}MiB -c {n_ctx} -t {threads}"
     return f"hobbit run {shlex.quote(str(model))} {where}{flags}"
@@ -159,7 +160,7 @@ def _notes(sizes: Sizes, weights: Weights, machine: Machine, chosen: Forecast, b
 def to_json(plan: Plan) -> Dict[str, Any]:
     """Stable keys; sizes in bytes, times in the unit of the name.
 
-    format, model, name, budget, free, fits, problem, smallest, largest
+    format, model, name, budget, free, fits, problem, smallest, largest, prompt (lent to a batch of 512 while it is computed)
     memory: process, dense, kv, buffers, pool, spare (sum: the budget); n_ctx
     experts: layers, per_layer, used, bytes_high, bytes_low, share_resident
     disk: read_bytes, bandwidth (bytes/s by queue depth), direct; or null
@@ -192,6 +193,7 @@ def to_json(plan: Plan) -> Dict[str, Any]:
             "spare": chosen.budget - sizes.held - pool,
             "n_ctx": sizes.n_ctx,
         },
+        "prompt": sizes.prompt,
         "experts": {
             "layers": info.n_moe_layer,
             "per_layer": info.n_expert,
@@ -252,6 +254,8 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
     )
     if not plan.fits:
         console.print(f"with {human(chosen.budget)}:")
+    spare = sizes.spare(chosen.budget) - max(chosen.pool, 0)
+    lent = f"; while a prompt is read {human(sizes.prompt - spare)} less" if sizes.prompt > spare else ""
     where = table_class(box=None, show_header=False, pad_edge=False)
     where.add_column()
     where.add_column(justify="right")
@@ -261,7 +265,7 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
         ("KV cache", sizes.kv, ""),
         ("buffers", sizes.buffers, ""),
         ("the process itself", sizes.process, ""),
-        ("experts", max(chosen.pool, 0), f"{chosen.share:.0%} of them"),
+        ("experts", max(chosen.pool, 0), f"{chosen.share:.0%} of them{lent}"),
         ("to spare", chosen.budget - sizes.held - max(chosen.pool, 0), ""),
     ):
         where.add_row(what, human(size), note)

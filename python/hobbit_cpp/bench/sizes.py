@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from hobbit_cpp import _memory
+from hobbit_cpp._batches import SMALL
 from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp._log import errors_explained
 from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session
@@ -36,7 +37,8 @@ class Sizes:
         process: Python, libraries, the vocabulary.
         dense: weights that are no routed experts.
         kv: the KV cache, and other state of the context.
-        buffers: for computing.
+        buffers: for computing a token.
+        prompt: more of them for the batch that there has to be room for; borrowed from the pool.
     """
 
     info: ModelInfo
@@ -45,6 +47,7 @@ class Sizes:
     dense: int
     kv: int
     buffers: int
+    prompt: int
 
     @property
     def held(self) -> int:
@@ -61,9 +64,17 @@ class Sizes:
         """Of all layers."""
         return (self.info.pool_max - self.streaming) // self.info.slot_high
 
+    def spare(self, budget: int) -> int:
+        """What `memory=budget` leaves beside what a token needs."""
+        return budget - self.held - _SLACK - int(budget * _SLACK_SHARE)
+
     def pool(self, budget: int) -> int:
-        """What `memory=budget` leaves for experts; below `info.pool_min` it is refused."""
-        return min(budget - self.held - _SLACK - int(budget * _SLACK_SHARE), self.info.pool_max)
+        """Of that, what is for experts, but while a prompt is read; below `info.pool_min + prompt` it is refused."""
+        return min(self.spare(budget), self.info.pool_max)
+
+    def peak(self, budget: int) -> int:
+        """The most that is held of it: by a prompt."""
+        return self.held + min(self.spare(budget), self.info.pool_max + self.prompt)
 
     def budget(self, pool: int) -> int:
         """The inverse: the `memory=` that leaves so much."""
@@ -72,12 +83,12 @@ class Sizes:
     @property
     def smallest(self) -> int:
         """The smallest budget that works, also in a process that holds a little more than this one."""
-        return self.budget(self.info.pool_min) + 2 * _ROUGHLY
+        return self.budget(self.info.pool_min + self.prompt) + 2 * _ROUGHLY
 
     @property
     def largest(self) -> int:
         """The budget beyond which more does not help: every expert is in memory."""
-        return self.budget(self.info.pool_max)
+        return self.budget(self.info.pool_max + self.prompt)
 
 
 class _Unloaded(Llama):
@@ -92,12 +103,14 @@ class _Unloaded(Llama):
     def sizes(self) -> Sizes:
         session = self._session
         assert session is not None
-        ctx = session._ffi.cast("void *", self._context_address())
+        address = self._context_address()
+        ctx = session._ffi.cast("void *", address)
         weights = int(self._model.size())
         kv = max(0, int(session._lib.hobbit_context_resident_bytes(ctx)) - weights)
-        buffers = int(session._lib.hobbit_context_compute_bytes(ctx)) + session.info.bytes_learned + self._memory_to_come()
+        token, prompt = sum(session.fit_batches(address, SMALL)), sum(session.fit_batches(address, self._least_batch()))
+        buffers = token + session.info.bytes_learned + self._memory_to_come()
         dense = weights - session.info.bytes_high
-        return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers)
+        return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers, prompt - token)
 
 
 def measure_sizes(

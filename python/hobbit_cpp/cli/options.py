@@ -11,12 +11,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+from hobbit_cpp._batches import COMMON, COMMON_WITHOUT_FLASH
+
 from .output import check_writable
 
 __all__ = [
+    "add_batch_flags",
     "add_json_stats_flag",
     "add_model_flags",
     "add_sampling_flags",
+    "batch_sizes",
     "check_json_stats",
     "check_model_flags",
     "load_model",
@@ -79,8 +83,7 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
     group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
     group.add_argument("-tb", "--threads-batch", metavar="N", type=positive, help="threads for the prompt")
-    group.add_argument("-b", "--batch-size", metavar="N", type=positive, default=512, help="default: 512")
-    group.add_argument("-ub", "--ubatch-size", metavar="N", type=positive, default=512, help="default: 512")
+    add_batch_flags(group)
     group.add_argument(
         "-fa",
         "--flash-attn",
@@ -89,6 +92,26 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
         help="attention by tiles (default: on): with a long context it leaves more memory for experts, and is faster",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log; a traceback when something fails")
+
+
+def add_batch_flags(group: Any) -> None:
+    """-b and -ub; what they come to `batch_sizes` says."""
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        help=f"tokens of a prompt computed at once, for which each expert is read once (default: {COMMON}; with -fa off "
+        f"{COMMON_WITHOUT_FLASH}); where memory is short fewer",
+    )
+    group.add_argument("-ub", "--ubatch-size", metavar="N", type=positive, help="of these, by llama.cpp (default: all)")
+
+
+def batch_sizes(args: argparse.Namespace) -> tuple[int, int]:
+    """n_batch and n_ubatch."""
+    flash_attn = getattr(args, "flash_attn", "on") == "on"
+    n_batch = args.batch_size or (COMMON if flash_attn else COMMON_WITHOUT_FLASH)
+    return n_batch, args.ubatch_size or n_batch
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -159,14 +182,15 @@ def load_model(args: argparse.Namespace, model_class: Any = None, **more: Any) -
         raise FileNotFoundError(f"{args.model}: no such file")
     from hobbit_cpp import Llama
 
+    n_batch, n_ubatch = batch_sizes(args)
     options: dict[str, Any] = {
         "offload": offload_of(args),
         "memory": args.memory,
         "n_ctx": args.ctx_size,
         "n_threads": args.threads,
         "n_threads_batch": args.threads_batch,
-        "n_batch": args.batch_size,
-        "n_ubatch": args.ubatch_size,
+        "n_batch": n_batch,
+        "n_ubatch": n_ubatch,
         "flash_attn": args.flash_attn == "on",
         "verbose": args.verbose,
     }

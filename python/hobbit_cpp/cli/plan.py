@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import positive, whole
+from .options import add_batch_flags, batch_sizes, positive, whole
 from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
@@ -26,8 +26,7 @@ def add_parser(commands: Any) -> None:
     add("--memory", metavar="SIZE", help="budget of the process: 8GiB, 50%%, or bytes (default: as hobbit run)")
     add("-c", "--ctx-size", metavar="N", type=whole, nargs="+", default=[4096], help="contexts (default: 4096)")
     add("-t", "--threads", metavar="N", type=positive, help="threads (default: all cores)")
-    add("-b", "--batch-size", metavar="N", type=positive, default=512, help="default: 512")
-    add("-ub", "--ubatch-size", metavar="N", type=positive, default=512, help="default: 512")
+    add_batch_flags(parser)
     add("--fresh", action="store_true", help="probe disk and cores again")
     add("--json", metavar="FILE", type=Path, help="write the plan as JSON; - for stdout")
     add("-v", "--verbose", action="store_true", help="a traceback when something fails")
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         parse_size(memory, of=1 << 60)
     threads = args.threads or cores()
     plans = [
-        make_plan(args.model, memory, n_ctx, args.batch_size, args.ubatch_size, threads, args.fresh and i == 0)
+        make_plan(args.model, memory, n_ctx, *batch_sizes(args), threads, args.fresh and i == 0)
         for i, n_ctx in enumerate(args.ctx_size)
     ]
     if args.json is None or str(args.json) != "-":

@@ -86,7 +86,7 @@ class LlamaScorer(Llama):
 
     def feed(self, tokens: Sequence[int]) -> Logits:
         self._batch.set_batch(batch=list(tokens), n_past=self.n_tokens, logits_all=True)
-        with nullcontext() if self._session is None else self._session.decoding():
+        with nullcontext() if self._session is None else self._session.decoding(len(tokens)):
             self._ctx.decode(self._batch)
         self.n_tokens += len(tokens)
         context: Any = self._ctx

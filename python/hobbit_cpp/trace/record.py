@@ -190,6 +190,6 @@ def decode_sequence(llm: Any, tokens: Sequence[int], batch: int) -> Iterator[int
     for i in range(0, len(tokens), batch):
         piece = list(tokens[i : i + batch])
         llm._batch.set_batch(batch=piece, n_past=i, logits_all=True)
-        with session.decoding():
+        with session.decoding(len(piece)):
             llm._ctx.decode(llm._batch)
         yield len(piece)
