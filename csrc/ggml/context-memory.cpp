@@ -80,6 +80,7 @@ batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
     for (const auto & [buffer, end] : laid_out(graph)) {
         out.buffers += end;
         release_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
+        prefer_large_pages(ggml_backend_buffer_get_base(buffer), end);
     }
     ggml_backend_sched_reset(sched);
     return out;
