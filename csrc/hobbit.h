@@ -96,6 +96,8 @@ typedef struct hobbit_model_info {
     uint32_t direct_io;     /* 1: reads go past the page cache */
     uint32_t io_alignment;  /* of direct reads; 1 when buffered */
     uint64_t bytes_learned; /* what the correction of predictions comes to hold, beside the pool */
+    uint64_t
+        bytes_embeddings; /* of bytes_dense, token embeddings that may stay on disk; 0: none, or the output is the same matrix */
 } hobbit_model_info;
 
 /* Writes the fingerprint of the routed experts of a model (the first part of a split one) into `text`, at most `size` bytes with
@@ -173,6 +175,9 @@ HOBBIT_API void hobbit_session_bind_thread(hobbit_session * session);
 /* For llama_model_params.tensor_buft_overrides, llama_context_params.abort_callback and its data. */
 HOBBIT_API const void * hobbit_session_buft_overrides(hobbit_session * session);
 HOBBIT_API void *       hobbit_abort_callback(void);
+
+/* Before the model is loaded: its token embeddings are not, their rows are read as tokens come (with 4 MiB of them kept). */
+HOBBIT_API void hobbit_session_keep_embeddings_on_disk(hobbit_session * session);
 
 /* Lays the compute buffers of a context out for batches of at most `n_tokens` (cut to n_ubatch) and gives their pages back: from now on
  * these touch at most `*buffers` bytes of them, and `*work` of what ggml works in, which is kept once it was touched. A larger batch is

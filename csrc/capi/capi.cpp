@@ -137,18 +137,26 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         for (const auto & layer : index.layers()) {
             i.bytes_cycle += index.n_expert_used * layer.expert_bytes(hobbit::precision::high);
         }
-        i.slot_high     = index.max_slot[0];
-        i.slot_low      = index.max_slot[1];
-        i.pool_min      = hobbit::pool_min(index);
-        i.pool_max      = hobbit::pool_max(index, s->core->params());
-        i.direct_io     = index.direct();
-        i.io_alignment  = index.alignment();
-        i.bytes_learned = hobbit::prefetcher::bytes_learned(index, s->core->params());
+        i.slot_high                          = index.max_slot[0];
+        i.slot_low                           = index.max_slot[1];
+        i.pool_min                           = hobbit::pool_min(index);
+        i.pool_max                           = hobbit::pool_max(index, s->core->params());
+        i.direct_io                          = index.direct();
+        i.io_alignment                       = index.alignment();
+        const hobbit::embedding_table & rows = index.embeddings();
+        i.bytes_embeddings                   = (uint64_t) rows.n_rows * rows.source.row_bytes;
+        i.bytes_learned                      = hobbit::prefetcher::bytes_learned(index, s->core->params());
         copy_out(info, i);
     });
 }
 
 void hobbit_session_bind_thread(hobbit_session * s) { hobbit::bind_thread(s == nullptr ? nullptr : s->core); }
+
+void hobbit_session_keep_embeddings_on_disk(hobbit_session * s) {
+    if (s != nullptr) {
+        s->core->embeddings_on_disk = true;
+    }
+}
 
 const void * hobbit_session_buft_overrides(hobbit_session * s) {
     const void * out = nullptr;

@@ -109,6 +109,9 @@ class session : public std::enable_shared_from_this<session> {
     // Regular expression for llama_model_params.tensor_buft_overrides.
     const std::string & tensor_pattern() const { return pattern_; }
 
+    // Token embeddings are read by rows, from the file. Before the model is loaded.
+    bool embeddings_on_disk = false;
+
     // Of the seam to ggml: a llama_model_tensor_buft_override array, and whether the model's experts have their buffer.
     std::shared_ptr<void> overrides;
     std::atomic<bool>     has_experts { false };

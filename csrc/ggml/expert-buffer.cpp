@@ -1,6 +1,7 @@
 #include "expert-buffer.h"
 
 #include "../base/error.h"
+#include "embedding-rows.h"
 #include "hobbit-hooks.h"
 #include "route.h"
 
@@ -24,17 +25,17 @@ thread_local std::shared_ptr<session> bound_session;
 thread_local ggml_backend_buffer_t last_buffer = nullptr;
 
 struct expert_buffer {
-    std::shared_ptr<session>                    owner;
-    address_range                               addresses;
-    std::vector<std::unique_ptr<expert_tensor>> tensors;
+    std::shared_ptr<session>                  owner;
+    address_range                             addresses;
+    std::vector<std::unique_ptr<disk_tensor>> tensors;
 };
 
-// The expert tensor that `op` reads or writes, straight or through a view; `where`: its number among the sources.
-expert_tensor * find_operand(const ggml_tensor * op, int * where) {
+// The tensor of ours that `op` reads or writes, straight or through a view; `where`: its number among the sources.
+disk_tensor * find_operand(const ggml_tensor * op, int * where) {
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         const ggml_tensor * src = op->src[i];
         if (src != nullptr) {
-            expert_tensor * found = find_expert_tensor(src->view_src != nullptr ? src->view_src : src);
+            disk_tensor * found = find_disk_tensor(src->view_src != nullptr ? src->view_src : src);
             if (found != nullptr) {
                 *where = src->view_src != nullptr ? -1 : i;
                 return found;
@@ -42,7 +43,7 @@ expert_tensor * find_operand(const ggml_tensor * op, int * where) {
         }
     }
     *where = -1;
-    return op->view_src != nullptr ? find_expert_tensor(op->view_src) : nullptr;
+    return op->view_src != nullptr ? find_disk_tensor(op->view_src) : nullptr;
 }
 
 bool is_layout(ggml_op op) {
@@ -55,17 +56,18 @@ class extra_buffers : public ggml::cpu::extra_buffer_type {
     // Asked when a graph is planned, long before it runs: the moment to find out what cannot be offloaded. The answer is yes all
     // the same, since ggml ends the process when nobody supports an op; the session then fails in start(), or at the op.
     bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
-        int             where  = -1;
-        expert_tensor * expert = find_operand(op, &where);
-        if (expert == nullptr) {
+        int           where = -1;
+        disk_tensor * found = find_operand(op, &where);
+        if (found == nullptr) {
             // While a model is loaded llama.cpp probes every extra buffer type with empty buffers, for every tensor: those
             // are not for us.
             return false;
         }
-        if (!is_product(op, where)) {
-            expert->refuse(op);
-        } else if (op->src[1]->op == GGML_OP_MUL && (is_route(op->src[1]->src[0]) || is_route(op->src[1]->src[1]))) {
-            expert->set_weights_are_gains();
+        if (!found->computes(op, where)) {
+            found->refuse(op);
+        } else if (found->expert() != nullptr && op->src[1]->op == GGML_OP_MUL &&
+                   (is_route(op->src[1]->src[0]) || is_route(op->src[1]->src[1]))) {
+            found->expert()->set_weights_are_gains();
         }
         return true;
     }
@@ -90,10 +92,18 @@ ggml_status init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
     }
     auto *     self  = (expert_buffer *) buffer->context;
     const auto where = self->owner->index().find(tensor->name);
-    if (where.first < 0) {
-        return GGML_STATUS_FAILED;
+    try {
+        if (where.first >= 0) {
+            self->tensors.push_back(
+                std::make_unique<expert_tensor>(self->owner, (uint32_t) where.first, (uint32_t) where.second));
+        } else if (self->owner->index().embeddings().name == tensor->name) {
+            self->tensors.push_back(std::make_unique<embedding_rows>(self->owner, self->owner->index().embeddings()));
+        } else {
+            return GGML_STATUS_FAILED;
+        }
+    } catch (...) {
+        return GGML_STATUS_ALLOC_FAILED;
     }
-    self->tensors.push_back(std::make_unique<expert_tensor>(self->owner, (uint32_t) where.first, (uint32_t) where.second));
     tensor->extra = self->tensors.back().get();
     return GGML_STATUS_SUCCESS;
 }
@@ -104,15 +114,13 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor *, const void *, size_t, size
 
 // For whoever wants to look at a weight: from the file.
 void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
-    auto *     self  = (expert_buffer *) buffer->context;
-    const auto where = self->owner->index().find(tensor->name);
+    auto * self = (expert_buffer *) buffer->context;
     try {
-        const auto & source =
-            self->owner->index().layers()[(size_t) where.first].projections[(size_t) where.second].source[0];
-        const file & f     = self->owner->index().source(source.file);
-        const auto   begin = f.aligned_begin(source.offset + offset);
-        const auto   end   = f.aligned_end(source.offset + offset + size);
-        region       staging(end - begin, false);
+        const tensor_source & source = find_disk_tensor(tensor)->source();
+        const file &          f      = self->owner->index().source(source.file);
+        const auto            begin  = f.aligned_begin(source.offset + offset);
+        const auto            end    = f.aligned_end(source.offset + offset + size);
+        region                staging(end - begin, false);
         f.read(staging.data(), begin, end - begin, source.offset + offset + size - begin);
         memcpy(data, staging.data() + (source.offset + offset - begin), size);
     } catch (...) {
@@ -169,7 +177,7 @@ void want_large_pages(const ggml_tensor * tensor) {
 
 // Asked for each tensor before its data is read.
 bool owns(const ggml_tensor * tensor) {
-    if (find_expert_tensor(tensor) != nullptr) {
+    if (find_disk_tensor(tensor) != nullptr) {
         return true;
     }
     want_large_pages(tensor);
@@ -178,11 +186,16 @@ bool owns(const ggml_tensor * tensor) {
 
 }  // namespace
 
-expert_tensor * find_expert_tensor(const ggml_tensor * tensor) {
+disk_tensor * find_disk_tensor(const ggml_tensor * tensor) {
     if (tensor == nullptr || tensor->buffer == nullptr || tensor->buffer->buft != expert_buffer_type()) {
         return nullptr;
     }
-    return (expert_tensor *) tensor->extra;
+    return (disk_tensor *) tensor->extra;
+}
+
+expert_tensor * find_expert_tensor(const ggml_tensor * tensor) {
+    disk_tensor * found = find_disk_tensor(tensor);
+    return found == nullptr ? nullptr : found->expert();
 }
 
 void register_expert_buffers() {
@@ -195,8 +208,8 @@ void register_expert_buffers() {
 }
 
 expert_tensor::expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part) :
-    owner_(std::move(owner)), layer_(layer), part_(part) {
-    const projection & p = owner_->index().layers()[layer].projections[part];
+    disk_tensor(std::move(owner)), layer_(layer), part_(part) {
+    const projection & p = this->owner().index().layers()[layer].projections[part];
     repacked_            = find_repack_kernel(p.source[0].type, p.n_in, p.n_out);
     tiles_               = repacked_ != nullptr ? find_repacked_tile_kernel(repacked_->type) : nullptr;
 }
@@ -206,12 +219,14 @@ bool is_product(const ggml_tensor * op, int where) {
            op->src[2]->type == GGML_TYPE_I32 && op->src[2]->nb[0] == sizeof(int32_t) && op->src[0]->ne[3] == 1;
 }
 
+const tensor_source & expert_tensor::source() const { return owner().index().layers()[layer_].projections[part_].source[0]; }
+
 void expert_tensor::refuse(const ggml_tensor * op) {
-    const projection & p = owner_->index().layers()[layer_].projections[part_];
-    owner_->refuse(
+    const projection & p = owner().index().layers()[layer_].projections[part_];
+    owner().refuse(
         format("%s: this architecture uses the expert tensor %s in %s (%s), not in MUL_MAT_ID alone, so its experts "
                "cannot stay on disk; load it with offload=None",
-               owner_->index().path().c_str(), p.name.c_str(), ggml_op_name(op->op), op->name));
+               owner().index().path().c_str(), p.name.c_str(), ggml_op_name(op->op), op->name));
 }
 
 void check_kernels(const expert_index & index) {
@@ -259,8 +274,11 @@ void bind_thread(std::shared_ptr<session> owner) {
 
 const void * buft_overrides(session & owner) {
     if (!owner.overrides) {
-        owner.overrides = std::shared_ptr<llama_model_tensor_buft_override[]>(new llama_model_tensor_buft_override[2] {
-            { owner.tensor_pattern().c_str(), expert_buffer_type() }, { nullptr, nullptr } });
+        const bool rows = owner.embeddings_on_disk && !owner.index().embeddings().name.empty();
+        owner.overrides = std::shared_ptr<llama_model_tensor_buft_override[]>(
+            new llama_model_tensor_buft_override[3] { { owner.tensor_pattern().c_str(), expert_buffer_type() },
+                                                      { rows ? "^token_embd\\.weight$" : nullptr, expert_buffer_type() },
+                                                      { nullptr, nullptr } });
     }
     return owner.overrides.get();
 }

@@ -6,7 +6,7 @@
 // wrong numbers.
 #pragma once
 
-#include "../engine/session.h"
+#include "disk-tensor.h"
 #include "repacking.h"
 #include "tile.h"
 
@@ -15,20 +15,23 @@
 #include <atomic>
 #include <memory>
 
-// upstream, private
-#include "traits.h"
-
 namespace hobbit {
 
-// One expert tensor: `extra` of its ggml tensor.
-class expert_tensor : public ggml::cpu::tensor_traits {
+// Whether `op`, whose source number `where` is an expert tensor, is what mul-mat-id.cpp computes.
+bool is_product(const ggml_tensor * op, int where);
+
+class expert_tensor : public disk_tensor {
   public:
     expert_tensor(std::shared_ptr<session> owner, uint32_t layer, uint32_t part);
 
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override;
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override;
 
-    session & owner() const { return *owner_; }
+    const tensor_source & source() const override;
+    bool                  computes(const ggml_tensor * op, int where) const override { return is_product(op, where); }
+    void                  refuse(const ggml_tensor * op) override;
+
+    expert_tensor * expert() override { return this; }
 
     uint32_t layer() const { return layer_; }
 
@@ -40,21 +43,17 @@ class expert_tensor : public ggml::cpu::tensor_traits {
     // Of repacked slices: for batches; NULL where there are none.
     const tile_kernel * repacked_tiles() const { return tiles_; }
 
-    // `op` is not the product that can be offloaded.
-    void refuse(const ggml_tensor * op);
-
     // Router weights are multiplied into this tensor's input, not its experts' output; learnt when the graph is planned.
     bool weights_are_gains() const { return weights_are_gains_.load(std::memory_order_relaxed); }
 
     void set_weights_are_gains() { weights_are_gains_.store(true, std::memory_order_relaxed); }
 
   private:
-    std::shared_ptr<session> owner_;
-    uint32_t                 layer_;
-    uint32_t                 part_;
-    const repack_kernel *    repacked_;
-    const tile_kernel *      tiles_;
-    std::atomic<bool>        weights_are_gains_ { false };
+    uint32_t              layer_;
+    uint32_t              part_;
+    const repack_kernel * repacked_;
+    const tile_kernel *   tiles_;
+    std::atomic<bool>     weights_are_gains_ { false };
 };
 
 // Registers buffer type and hooks; once, before the first offloaded model.
@@ -71,9 +70,6 @@ void bind_thread(std::shared_ptr<session> owner);
 
 // A llama_model_tensor_buft_override array that sends the session's expert tensors here.
 const void * buft_overrides(session & owner);
-
-// Whether `op`, whose source number `where` is an expert tensor, is what mul-mat-id.cpp computes.
-bool is_product(const ggml_tensor * op, int where);
 
 // NULL when the tensor is not ours.
 expert_tensor * find_expert_tensor(const ggml_tensor * tensor);

@@ -217,7 +217,7 @@ bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & si
     const ggml_tensor * src1  = op->src[1];
     size_t              rows  = 0;
     size_t              tiled = 0;
-    for (const tensor_source & source : owner_->index().layers()[layer_].projections[part_].source) {
+    for (const tensor_source & source : owner().index().layers()[layer_].projections[part_].source) {
         if (source.type < 0) {
             continue;
         }
@@ -231,7 +231,7 @@ bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & si
 }
 
 bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
-    session & owner = *owner_;
+    session & owner = this->owner();
     if (!is_product(op, find_expert_tensor(op->src[0]) == this ? 0 : -1)) {
         // A graph that came after the session was started (an adapter, another kind of context).
         if (params->ith == 0) {

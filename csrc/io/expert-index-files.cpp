@@ -103,6 +103,7 @@ struct expert_index::header {
 void expert_index::read_model(const std::string & path, bool direct) {
     uint32_t n_tensors = 0;
     uint32_t expected  = 0;
+    bool     output    = false;
     for_each_part(path, direct, [&](const header & part, uint32_t no) {
         const gguf_context * g = part.gguf.get();
         if (no == 0) {
@@ -126,8 +127,15 @@ void expert_index::read_model(const std::string & path, bool direct) {
             if (!add_tensor(part, i, is_low ? name.substr(strlen(LOW_PREFIX)) : name, is_low)) {
                 bytes_dense += gguf_get_tensor_size(g, i);
             }
+            if (name == "token_embd.weight") {
+                add_embeddings(part, i);
+            }
+            output = output || name == "output.weight";
         }
     });
+    if (!output) {
+        embeddings_ = {};  // the logits are products of all of it
+    }
     if (expected != 0 && expected != n_tensors) {
         fail(HOBBIT_ERR_FORMAT,
              format("the parts of %s do not belong together: %u tensors expected, %u found; download all parts again",
@@ -224,6 +232,19 @@ void expert_index::for_each_part(const std::string & path, bool direct,
         }
         body(part, no);
     }
+}
+
+void expert_index::add_embeddings(const header & part, int64_t i) {
+    const gguf_context * g    = part.gguf.get();
+    const ggml_type      type = gguf_get_tensor_type(g, i);
+    const int64_t *      ne   = gguf_get_tensor_ne(g, i);
+    if (ne[0] < 1 || ne[1] < 1 || ne[1] > INT32_MAX || ne[2] != 1 || ne[3] != 1 ||
+        (type != GGML_TYPE_F32 && ggml_get_type_traits(type)->to_float == nullptr)) {
+        return;
+    }
+    const uint64_t offset = gguf_get_data_offset(g) + gguf_get_tensor_offset(g, i);
+    const uint64_t row    = ggml_row_size(type, ne[0]);
+    embeddings_           = { gguf_get_tensor_name(g, i), ne[0], ne[1], { (int32_t) type, part.file_id, offset, row, row } };
 }
 
 // Adds tensor `i` of a file when it is one of routed experts. `name`: of the tensor in high precision.

@@ -59,6 +59,14 @@ struct moe_layer {
     uint64_t slot_bytes(precision p) const;    // with padding
 };
 
+// A matrix of which a token needs one row: token embeddings that are not the output matrix as well.
+struct embedding_table {
+    std::string   name;
+    int64_t       n_in   = 0;  // of a row
+    int64_t       n_rows = 0;
+    tensor_source source;  // slice: a row
+};
+
 class expert_index {
   public:
     // Opens the GGUF and, when it is the first of a split, its other parts. `low_path`: a sidecar, "" for none; one that is not whole or
@@ -80,6 +88,9 @@ class expert_index {
 
     // A regular expression (ECMAScript) that matches all expert tensors and nothing else of the model.
     std::string tensor_pattern() const;
+
+    // Has no name where there is none that could stay on disk.
+    const embedding_table & embeddings() const { return embeddings_; }
 
     uint32_t n_block = 0;  // with those for multi-token prediction
     uint32_t n_nextn = 0;  // for multi-token prediction: the last ones, which are not run, nor loaded
@@ -106,6 +117,7 @@ class expert_index {
   private:
     struct header;
 
+    void add_embeddings(const header & part, int64_t i);
     void read_model(const std::string & path, bool direct);
     void read_sidecar(const std::string & path, bool direct);
     void for_each_part(const std::string & path, bool direct, const std::function<void(const header &, uint32_t no)> & body);
@@ -116,6 +128,7 @@ class expert_index {
     std::string                        path_;
     std::vector<std::unique_ptr<file>> files_;
     std::vector<moe_layer>             layers_;
+    embedding_table                    embeddings_;
 };
 
 }  // namespace hobbit

@@ -34,6 +34,7 @@ class ModelInfo:
     direct_io: bool
     io_alignment: int
     bytes_learned: int
+    bytes_embeddings: int
 
 
 def struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
 _SLACK = 24 << 20
 _SLACK_SHARE = 0.01
+# Embeddings of fewer bytes are not worth a read for a token.
+_FEW_EMBEDDINGS = 16 << 20
 # By which two starts of the same process differ.
 _ROUGHLY = 4 << 20
 
@@ -60,6 +62,7 @@ class Session(Observed):
         self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
         self._room: Optional[BatchRoom] = None
         self._context = 0
+        self.embeddings_on_disk = False
         self._heat: Optional[_heat.HeatFile] = None
         self.feedback: Optional[Feedback] = None
         super().__init__(path, params)
@@ -97,14 +100,36 @@ class Session(Observed):
             self._base_budget = _memory.parse_size(memory, of=_memory.total())
         elif self.params.expert_cache is None:
             self._base_budget = _memory.default_budget()
-        needed = _memory.resident() + self.info.bytes_dense + self._pool_floor()
+        self._place_embeddings()
+        needed = _memory.resident() + self.bytes_dense + self._pool_floor()
         return self._base_budget is None or needed + _SLACK <= self._base_budget
+
+    @property
+    def bytes_dense(self) -> int:
+        """Of the weights that are in memory, without experts."""
+        return self.info.bytes_dense - (self.info.bytes_embeddings if self.embeddings_on_disk else 0)
+
+    @property
+    def bytes_embeddings(self) -> int:
+        """Of those that may stay on disk."""
+        wanted = self.params.embeddings_on_disk
+        worth_it = wanted or (wanted is None and self.info.bytes_embeddings >= _FEW_EMBEDDINGS)
+        return self.info.bytes_embeddings if worth_it else 0
+
+    def _place_embeddings(self) -> None:
+        """Where memory is short they stay on disk."""
+        everything = _memory.resident() + self.info.bytes_dense + self.info.pool_max + _SLACK
+        short = self._base_budget is not None and self._base_budget < everything
+        self.embeddings_on_disk = self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
+        if self.embeddings_on_disk:
+            self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
 
     def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
         """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
         ctx = self._ffi.cast("void *", context)
         sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + sum(self.fit_batches(context, n_least))
-        return self._refusal(_memory.resident() + sizes - self.info.bytes_high + self.info.bytes_learned + extra)
+        on_disk = self.info.bytes_high + self.info.bytes_dense - self.bytes_dense
+        return self._refusal(_memory.resident() + sizes - on_disk + self.info.bytes_learned + extra)
 
     def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
         """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
@@ -118,7 +143,7 @@ class Session(Observed):
         smallest = int((held + self._pool_floor() + _SLACK) / (1 - _SLACK_SHARE)) + _ROUGHLY
         return MemoryBudgetError(
             f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
-            f"{human(smallest)} (dense weights {human(self.info.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
+            f"{human(smallest)} (dense weights {human(self.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
             "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps, and flash attention)"
         )
 

@@ -170,6 +170,8 @@ class Llama(OffloadMethods, _Llama):
             # Dense weights are read once, past the page cache, into anonymous memory.
             params.load_mode = _c.LLAMA_LOAD_MODE_DIRECT_IO
             params.tensor_buft_overrides = self._session.buft_overrides()
+            if self._session.embeddings_on_disk:
+                params.lazy_mode = _c.LLAMA_LAZY_MODE_OFF  # llama.cpp's own way, by mmap
         return params
 
     @model_params.setter

@@ -59,6 +59,8 @@ class OffloadParams:
         direct_io: read past the page cache where the file system can.
         low_model: the low-precision copies in a file of their own (`hobbit convert --sidecar`): its path; None: `model.low.gguf`
             beside `model.gguf` if it is there; False or "none": none.
+        embeddings_on_disk: token embeddings, of which a token needs one row of some hundred thousand, are read by rows. Default:
+            where the budget has no room for everything, and the file has an output matrix beside them.
         heat: keep between runs how often each expert is used, and begin by reading those that were used most. Only with eviction
             "foresight". Never a reason to fail: see `_heat`.
         yield_memory: while the machine or the cgroup is short of memory the expert pool gives some back: see `_pressure`.
@@ -89,6 +91,7 @@ class OffloadParams:
     low_model: LowModel = None
     quality: Optional[str] = None
     calibration: CalibrationFile = None
+    embeddings_on_disk: Optional[bool] = None
     heat: bool = True
     yield_memory: bool = True
 

@@ -181,6 +181,21 @@ TEST("tensors are found by name, and the pattern matches them and nothing else")
     }
 }
 
+TEST("token embeddings may stay on disk where the output is a matrix of its own") {
+    const tiny_model m;
+    CHECK(model_story(m).open().embeddings().name.empty());
+
+    const model_story       s(with(m.all(), { "output.weight", GGML_TYPE_F32, { m.n_in, 10 } }), m.meta());
+    const expert_index      index = s.open();
+    const embedding_table & table = index.embeddings();
+    CHECK_EQ(table.name, "token_embd.weight");
+    CHECK_EQ(table.n_in, (int64_t) m.n_in);
+    CHECK_EQ(table.n_rows, (int64_t) 10);
+    CHECK_EQ(table.source.row_bytes, (uint64_t) m.n_in * 4);
+    CHECK_EQ(table.source.offset, offset_by_ggml(s.path(), "token_embd.weight"));
+    CHECK_EQ(table.source.expert(3).offset, table.source.offset + 3 * table.source.row_bytes);
+}
+
 TEST("a model without low copies has none, one with some of them neither") {
     tiny_model m;
     m.low = false;

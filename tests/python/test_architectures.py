@@ -108,6 +108,13 @@ def test_exact_is_stock(name: str, which: int) -> None:
 
 
 @everyone
+def test_embeddings_may_stay_on_disk(name: str) -> None:
+    path = tiny_architecture(name, ARCHITECTURES[name].types[0])
+    got, _ = offloaded(path, name, offload=OffloadParams(exact=True, embeddings_on_disk=True))
+    assert same(got, stock(path, name))
+
+
+@everyone
 def test_buffers_may_be_laid_out_anew_between_batches(name: str) -> None:
     """For fewer tokens than the batch has, too: then llama.cpp lays them out itself."""
     path = tiny_architecture(name, ARCHITECTURES[name].types[0])

@@ -54,6 +54,27 @@ def test_eio_in_mid_token_says_where_and_the_object_goes_on(model: Path, chunk: 
     )
 
 
+def test_a_row_of_the_embeddings_that_cannot_be_read(model: Path) -> None:
+    run(
+        """
+        llm = open_model(model, OffloadParams(exact=True, embeddings_on_disk=True))
+        assert llm._session.embeddings_on_disk
+        llm.eval([5, 6])
+        fail_reads(model, errno.EIO, count=1)  # the first read of a token
+        e = raises(ReadError, llm.eval, [7])
+        assert hits() == 1 and e.errno == errno.EIO and llm.n_tokens == 2
+        llm.eval([7])
+        got = np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy()
+        llm.close()
+        stock = load(Llama, model, 1)
+        stock.eval([5, 6])
+        stock.eval([7])
+        assert np.array_equal(got, np.ctypeslib.as_array(stock._ctx.get_logits(), (stock.n_vocab(),)))
+        """,
+        model=model,
+    )
+
+
 def test_eio_in_completions_and_streams(model: Path) -> None:
     run(
         """

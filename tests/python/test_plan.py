@@ -12,6 +12,8 @@ from typing import Any, Dict
 import pytest
 
 from curves import made_up_curve
+from hobbit_cpp import Llama
+from hobbit_cpp._memory import resident
 from hobbit_cpp.bench.forecast import Compute, Machine, forecast
 from hobbit_cpp.bench.routing import expected_loads
 from hobbit_cpp.bench.sizes import Sizes, Weights, measure_sizes, read_weights
@@ -80,6 +82,21 @@ def test_flash_attention_leaves_more_of_a_long_context() -> None:
     assert flash.buffers + flash.prompt < (plain.buffers + plain.prompt) / 2 and flash.kv == plain.kv
 
 
+def test_embeddings_stay_on_disk_where_memory_is_short(large_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_memory = measure_sizes(large_model, 256, 64, 64, 1)
+    assert in_memory.embeddings == 0, "so few are not worth a read"
+    monkeypatch.setattr("hobbit_cpp._session._FEW_EMBEDDINGS", 1)
+    on_disk = measure_sizes(large_model, 256, 64, 64, 1)
+    info = on_disk.info
+    assert on_disk.embeddings == info.bytes_embeddings > 0
+    assert on_disk.dense + on_disk.embeddings == in_memory.dense and on_disk.largest > on_disk.budget(info.pool_max)
+    for pool, expected in ((info.pool_max // 3, True), (info.pool_max, False)):
+        memory = resident() + info.bytes_dense + (60 << 20) + pool
+        llm = Llama(str(large_model), offload="hobbit", exact=True, memory=memory, n_ctx=256, verbose=False)
+        assert llm._session is not None and llm._session.embeddings_on_disk is expected
+        llm.close()
+
+
 def test_a_larger_context_takes_more() -> None:
     small, large = (measure_sizes(tiny("mixtral"), n, 64, 64, 1) for n in (256, 2048))
     assert large.kv == 8 * small.kv > 0 and large.dense == small.dense
@@ -99,7 +116,7 @@ def model(n_expert: int = 64, used: int = 4, **more: Any) -> Sizes:
         bytes_expert_high=slot, slot_high=slot, bytes_cycle=32 * used * slot,
         pool_min=used * slot + 4 * slot, pool_max=GIB + 4 * slot, **more,
     )  # fmt: skip
-    return Sizes(info, 256, 60 << 20, 100 << 20, 10 << 20, 10 << 20, 40 << 20)
+    return Sizes(info, 256, 60 << 20, 100 << 20, 0, 10 << 20, 10 << 20, 40 << 20)
 
 
 def machine(disk: DiskProbe = FAST) -> Machine:
@@ -203,7 +220,7 @@ def test_says_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     plan = run_plan(tiny_dual("mixtral"), "--memory", "88MiB", "-c", "512")
     assert set(plan) == {
         "format", "model", "name", "budget", "free", "fits", "problem", "smallest", "largest", "memory", "experts", "disk",
-        "compute", "forecasts", "table", "choices", "command", "notes", "prompt",
+        "compute", "forecasts", "table", "choices", "command", "notes", "prompt", "embeddings",
     }  # fmt: skip
     assert {f["mode"] for f in plan["forecasts"]} == {"hobbit", "exact", "lru"}
     assert [f["budget"] for f in plan["table"]] == sorted(f["budget"] for f in plan["table"])

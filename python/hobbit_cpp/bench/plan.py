@@ -160,7 +160,8 @@ def _notes(sizes: Sizes, weights: Weights, machine: Machine, chosen: Forecast, b
 def to_json(plan: Plan) -> Dict[str, Any]:
     """Stable keys; sizes in bytes, times in the unit of the name.
 
-    format, model, name, budget, free, fits, problem, smallest, largest, prompt (lent to a batch of 512 while it is computed)
+    format, model, name, budget, free, fits, problem, smallest, largest
+    prompt: lent to a batch of 512 while it is computed; embeddings: that stay on disk
     memory: process, dense, kv, buffers, pool, spare (sum: the budget); n_ctx
     experts: layers, per_layer, used, bytes_high, bytes_low, share_resident
     disk: read_bytes, bandwidth (bytes/s by queue depth), direct; or null
@@ -194,6 +195,7 @@ def to_json(plan: Plan) -> Dict[str, Any]:
             "n_ctx": sizes.n_ctx,
         },
         "prompt": sizes.prompt,
+        "embeddings": sizes.embeddings,
         "experts": {
             "layers": info.n_moe_layer,
             "per_layer": info.n_expert,
@@ -261,7 +263,7 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
     where.add_column(justify="right")
     where.add_column()
     for what, size, note in (
-        ("dense weights", sizes.dense, ""),
+        ("dense weights", sizes.dense, f"without {human(sizes.embeddings)} of embeddings" if sizes.embeddings else ""),
         ("KV cache", sizes.kv, ""),
         ("buffers", sizes.buffers, ""),
         ("the process itself", sizes.process, ""),

@@ -35,7 +35,8 @@ class Sizes:
     Attributes:
         info: what the file holds.
         process: Python, libraries, the vocabulary.
-        dense: weights that are no routed experts.
+        dense: weights that are no routed experts, without `embeddings`.
+        embeddings: token embeddings that stay on disk where not everything fits; else 0.
         kv: the KV cache, and other state of the context.
         buffers: for computing a token.
         prompt: more of them for the batch that there has to be room for; borrowed from the pool.
@@ -45,6 +46,7 @@ class Sizes:
     n_ctx: int
     process: int
     dense: int
+    embeddings: int
     kv: int
     buffers: int
     prompt: int
@@ -88,7 +90,7 @@ class Sizes:
     @property
     def largest(self) -> int:
         """The budget beyond which more does not help: every expert is in memory."""
-        return self.budget(self.info.pool_max + self.prompt)
+        return self.budget(self.info.pool_max + self.prompt + self.embeddings)
 
 
 class _Unloaded(Llama):
@@ -109,8 +111,9 @@ class _Unloaded(Llama):
         kv = max(0, int(session._lib.hobbit_context_resident_bytes(ctx)) - weights)
         token, prompt = sum(session.fit_batches(address, SMALL)), sum(session.fit_batches(address, self._least_batch()))
         buffers = token + session.info.bytes_learned + self._memory_to_come()
-        dense = weights - session.info.bytes_high
-        return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, kv, buffers, prompt - token)
+        embeddings = session.bytes_embeddings
+        dense = weights - session.info.bytes_high - embeddings
+        return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, embeddings, kv, buffers, prompt - token)
 
 
 def measure_sizes(
