@@ -96,8 +96,10 @@ typedef struct hobbit_model_info {
     uint32_t direct_io;     /* 1: reads go past the page cache */
     uint32_t io_alignment;  /* of direct reads; 1 when buffered */
     uint64_t bytes_learned; /* what the correction of predictions comes to hold, beside the pool */
-    uint64_t
-        bytes_embeddings; /* of bytes_dense, token embeddings that may stay on disk; 0: none, or the output is the same matrix */
+    /* Of bytes_dense, token embeddings that may stay on disk (0: there are none, or they are the output matrix as well), and how much of
+     * them is kept in memory then. */
+    uint64_t bytes_embeddings;
+    uint64_t bytes_rows_kept;
 } hobbit_model_info;
 
 /* Writes the fingerprint of the routed experts of a model (the first part of a split one) into `text`, at most `size` bytes with

@@ -37,6 +37,14 @@ void prefer_large_pages(void * data, size_t bytes) {
     }
 }
 
+void prefer_small_pages(void * data, size_t bytes) {
+    const size_t begin = align_up((size_t) data, PAGE);
+    const size_t end   = align_down((size_t) data + bytes, PAGE);
+    if (end > begin) {
+        madvise((void *) begin, end - begin, MADV_NOHUGEPAGE);
+    }
+}
+
 static std::byte * map(size_t size, int flags) {
     if (size == 0) {
         return nullptr;

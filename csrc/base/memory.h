@@ -44,6 +44,8 @@ void release_pages(void * data, size_t bytes);
 
 // Asks for large pages for what lies whole in [data, data + bytes) and is not touched yet. Only a wish: the system may have none.
 void prefer_large_pages(void * data, size_t bytes);
+// The contrary, of all pages that lie in it.
+void prefer_small_pages(void * data, size_t bytes);
 
 // Address space without memory behind it: whoever touches it by mistake gets SIGSEGV and not wrong numbers.
 class address_range {

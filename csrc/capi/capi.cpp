@@ -2,6 +2,7 @@
 #include "../ggml/compute-probe.h"
 #include "../ggml/compute-threads.h"
 #include "../ggml/context-memory.h"
+#include "../ggml/embedding-rows.h"
 #include "../ggml/expert-buffer.h"
 #include "../ggml/routers.h"
 #include "../io/fingerprint.h"
@@ -144,8 +145,11 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         i.direct_io                          = index.direct();
         i.io_alignment                       = index.alignment();
         const hobbit::embedding_table & rows = index.embeddings();
-        i.bytes_embeddings                   = (uint64_t) rows.n_rows * rows.source.row_bytes;
-        i.bytes_learned                      = hobbit::prefetcher::bytes_learned(index, s->core->params());
+        if (rows.n_rows > 0) {
+            i.bytes_embeddings = (uint64_t) rows.n_rows * rows.source.row_bytes;
+            i.bytes_rows_kept  = hobbit::row_cache::bytes(rows.source.row_bytes, (uint64_t) rows.n_rows);
+        }
+        i.bytes_learned = hobbit::prefetcher::bytes_learned(index, s->core->params());
         copy_out(info, i);
     });
 }

@@ -51,15 +51,15 @@ static std::unordered_map<ggml_backend_buffer_t, size_t> laid_out(ggml_cgraph * 
 }
 
 batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
+    context->sched_reserve();  // what it has put off, a new scheduler at worst, would undo this at the next llama_decode
     const auto &                   cparams = context->get_cparams();
+    ggml_backend_sched_t           sched   = context->get_sched();
     const llama_memory_t           memory  = context->get_memory();
     const llama_memory_context_ptr full    = memory != nullptr ? memory->init_full() : nullptr;
     const uint32_t                 n       = std::clamp(n_tokens, 1u, std::min(context->n_ctx(), context->n_ubatch()));
-    ggml_backend_sched_t           sched   = context->get_sched();
     const bool                     loaded  = !context->get_model().hparams.no_alloc;
     std::vector<size_t>            sizes(ggml_backend_sched_get_n_backends(sched));
 
-    context->sched_reserve();  // what it has put off would undo this at the next llama_decode
     ggml_cgraph * graph = context->graph_reserve(n, cparams.n_seq_max, std::min(n, cparams.n_outputs_max), full.get(),
                                                  !loaded, loaded ? nullptr : sizes.data());
     if (graph == nullptr) {
@@ -79,8 +79,12 @@ batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
     }
     for (const auto & [buffer, end] : laid_out(graph)) {
         out.buffers += end;
-        release_pages(ggml_backend_buffer_get_base(buffer), ggml_backend_buffer_get_size(buffer));
-        prefer_large_pages(ggml_backend_buffer_get_base(buffer), end);
+        void * const base = ggml_backend_buffer_get_base(buffer);
+        const size_t size = ggml_backend_buffer_get_size(buffer);
+        release_pages(base, size);
+        // Of the last layout: were a token's tensors scattered over it (llama.cpp lays out again to shift a context), each would take 2 MiB.
+        prefer_small_pages(base, size);
+        prefer_large_pages(base, end);
     }
     ggml_backend_sched_reset(sched);
     return out;

@@ -11,9 +11,11 @@
 namespace hobbit {
 
 row_cache::row_cache(uint64_t row_bytes, uint64_t n_rows) :
-    row_bytes_(row_bytes),
-    held_(std::clamp<uint64_t>(BYTES / row_bytes, 1, n_rows), -1),
-    rows_(held_.size() * row_bytes, true) {}
+    row_bytes_(row_bytes), held_(bytes(row_bytes, n_rows) / row_bytes, -1), rows_(bytes(row_bytes, n_rows), true) {}
+
+uint64_t row_cache::bytes(uint64_t row_bytes, uint64_t n_rows) {
+    return std::clamp<uint64_t>(BYTES / row_bytes, 1, n_rows) * row_bytes;
+}
 
 bool row_cache::get(int64_t i, std::byte * row) const {
     const size_t                slot = (size_t) i % held_.size();
@@ -54,20 +56,17 @@ bool embedding_rows::work_size(int, const ggml_tensor * op, size_t & size) {
 
 // In memory of this thread, until its next call.
 const std::byte * embedding_rows::read_row(int64_t i) {
-    thread_local region staging;
-    const file &        f     = owner().index().source(table_.source.file);
-    const extent        row   = table_.source.expert((uint32_t) i);
-    const uint64_t      begin = f.aligned_begin(row.offset);
-    const uint64_t      end   = f.aligned_end(row.offset + row.bytes);
-    if (staging.size() < end - begin) {
-        staging = region(end - begin, false);
+    thread_local std::vector<std::byte> kept;
+    thread_local region                 staging;
+    const tensor_source &               source = table_.source;
+    kept.resize(source.row_bytes);
+    if (cache_.get(i, kept.data())) {
+        return kept.data();
     }
-    if (!cache_.get(i, staging.data())) {
-        f.read(staging.data(), begin, end - begin, row.offset + row.bytes - begin);
-        cache_.put(i, staging.data() + (row.offset - begin));
-        return staging.data() + (row.offset - begin);
-    }
-    return staging.data();
+    const extent      at  = source.expert((uint32_t) i);
+    const std::byte * row = owner().index().source(source.file).read_any(at.offset, at.bytes, staging);
+    cache_.put(i, row);
+    return row;
 }
 
 bool embedding_rows::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
@@ -89,6 +88,10 @@ bool embedding_rows::compute_forward(ggml_compute_params * params, ggml_tensor *
         const auto   c  = (size_t) (i / (ids->ne[0] * ids->ne[1]));
         const auto   id = *(const int32_t *) ((const char *) ids->data + a * ids->nb[0] + b * ids->nb[1] + c * ids->nb[2]);
         auto * const to = (float *) ((char *) op->data + a * op->nb[1] + b * op->nb[2] + c * op->nb[3]);
+        if (owner().failed()) {  // a prompt has thousands of rows, and nobody waits for them any more
+            memset(to, 0, n_in * sizeof(float));
+            continue;
+        }
         try {
             if (id < 0 || id >= table_.n_rows) {
                 fail(HOBBIT_ERR_INVALID_ARGUMENT, format("there is no row %d of %s", (int) id, table_.name.c_str()));

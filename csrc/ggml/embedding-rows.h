@@ -4,6 +4,7 @@
 #include "disk-tensor.h"
 
 #include <mutex>
+#include <vector>
 
 namespace hobbit {
 
@@ -18,6 +19,8 @@ class row_cache {
     void put(int64_t i, const std::byte * row);
 
     static constexpr uint64_t BYTES = (uint64_t) 4 << 20;
+    // What one of so many rows holds: BYTES at most, but one row.
+    static uint64_t bytes(uint64_t row_bytes, uint64_t n_rows);
 
   private:
     mutable std::mutex   mutex_;

@@ -116,13 +116,12 @@ void set_tensor(ggml_backend_buffer_t, ggml_tensor *, const void *, size_t, size
 void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
     auto * self = (expert_buffer *) buffer->context;
     try {
-        const tensor_source & source = find_disk_tensor(tensor)->source();
-        const file &          f      = self->owner->index().source(source.file);
-        const auto            begin  = f.aligned_begin(source.offset + offset);
-        const auto            end    = f.aligned_end(source.offset + offset + size);
-        region                staging(end - begin, false);
-        f.read(staging.data(), begin, end - begin, source.offset + offset + size - begin);
-        memcpy(data, staging.data() + (source.offset + offset - begin), size);
+        const ggml_tensor *   whole  = tensor->view_src != nullptr ? tensor->view_src : tensor;
+        const tensor_source & source = find_disk_tensor(whole)->source();
+        region                staging;
+        memcpy(data,
+               self->owner->index().source(source.file).read_any(source.offset + tensor->view_offs + offset, size, staging),
+               size);
     } catch (...) {
         self->owner->record_failure(std::current_exception());
         memset(data, 0, size);

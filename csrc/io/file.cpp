@@ -86,6 +86,16 @@ void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_
     }
 }
 
+const std::byte * file::read_any(uint64_t offset, uint64_t bytes, region & staging) const {
+    const uint64_t begin = aligned_begin(offset);
+    const uint64_t end   = aligned_end(offset + bytes);
+    if (staging.size() < end - begin) {
+        staging = region(end - begin, false);
+    }
+    read(staging.data(), begin, end - begin, offset + bytes - begin);
+    return staging.data() + (offset - begin);
+}
+
 void file::read_range(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const {
     uint64_t done = 0;
     while (done < bytes) {

@@ -47,6 +47,9 @@ class file {
     // became shorter is a short read, one that became another (see remember) fails too.
     void read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const;
 
+    // The same for any [offset, offset + bytes): where it lies in `staging`, which grows to what has to be read around it.
+    const std::byte * read_any(uint64_t offset, uint64_t bytes, region & staging) const;
+
     // Learns what this file is known by: its first `bytes` and a few pages of the rest. A file that is overwritten in place would give
     // wrong numbers without an error: so the first read after its size or time of change differ compares these, and fails
     // when they are others. A file that was restored goes on. Not while others read. Throws HOBBIT_ERR_READ.

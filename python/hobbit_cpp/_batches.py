@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Optional, Tuple
 
-__all__ = ["COMMON", "COMMON_WITHOUT_FLASH", "LEAST", "SMALL", "BatchRoom"]
+__all__ = ["COMMON", "COMMON_NOT_LENT", "LEAST", "SMALL", "BatchRoom"]
 
 COMMON = 2048
 """Tokens of a batch by default (commands). A batch reads each expert once, and its buffers cost nothing afterwards."""
-COMMON_WITHOUT_FLASH = 512
-"""Without flash attention half as much is worked in as the buffers take, and stays; both grow with the context."""
+COMMON_NOT_LENT = 512
+"""As llama.cpp has it: where the buffers cannot be lent, and without flash attention, where half as much is worked in as they
+take, and stays; both grow with the context."""
 LEAST = 512
 """What a budget has to have room for, or n_ubatch if that is less: longer batches are cut where memory is short."""
 
@@ -25,7 +26,7 @@ Taken = Tuple[int, int]
 
 # A layout serves prompts of similar lengths.
 _STEP = 64
-# So many small batches in a row end a prompt: its buffers go back to the pool. With drafts small and larger ones take turns.
+# So many batches in a row of less than half of what is laid out end a prompt: what they do not need goes back to the pool.
 _QUIET = 4
 
 
@@ -39,48 +40,55 @@ class BatchRoom:
         n_ubatch: tokens of the largest batch.
         most, small: what the layouts for it and for SMALL tokens take.
         spare: for the pool and both of these.
-        least: the smallest pool.
+        floor, ceiling: the smallest pool, and the largest.
     """
 
-    def __init__(self, n_ubatch: int, most: Taken, small: Taken, spare: int, least: int) -> None:
-        self._n_ubatch, self.spare, self._least = n_ubatch, spare, least
+    def __init__(self, n_ubatch: int, most: Taken, small: Taken, spare: int, floor: int, ceiling: int) -> None:
+        self.spare, self.ceiling = spare, ceiling
+        self._n_ubatch, self._floor = n_ubatch, floor
         self._per_token = sum(most) / n_ubatch
         self._small = self._buffers = small[0]
         self._laid_out = SMALL
         self._work = small[1]
-        self._quiet = 0
-
-    @property
-    def lent(self) -> int:
-        """Of `spare` to the batches, now."""
-        return self._buffers + self._work
-
-    @property
-    def borrowed(self) -> int:
-        """Of that, what the pool has back when a prompt is over."""
-        return self._buffers - self._small
+        self._quiet = self._recent = 0
 
     @property
     def pool(self) -> int:
-        """What is left for the pool."""
-        return self.spare - self.lent
+        """What the pool may have now."""
+        return max(min(self.spare - self._buffers - self._work, self.ceiling), self._floor)
+
+    def resize(self, pool: int, least: int) -> int:
+        """Makes it one of `pool` bytes between prompts, with room for a batch that takes `least` beside the smallest pool.
+
+        Returns:
+            By how much the budget grows.
+        """
+        before = self.spare
+        self.ceiling = pool
+        self.spare = max(pool + self._small + self._work, self._floor + least)
+        return self.spare - before
 
     def largest(self, wanted: int) -> int:
         """Of `wanted` tokens, those that can be one batch: more would leave the pool less than its least."""
-        fit = int((self.spare - self._least) / self._per_token)
-        return max(min(wanted, fit), min(wanted, SMALL))
+        fit = int((self.spare - self._floor) / self._per_token)
+        if fit >= self._n_ubatch:
+            return wanted
+        return min(wanted, max(fit // _STEP * _STEP, SMALL))
 
     def to_lay_out(self, n_tokens: int) -> Optional[int]:
         """Before a batch: the tokens that buffers have to be laid out for; None: as they are."""
         n_tokens = min(n_tokens, self._n_ubatch)
-        if n_tokens > SMALL:
-            self._quiet = 0
-            return None if n_tokens <= self._laid_out else min(-(-n_tokens // _STEP) * _STEP, self._n_ubatch)
+        needed = SMALL if n_tokens <= SMALL else min(-(-n_tokens // _STEP) * _STEP, self._n_ubatch)
+        if needed > self._laid_out or 2 * needed > self._laid_out:
+            self._quiet = self._recent = 0
+            return needed if needed > self._laid_out else None
         self._quiet += 1
-        return SMALL if self._laid_out > SMALL and self._quiet >= _QUIET else None
+        self._recent = max(self._recent, needed)
+        return self._recent if self._quiet >= _QUIET else None
 
     def laid_out(self, n_tokens: int, taken: Taken) -> None:
         """They are, for so many."""
         self._buffers, work = taken
         self._laid_out = n_tokens
         self._work = max(self._work, work)
+        self._quiet = self._recent = 0

@@ -35,6 +35,7 @@ class ModelInfo:
     io_alignment: int
     bytes_learned: int
     bytes_embeddings: int
+    bytes_rows_kept: int
 
 
 def struct_fields(ffi: Any, struct: Any) -> Dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 import warnings
@@ -61,7 +62,8 @@ class Session(Observed):
         self._resizing = threading.Lock()
         self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
         self._room: Optional[BatchRoom] = None
-        self._context = 0
+        self._context = self._least = 0
+        self._given_back = 0  # of it, because memory is short: see _yield_memory
         self.embeddings_on_disk = False
         self._heat: Optional[_heat.HeatFile] = None
         self.feedback: Optional[Feedback] = None
@@ -100,14 +102,17 @@ class Session(Observed):
             self._base_budget = _memory.parse_size(memory, of=_memory.total())
         elif self.params.expert_cache is None:
             self._base_budget = _memory.default_budget()
-        self._place_embeddings()
+        self.embeddings_on_disk = self.embeddings_leave(self._base_budget, _memory.resident())
+        if self.embeddings_on_disk:
+            self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
         needed = _memory.resident() + self.bytes_dense + self._pool_floor()
         return self._base_budget is None or needed + _SLACK <= self._base_budget
 
     @property
     def bytes_dense(self) -> int:
         """Of the weights that are in memory, without experts."""
-        return self.info.bytes_dense - (self.info.bytes_embeddings if self.embeddings_on_disk else 0)
+        left = self.info.bytes_embeddings - self.info.bytes_rows_kept
+        return self.info.bytes_dense - (left if self.embeddings_on_disk else 0)
 
     @property
     def bytes_embeddings(self) -> int:
@@ -116,13 +121,16 @@ class Session(Observed):
         worth_it = wanted or (wanted is None and self.info.bytes_embeddings >= _FEW_EMBEDDINGS)
         return self.info.bytes_embeddings if worth_it else 0
 
-    def _place_embeddings(self) -> None:
-        """Where memory is short they stay on disk."""
-        everything = _memory.resident() + self.info.bytes_dense + self.info.pool_max + _SLACK
-        short = self._base_budget is not None and self._base_budget < everything
-        self.embeddings_on_disk = self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
-        if self.embeddings_on_disk:
-            self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
+    def embeddings_leave(self, budget: Optional[int], process: int) -> bool:
+        """Whether they stay on disk: where not everything has a place, and a tenth beside it for KV cache and buffers.
+
+        Args:
+            budget: None: of experts alone.
+            process: what it holds without the model.
+        """
+        pool = self.info.pool_max if self.params.expert_cache is None else self._pool_floor()
+        short = budget is not None and budget < 1.1 * (process + self.info.bytes_dense + pool)
+        return self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
 
     def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
         """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
@@ -154,12 +162,12 @@ class Session(Observed):
     def _parse_pool(self, size: Size) -> int:
         return _memory.parse_size(size, of=self.info.pool_max)
 
-    def _lends(self) -> bool:
+    def lends(self) -> bool:
         """Whether the pool can lend large batches memory for their buffers: nobody has given it a size, and it can change it."""
         rule = self.params.eviction or self.params.mode
-        return self._base_budget is not None and self.params.expert_cache is None and rule not in OWN_SLOTS
+        return self.params.expert_cache is None and rule not in OWN_SLOTS
 
-    def start(self, context: int, extra: int, n_ubatch: int, n_least: int, announced: bool) -> None:
+    def start(self, context: int, extra: int, n_ubatch: int, n_least: int, lends: bool) -> None:
         """Makes the expert pool out of what the budget leaves, and starts the threads.
 
         Args:
@@ -167,7 +175,7 @@ class Session(Observed):
             extra: bytes that the caller will come to use beside what it holds now.
             n_ubatch: tokens of the largest batch.
             n_least: of the largest batch that there has to be room for; longer ones are cut by `largest_batch`.
-            announced: every batch comes by `decoding`.
+            lends: the pool lends larger ones than a token their buffers, which takes that every batch comes by `decoding`.
         """
         ctx = self._ffi.cast("void *", context)
         self._context = context
@@ -181,9 +189,10 @@ class Session(Observed):
             budget = self.memory_budget = self._base_budget
             spare = budget - held - _SLACK - int(budget * _SLACK_SHARE)
             # Where every expert has a place beside the largest batch nothing needs to be lent.
-            if announced and self._lends() and spare - taken < self.info.pool_max:
-                taken = sum(self.fit_batches(context, n_least))
-                self._room = BatchRoom(n_ubatch, most, self.fit_batches(context, SMALL), spare, self._pool_floor())
+            if lends and spare - taken < self.info.pool_max:
+                self._least = taken = sum(self.fit_batches(context, n_least))
+                small = self.fit_batches(context, SMALL)
+                self._room = BatchRoom(n_ubatch, most, small, spare, self.info.pool_min, self.info.pool_max)
                 pool = self._room.pool
             if spare - taken < self._pool_floor():
                 raise self._refusal(held + taken)
@@ -228,8 +237,6 @@ class Session(Observed):
         self._alive()
         wanted = min(self._parse_pool(size), self.info.pool_max)
         with self._resizing:
-            if self._room is not None and wanted >= self.info.pool_min:
-                wanted = max(wanted - self._room.borrowed, self.info.pool_min)  # by the batch at hand
             before = self.pool_bytes()
             free = _memory.available()
             if wanted - before > free:
@@ -237,12 +244,17 @@ class Session(Observed):
                     f"an expert pool of {human(wanted)} does not fit: it holds {human(before)}, and only {human(free)} of memory "
                     "are free"
                 )
-            self._resize(wanted)
-            now = self.pool_bytes()
-            self._whole_pool = now
-            self.memory_budget += now - before
-            if self._room is not None:
-                self._room.spare = now + self._room.lent
+            if self._room is None or wanted < self.info.pool_min:
+                self._resize(wanted)  # or says that it is too small
+                self.memory_budget += self.pool_bytes() - before
+            else:
+                room = copy.copy(self._room)
+                more = room.resize(wanted, self._least)
+                self._resize(room.pool)
+                self._room = room
+                self.memory_budget += more
+            self._whole_pool = self.pool_bytes()
+            self._given_back = 0
 
     def _yield_memory(self) -> None:
         """From now on the pool shrinks while memory is short, and grows again."""
@@ -252,7 +264,11 @@ class Session(Observed):
 
         def resize(pool: int) -> None:
             with self._resizing:
-                self._resize(min(pool, self._whole_pool))  # what was whole when it was decided may be lent by now
+                # What was whole when it was decided may be lent by now.
+                self._given_back = max(0, self._whole_pool - pool)
+                self._resize(self._whole_pool - self._given_back)
+                if self._given_back == 0:
+                    self._whole_pool = self.pool_bytes()  # a number of slots
 
         self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
 
@@ -314,10 +330,11 @@ class Session(Observed):
             return
         with self._resizing:
             room.laid_out(n, self.fit_batches(self._context, n))
-            given_back = max(0, self._whole_pool - self.pool_bytes())  # and stays so: see _yield_memory
-            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into
-                self._resize(max(min(room.pool, self.info.pool_max) - given_back, self.info.pool_min))
-            self._whole_pool = self.pool_bytes() + given_back  # a pool is a number of slots
+            self._whole_pool = room.pool
+            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
+                self._resize(max(room.pool - self._given_back, self.info.pool_min))
+                if self._given_back == 0:
+                    self._whole_pool = self.pool_bytes()  # a number of slots
 
     @contextlib.contextmanager
     def decoding(self, n_tokens: int) -> Iterator[None]:

@@ -243,5 +243,5 @@ def _budgets(sizes: Sizes) -> Dict[str, Any]:
         "one_cycle": with_slots(info.n_moe_layer * info.n_expert_used),
         "experts_25_percent": with_slots(sizes.n_experts * 0.25),
         "experts_50_percent": with_slots(sizes.n_experts * 0.5),
-        "experts_100_percent": with_pool(info.pool_max + sizes.prompt),
+        "experts_100_percent": with_pool(info.pool_max + sizes.longest),
     }

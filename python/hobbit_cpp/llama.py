@@ -141,7 +141,7 @@ class Llama(OffloadMethods, _Llama):
                 self._memory_to_come(),
                 self._n_ubatch(),
                 self._least_batch(),
-                announced=self.chat_handler is None,  # one of images decodes by itself
+                self._lends(),
             )
             if calibrated is not None and params.quality is not None:
                 session.feedback = dial.begin(session, calibrated, params)
@@ -170,8 +170,6 @@ class Llama(OffloadMethods, _Llama):
             # Dense weights are read once, past the page cache, into anonymous memory.
             params.load_mode = _c.LLAMA_LOAD_MODE_DIRECT_IO
             params.tensor_buft_overrides = self._session.buft_overrides()
-            if self._session.embeddings_on_disk:
-                params.lazy_mode = _c.LLAMA_LAZY_MODE_OFF  # llama.cpp's own way, by mmap
         return params
 
     @model_params.setter
@@ -236,12 +234,14 @@ class Llama(OffloadMethods, _Llama):
     def _n_ubatch(self) -> int:
         return int(_c.llama_n_ubatch(self._ctx.ctx))
 
-    def _least_batch(self) -> int:
-        """Tokens of a batch that the budget has to have room for beside the smallest pool; prompts are cut where it has no more.
+    def _lends(self) -> bool:
+        """Whether the pool lends batches what they take: of one that a handler of images decodes by itself it would not know."""
+        return self._session is not None and self._session.lends() and self.chat_handler is None
 
-        All that llama.cpp may be given where batches are not cut: for pooling, or to have all logits.
-        """
-        whole = self._logits_all or self.context_params.embeddings
+    def _least_batch(self) -> int:
+        """Tokens of a batch that the budget has to have room for beside the smallest pool; `eval` cuts where there is no more."""
+        # Pooling takes them whole, and who has all logits (trace, imatrix) decodes without `eval`.
+        whole = self._logits_all or self.context_params.embeddings or not self._lends()
         return self._n_ubatch() if whole else min(self._n_ubatch(), LEAST)
 
     # ---- calls: one at a time, and any thread may cancel ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hobbit_cpp import Llama, MemoryBudgetError, OffloadParams
 from hobbit_cpp._batches import SMALL, BatchRoom
 from hobbit_cpp._memory import resident
-from models import tiny, tiny_dual
+from hobbit_cpp.llama import llama_cpp
 
 MIB = 1 << 20
 
@@ -25,42 +26,62 @@ def taken(n: int) -> Tuple[int, int]:
     return n, n // 4
 
 
-def room(spare: int = 1000, least: int = 100, n_ubatch: int = 512) -> BatchRoom:
-    return BatchRoom(n_ubatch, taken(n_ubatch), taken(SMALL), spare, least)
+def room(spare: int = 1000, floor: int = 100, n_ubatch: int = 512) -> BatchRoom:
+    return BatchRoom(n_ubatch, taken(n_ubatch), taken(SMALL), spare, floor, 10_000)
+
+
+def layouts(made: BatchRoom, batches: List[int]) -> List[int]:
+    """Those that a sequence of batches leads to."""
+    out = []
+    for n in batches:
+        needed = made.to_lay_out(n)
+        if needed is not None:
+            made.laid_out(needed, taken(needed))
+            out.append(needed)
+    return out
 
 
 def test_a_prompt_is_lent_what_it_needs_and_gives_it_back_after_a_few_tokens() -> None:
     made = room()
-    assert made.pool == 1000 - 16 - 4 and made.borrowed == 0
-    assert made.to_lay_out(1) is None and made.to_lay_out(SMALL) is None
-    assert made.to_lay_out(100) == 128  # and not again for prompts that are hardly longer
-    made.laid_out(128, taken(128))
-    assert made.pool == 1000 - 128 - 32 and made.lent == 160 and made.borrowed == 112
-    assert [made.to_lay_out(n) for n in (128, 40, 1, 1, 1)] == [None] * 5
-    assert made.to_lay_out(1) == SMALL
-    made.laid_out(SMALL, taken(SMALL))
+    assert made.pool == 1000 - 16 - 4
+    assert layouts(made, [1, SMALL, 100]) == [128]
+    assert made.pool == 1000 - 128 - 32
+    assert layouts(made, [128, 90, 1, 1, 1]) == []
+    assert layouts(made, [1]) == [SMALL]
     assert made.pool == 1000 - 16 - 32, "what ggml works in stays"
-    assert made.borrowed == 0
 
 
-def test_small_and_larger_batches_in_turn_change_nothing() -> None:
+def test_batches_that_need_about_as_much_change_nothing() -> None:
     made = room()
-    made.laid_out(64, taken(64))
-    assert [made.to_lay_out(n) for n in (1, 20, 1, 1, 20, 1, 1, 1, 20)] == [None] * 9
+    assert layouts(made, [50, 1, 20, 1, 1, 20, 1, 1, 1, 20]) == [64]
+
+
+def test_drafts_after_a_long_prompt_keep_what_they_need() -> None:
+    made = room()
+    assert layouts(made, [512, 20, 1, 17, 70, 20, 1, 1, 70, 1, 1, 1]) == [512, 128]
 
 
 def test_nothing_is_laid_out_for_more_than_the_largest_batch() -> None:
-    made = room(n_ubatch=100)
-    assert made.to_lay_out(5000) == 100
-    made.laid_out(100, taken(100))
-    assert made.to_lay_out(5000) is None
+    assert layouts(room(n_ubatch=100), [5000, 5000]) == [100]
 
 
 def test_batches_are_cut_where_the_pool_would_be_below_its_least() -> None:
-    made = room(spare=500, least=100)
+    made = room(spare=500)
     assert made.largest(512) == 320 and made.largest(7) == 7  # 1.25 a token
-    tight = room(spare=105, least=100)
-    assert tight.largest(512) == SMALL and tight.largest(2) == 2
+    assert room(spare=105).largest(512) == SMALL and room(spare=105).largest(2) == 2
+    assert room(n_ubatch=64).largest(512) == 512, "llama.cpp cuts them itself"
+
+
+def test_a_pool_of_another_size_keeps_room_for_a_batch() -> None:
+    made = room()
+    made.laid_out(256, taken(256))
+    assert made.pool == 1000 - 320
+    assert made.resize(500, 90) == 500 + 16 + 64 - 1000
+    assert made.pool == 500 - 240, "with what the batch at hand has"
+    made.laid_out(SMALL, taken(SMALL))
+    assert made.pool == 500
+    made.resize(100, 90)
+    assert made.pool == 100 and made.spare == 190 and made.largest(512) >= 64
 
 
 # ---- what llama.cpp touches ----
@@ -137,24 +158,44 @@ def evaluated(llm: Any, batches: List[int]) -> List[np.ndarray[Any, Any]]:
     return out
 
 
-@pytest.mark.parametrize("shape", ["mixtral", "qwen3moe", "deepseek2"])
-def test_logits_are_those_of_stock(shape: str) -> None:
-    batches = [100, 1, 1, 1, 1, 1, 70, 1, 200, 1, 1, 1, 1, 1]
-    kwargs: Dict[str, Any] = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 256, "n_threads": 2, "verbose": False}
-    stock = Llama(str(tiny(shape)), **kwargs)
-    ours = Llama(str(tiny(shape)), offload="hobbit", exact=True, memory=resident() + 60 * MIB, **kwargs)
-    for i, (a, b) in enumerate(zip(evaluated(stock, batches), evaluated(ours, batches))):
-        assert np.array_equal(a, b), i
+def test_logits_are_those_of_stock(large_model: Path) -> None:
+    batches = [300, 1, 1, 1, 1, 1, 70, 1, 500, 1, 1, 1, 1, 1]
+    kwargs: Dict[str, Any] = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 512, "n_threads": 2, "verbose": False}
+    stock = Llama(str(large_model), **kwargs)
+    want = evaluated(stock, batches)
     stock.close()
+    ours = Llama(str(large_model), offload="hobbit", exact=True, memory=resident() + 250 * MIB, **kwargs)
+    assert ours._session is not None and ours._session._room is not None
+    pools = []
+    for i, n in enumerate(batches):
+        assert np.array_equal(want[i], evaluated(ours, [n])[0]), i
+        pools.append(ours.offload_stats().pool_bytes)
+    assert pools[0] < pools[5] > pools[8] < pools[13]
     ours.close()
 
 
-def test_a_pool_with_a_size_of_its_own_lends_nothing() -> None:
-    for offload in (OffloadParams(expert_cache="50%"), OffloadParams(mode="fate")):
-        llm = Llama(str(tiny_dual("mixtral")), offload=offload, memory=resident() + 80 * MIB, n_ctx=512, verbose=False)
+def test_adapters_that_need_another_scheduler(large_model: Path) -> None:
+    """llama.cpp puts off making it until something is computed, or laid out."""
+    llm = Llama(str(large_model), offload="lru", memory=resident() + 250 * MIB, n_ctx=512, n_batch=256, verbose=False)
+    assert llm._session is not None and llm._session._room is not None
+    n_embd, n_layer = llm._model.n_embd(), llm.offload_info.n_layer
+    plain = evaluated(llm, [5])[0]
+    llm.reset()
+    zeros = (ctypes.c_float * (n_embd * (n_layer - 1)))()
+    assert llama_cpp.llama_set_adapter_cvec(llm._ctx.ctx, zeros, len(zeros), n_embd, 1, n_layer - 1) == 0
+    evaluated(llm, [200])
+    llm.reset()
+    assert np.allclose(evaluated(llm, [5])[0], plain)
+    llm.close()
+
+
+def test_a_pool_with_a_size_of_its_own_lends_nothing(large_model: Path) -> None:
+    lends = {"lru": OffloadParams(mode="lru"), "size": OffloadParams(expert_cache=150 * MIB), "fate": OffloadParams(mode="fate")}
+    for name, offload in lends.items():
+        llm = Llama(str(large_model), offload=offload, memory=resident() + 300 * MIB, n_ctx=512, verbose=False)
         before = llm.offload_stats().pool_bytes
         evaluated(llm, [200])
-        assert llm.offload_stats().pool_bytes == before
+        assert (llm.offload_stats().pool_bytes != before) is (name == "lru"), name
         llm.close()
 
 
@@ -174,7 +215,7 @@ def test_a_resize_during_a_prompt_is_of_the_pool_after_it(large_model: Path) -> 
     assert abs(s.pool_bytes - (start - 40 * MIB - lent)) < 8 * MIB and abs(budget - s.memory_budget - 40 * MIB) < 8 * MIB
     for _ in range(5):
         llm.eval([5])
-    assert abs(llm.offload_stats().pool_bytes - (start - 40 * MIB)) <= slot
+    assert abs(llm.offload_stats().pool_bytes - (start - 40 * MIB)) <= 2 * slot
     with pytest.raises(MemoryBudgetError):
         llm.resize_expert_cache(llm.offload_info.pool_min - 1)
     llm.close()

@@ -161,7 +161,7 @@ def to_json(plan: Plan) -> Dict[str, Any]:
     """Stable keys; sizes in bytes, times in the unit of the name.
 
     format, model, name, budget, free, fits, problem, smallest, largest
-    prompt: lent to a batch of 512 while it is computed; embeddings: that stay on disk
+    prompt: lent to the largest batch while it is computed; embeddings: that stay on disk
     memory: process, dense, kv, buffers, pool, spare (sum: the budget); n_ctx
     experts: layers, per_layer, used, bytes_high, bytes_low, share_resident
     disk: read_bytes, bandwidth (bytes/s by queue depth), direct; or null
@@ -194,7 +194,7 @@ def to_json(plan: Plan) -> Dict[str, Any]:
             "spare": chosen.budget - sizes.held - pool,
             "n_ctx": sizes.n_ctx,
         },
-        "prompt": sizes.prompt,
+        "prompt": sizes.longest,
         "embeddings": sizes.embeddings,
         "experts": {
             "layers": info.n_moe_layer,
@@ -257,7 +257,7 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
     if not plan.fits:
         console.print(f"with {human(chosen.budget)}:")
     spare = sizes.spare(chosen.budget) - max(chosen.pool, 0)
-    lent = f"; while a prompt is read {human(sizes.prompt - spare)} less" if sizes.prompt > spare else ""
+    lent = f"; while a long prompt is read {human(sizes.longest - spare)} less" if sizes.longest > spare else ""
     where = table_class(box=None, show_header=False, pad_edge=False)
     where.add_column()
     where.add_column(justify="right")

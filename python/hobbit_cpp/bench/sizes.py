@@ -36,10 +36,10 @@ class Sizes:
         info: what the file holds.
         process: Python, libraries, the vocabulary.
         dense: weights that are no routed experts, without `embeddings`.
-        embeddings: token embeddings that stay on disk where not everything fits; else 0.
+        embeddings: token embeddings that stay on disk where not everything fits.
         kv: the KV cache, and other state of the context.
         buffers: for computing a token.
-        prompt: more of them for the batch that there has to be room for; borrowed from the pool.
+        prompt: more of them for the batch that there has to be room for, borrowed from the pool; longest: for the largest.
     """
 
     info: ModelInfo
@@ -50,6 +50,7 @@ class Sizes:
     kv: int
     buffers: int
     prompt: int
+    longest: int
 
     @property
     def held(self) -> int:
@@ -76,7 +77,7 @@ class Sizes:
 
     def peak(self, budget: int) -> int:
         """The most that is held of it: by a prompt."""
-        return self.held + min(self.spare(budget), self.info.pool_max + self.prompt)
+        return self.held + min(self.spare(budget), self.info.pool_max + self.longest)
 
     def budget(self, pool: int) -> int:
         """The inverse: the `memory=` that leaves so much."""
@@ -90,7 +91,7 @@ class Sizes:
     @property
     def largest(self) -> int:
         """The budget beyond which more does not help: every expert is in memory."""
-        return self.budget(self.info.pool_max + self.prompt + self.embeddings)
+        return self.budget(self.info.pool_max + self.longest + self.embeddings)
 
 
 class _Unloaded(Llama):
@@ -109,11 +110,12 @@ class _Unloaded(Llama):
         ctx = session._ffi.cast("void *", address)
         weights = int(self._model.size())
         kv = max(0, int(session._lib.hobbit_context_resident_bytes(ctx)) - weights)
-        token, prompt = sum(session.fit_batches(address, SMALL)), sum(session.fit_batches(address, self._least_batch()))
+        token, prompt, longest = (sum(session.fit_batches(address, n)) for n in (SMALL, self._least_batch(), self._n_ubatch()))
         buffers = token + session.info.bytes_learned + self._memory_to_come()
-        embeddings = session.bytes_embeddings
+        embeddings = session.bytes_embeddings and session.bytes_embeddings - session.info.bytes_rows_kept
         dense = weights - session.info.bytes_high - embeddings
-        return Sizes(session.info, self.n_ctx(), _memory.resident(), dense, embeddings, kv, buffers, prompt - token)
+        held = (_memory.resident(), dense, embeddings, kv, buffers)
+        return Sizes(session.info, self.n_ctx(), *held, prompt - token, longest - token)
 
 
 def measure_sizes(

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hobbit_cpp._batches import COMMON, COMMON_WITHOUT_FLASH
+from hobbit_cpp._batches import COMMON, COMMON_NOT_LENT
 
 from .output import check_writable
 
@@ -101,16 +101,21 @@ def add_batch_flags(group: Any) -> None:
         "--batch-size",
         metavar="N",
         type=positive,
-        help=f"tokens of a prompt computed at once, for which each expert is read once (default: {COMMON}; with -fa off "
-        f"{COMMON_WITHOUT_FLASH}); where memory is short fewer",
+        help=f"tokens of a prompt computed at once, for which each expert is read once (default: {COMMON}; where the "
+        f"pool cannot lend the memory, and with -fa off, {COMMON_NOT_LENT}); where memory is short fewer",
     )
     group.add_argument("-ub", "--ubatch-size", metavar="N", type=positive, help="of these, by llama.cpp (default: all)")
 
 
 def batch_sizes(args: argparse.Namespace) -> tuple[int, int]:
-    """n_batch and n_ubatch."""
-    flash_attn = getattr(args, "flash_attn", "on") == "on"
-    n_batch = args.batch_size or (COMMON if flash_attn else COMMON_WITHOUT_FLASH)
+    """n_batch and n_ubatch: by default the larger where the pool lends what they take, and llama.cpp's ubatch where it cannot."""
+
+    def given(name: str, otherwise: Any = None) -> Any:
+        return getattr(args, name, otherwise)
+
+    lent = given("offload") != "fate" and given("expert_cache") is None and not given("embedding") and not given("logprobs")
+    usual = COMMON if lent and given("flash_attn", "on") == "on" else COMMON_NOT_LENT
+    n_batch = args.batch_size or usual
     return n_batch, args.ubatch_size or n_batch
 
 

@@ -72,6 +72,9 @@ class LlamaScorer(Llama):
         # llama.cpp's output buffer, and a few rows in double precision while one is scored
         return int(self.n_vocab()) * (192 + 4 * self.n_batch)
 
+    def _lends(self) -> bool:
+        return False  # settings are compared at the same pool, which stays as it is
+
     def words(self, text: str, begin: bool) -> List[int]:
         # llama-cpp-python adds the begin token when it is asked to; only some models want it
         first = [int(self.token_bos())] if begin and self._model.add_bos_token() else []
