@@ -28,16 +28,33 @@ uint32_t expert_store::fewest(int precision) const {
     return (uint32_t) std::min<uint64_t>({ k, shape.n_slots[1], room });
 }
 
-// A slot fewer; its pages go back to the system.
+// A slot fewer; its pages go back to the system with those of its neighbours, by give_back_pages().
 bool expert_store::take_slot(int p) {
     if (cache_->shape().n_slots[p] <= fewest(p) || !cache_->take_slot(p, now_, on_evicted, this)) {
         return false;
     }
     if (pool_.data() != nullptr) {
-        std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
-        pool_.release((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
+        std::byte *  at    = cache_->slot(p, cache_->shape().n_slots[p]);
+        const auto   begin = (size_t) (at - pool_.data());
+        const auto   end   = begin + cache_->shape().slot_bytes[p];
+        page_range & taken = taken_[p];
+        if (end != taken.begin && begin != taken.end) {
+            give_back_pages();
+            taken = { begin, end };
+        }
+        taken = { std::min(taken.begin, begin), std::max(taken.end, end) };
     }
     return true;
+}
+
+// At once: a large page of which a part is given back becomes small ones, and its place does not hold a large one again.
+void expert_store::give_back_pages() {
+    for (page_range & taken : taken_) {
+        if (taken.end > taken.begin) {
+            pool_.release(taken.begin, taken.end - taken.begin);
+        }
+        taken = {};
+    }
 }
 
 // A slot more, its pages present. Throws HOBBIT_ERR_NO_MEMORY.
@@ -46,6 +63,7 @@ bool expert_store::add_slot(int p) {
         return false;
     }
     if (pool_.data() != nullptr) {
+        give_back_pages();
         std::byte * at = cache_->slot(p, cache_->shape().n_slots[p]);
         pool_.populate((size_t) (at - pool_.data()), cache_->shape().slot_bytes[p]);
     }
@@ -77,6 +95,7 @@ void expert_store::move_border() {
     while (freed + shape.slot_bytes[from] <= step && take_slot(from)) {
         freed += shape.slot_bytes[from];
     }
+    give_back_pages();
     while (add_slot(to)) {
     }
     while (add_slot(from)) {
@@ -94,12 +113,17 @@ void expert_store::shrink_to_limit() {
     while (cache_->used_bytes() > cache_->limit()) {
         const int p = low_bytes() > low_share * (double) cache_->used_bytes() && shape.n_slots[1] > fewest(1) ? 1 : 0;
         if (!take_slot(p)) {
-            return;  // in use: at the next token
+            break;  // in use: at the next token
         }
+    }
+    give_back_pages();
+    if (cache_->used_bytes() > cache_->limit()) {
+        return;
     }
     // Where every expert had a slot in high precision until now there are no low ones yet.
     while (with_low_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
     }
+    give_back_pages();
 }
 
 void expert_store::resize(uint64_t pool_bytes) {

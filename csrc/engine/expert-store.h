@@ -149,6 +149,7 @@ class expert_store {
     void        move_border();
     void        shrink_to_limit();
     bool        take_slot(int precision);
+    void        give_back_pages();
     bool        add_slot(int precision);
     uint32_t    fewest(int precision) const;
     static void on_evicted(void * self, const cache_entry & entry);
@@ -157,6 +158,10 @@ class expert_store {
     bool        is_warming(const cache_entry & entry) const;
     void        warming_read_end(cache_entry & entry, bool failed);
 
+    struct page_range {
+        size_t begin = 0, end = 0;
+    };
+
     const expert_index & index_;
     const hobbit_params  params_;
     const arrival_hook   on_arrival_;
@@ -164,7 +169,8 @@ class expert_store {
     // When each layer last asked for reads: ahead, on demand.
     std::vector<timeline::clock::time_point>  asked_[2];
     region                                    pool_;
-    address_range                             no_pool_;  // in place of it
+    address_range                             no_pool_;             // in place of it
+    page_range                                taken_[N_PRECISION];  // of slots that are gone, not given back yet
     uint64_t                                  stream_bytes_ = 0;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
