@@ -54,6 +54,11 @@ def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
     return c, keep
 
 
+def everything_fits(budget: int, everything: int) -> bool:
+    """Process, weights and the whole pool, and a tenth of that for KV cache and buffers, whose size is not known yet."""
+    return budget >= 1.1 * everything
+
+
 class Session(Observed):
     """Opened on a file, bound to a thread while llama.cpp loads it, started when the memory left for experts is known."""
 
@@ -122,14 +127,14 @@ class Session(Observed):
         return self.info.bytes_embeddings if worth_it else 0
 
     def embeddings_leave(self, budget: Optional[int], process: int) -> bool:
-        """Whether they stay on disk: where not everything has a place, and a tenth beside it for KV cache and buffers.
+        """Whether they stay on disk: where not everything has a place.
 
         Args:
             budget: None: of experts alone.
             process: what it holds without the model.
         """
         pool = self.info.pool_max if self.params.expert_cache is None else self._pool_floor()
-        short = budget is not None and budget < 1.1 * (process + self.info.bytes_dense + pool)
+        short = budget is not None and not everything_fits(budget, process + self.info.bytes_dense + pool)
         return self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
 
     def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:

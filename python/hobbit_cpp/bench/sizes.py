@@ -10,7 +10,7 @@ from hobbit_cpp import _memory
 from hobbit_cpp._batches import SMALL
 from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp._log import errors_explained
-from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session
+from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session, everything_fits
 from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.calibrate.curve import Curve
 from hobbit_cpp.calibrate.store import load_for
@@ -77,7 +77,11 @@ class Sizes:
 
     def peak(self, budget: int) -> int:
         """The most that is held of it: by a prompt."""
-        return self.held + min(self.spare(budget), self.info.pool_max + self.longest)
+        info = self.info
+        held = self.held
+        if everything_fits(budget, self.process + info.bytes_dense + info.pool_max):
+            held += self.embeddings
+        return held + min(self.spare(budget), info.pool_max + self.longest)
 
     def budget(self, pool: int) -> int:
         """The inverse: the `memory=` that leaves so much."""
