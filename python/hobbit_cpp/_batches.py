@@ -16,7 +16,7 @@ COMMON = 2048
 COMMON_NOT_LENT = 512
 """As llama.cpp has it: where the buffers cannot be lent, and without flash attention, where half as much is worked in as they
 take, and stays; both grow with the context."""
-LEAST = 512
+LEAST = 128
 """What a budget has to have room for, or n_ubatch if that is less: longer batches are cut where memory is short."""
 
 SMALL = 16

@@ -62,8 +62,8 @@ def inspect_file(path: Union[str, os.PathLike[str]], low_model: LowModel = None)
         kv_bytes_per_1k_tokens: KV cache in F16 for 1024 of the n_ctx tokens below, as llama.cpp says; None when it cannot load
             the model, or offload is not possible.
         budgets: None as well, or what `memory=` may be: {n_ctx, smallest, one_cycle, experts_25_percent, experts_50_percent,
-            experts_100_percent}, for a context of n_ctx tokens and batches of 512: the smallest that works, one that holds
-            as many experts as a token uses, and shares of all experts.
+            experts_100_percent}, for a context of n_ctx tokens and batches of up to 512 (128 at the smallest): the smallest that
+            works, one that holds as many experts as a token uses, and shares of all experts.
 
     Raises:
         ConvertError, ModelFileError: not a readable GGUF.

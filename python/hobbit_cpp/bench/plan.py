@@ -257,7 +257,8 @@ def _print_plan(plan: Plan, console: Any, table_class: Any) -> None:
     if not plan.fits:
         console.print(f"with {human(chosen.budget)}:")
     spare = sizes.spare(chosen.budget) - max(chosen.pool, 0)
-    lent = f"; while a long prompt is read {human(sizes.longest - spare)} less" if sizes.longest > spare else ""
+    less = min(sizes.longest - spare, chosen.pool - sizes.info.pool_min)  # then batches are cut
+    lent = f"; while a long prompt is read {human(less)} less" if less > 0 else ""
     where = table_class(box=None, show_header=False, pad_edge=False)
     where.add_column()
     where.add_column(justify="right")
