@@ -251,7 +251,7 @@ def test_a_forked_child_is_told_to_load_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.no_asan
-@pytest.mark.parametrize("memory", ["20MiB", "140MiB"])
+@pytest.mark.parametrize("memory", ["20MiB", "115MiB"])
 def test_budget_too_small_says_what_is_enough(memory: str) -> None:
     """Before the weights are read or after: the budget that the error names works, and much less does not."""
     program = (
