@@ -20,30 +20,20 @@ static void touch_pages(std::byte * data, size_t size) {
     }
 }
 
-void release_pages(void * data, size_t bytes) {
-    const size_t begin = align_up((size_t) data, PAGE);
-    const size_t end   = align_down((size_t) data + bytes, PAGE);
+// Of what lies whole in [data, data + bytes), in pages of `page` bytes.
+static void advise(void * data, size_t bytes, size_t page, int advice) {
+    const size_t begin = align_up((size_t) data, page);
+    const size_t end   = align_down((size_t) data + bytes, page);
     if (end > begin) {
-        madvise((void *) begin, end - begin, MADV_DONTNEED);
+        madvise((void *) begin, end - begin, advice);
     }
 }
 
-void prefer_large_pages(void * data, size_t bytes) {
-    constexpr size_t LARGE = (size_t) 2 << 20;
-    const size_t     begin = align_up((size_t) data, LARGE);
-    const size_t     end   = align_down((size_t) data + bytes, LARGE);
-    if (end > begin) {
-        madvise((void *) begin, end - begin, MADV_HUGEPAGE);
-    }
-}
+void release_pages(void * data, size_t bytes) { advise(data, bytes, PAGE, MADV_DONTNEED); }
 
-void prefer_small_pages(void * data, size_t bytes) {
-    const size_t begin = align_up((size_t) data, PAGE);
-    const size_t end   = align_down((size_t) data + bytes, PAGE);
-    if (end > begin) {
-        madvise((void *) begin, end - begin, MADV_NOHUGEPAGE);
-    }
-}
+void prefer_large_pages(void * data, size_t bytes) { advise(data, bytes, (size_t) 2 << 20, MADV_HUGEPAGE); }
+
+void prefer_small_pages(void * data, size_t bytes) { advise(data, bytes, PAGE, MADV_NOHUGEPAGE); }
 
 static std::byte * map(size_t size, int flags) {
     if (size == 0) {

@@ -31,6 +31,11 @@ class disk_tensor : public ggml::cpu::tensor_traits {
 
     virtual expert_tensor * expert() { return nullptr; }
 
+    // Whether this is what `op` works on, and in a way that works. If not, in a graph that came after the session was started (an
+    // adapter, another kind of context), thread 0 refuses it, and its result is zero.
+    bool takes(const ggml_tensor * op) const;
+    bool takes_or_refuses(int thread, ggml_tensor * op);
+
   private:
     std::shared_ptr<session> owner_;
 };

@@ -51,7 +51,7 @@ void embedding_rows::refuse(const ggml_tensor * op) {
 
 bool embedding_rows::work_size(int, const ggml_tensor * op, size_t & size) {
     size = 0;
-    return computes(op, find_disk_tensor(op->src[0]) == this ? 0 : -1);
+    return takes(op);
 }
 
 // In memory of this thread, until its next call.
@@ -70,13 +70,7 @@ const std::byte * embedding_rows::read_row(int64_t i) {
 }
 
 bool embedding_rows::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
-    if (!computes(op, find_disk_tensor(op->src[0]) == this ? 0 : -1)) {
-        if (params->ith == 0) {
-            if (op->view_src == nullptr) {
-                memset(op->data, 0, ggml_nbytes(op));
-            }
-            refuse(op);
-        }
+    if (!takes_or_refuses(params->ith, op)) {
         return true;
     }
     const ggml_tensor * ids     = op->src[1];

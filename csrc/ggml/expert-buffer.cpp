@@ -192,6 +192,21 @@ disk_tensor * find_disk_tensor(const ggml_tensor * tensor) {
     return (disk_tensor *) tensor->extra;
 }
 
+bool disk_tensor::takes(const ggml_tensor * op) const { return computes(op, find_disk_tensor(op->src[0]) == this ? 0 : -1); }
+
+bool disk_tensor::takes_or_refuses(int thread, ggml_tensor * op) {
+    if (takes(op)) {
+        return true;
+    }
+    if (thread == 0) {
+        if (op->view_src == nullptr) {
+            memset(op->data, 0, ggml_nbytes(op));
+        }
+        refuse(op);
+    }
+    return false;
+}
+
 expert_tensor * find_expert_tensor(const ggml_tensor * tensor) {
     disk_tensor * found = find_disk_tensor(tensor);
     return found == nullptr ? nullptr : found->expert();

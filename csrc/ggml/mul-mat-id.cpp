@@ -232,14 +232,7 @@ bool expert_tensor::work_size(int n_threads, const ggml_tensor * op, size_t & si
 
 bool expert_tensor::compute_forward(ggml_compute_params * params, ggml_tensor * op) {
     session & owner = this->owner();
-    if (!is_product(op, find_expert_tensor(op->src[0]) == this ? 0 : -1)) {
-        // A graph that came after the session was started (an adapter, another kind of context).
-        if (params->ith == 0) {
-            if (op->view_src == nullptr) {
-                memset(op->data, 0, ggml_nbytes(op));
-            }
-            refuse(op);
-        }
+    if (!takes_or_refuses(params->ith, op)) {
         return true;
     }
     const ggml_tensor * ids = op->src[2];

@@ -79,7 +79,7 @@ class BatchRoom:
         """Before a batch: the tokens that buffers have to be laid out for; None: as they are."""
         n_tokens = min(n_tokens, self._n_ubatch)
         needed = SMALL if n_tokens <= SMALL else min(-(-n_tokens // _STEP) * _STEP, self._n_ubatch)
-        if needed > self._laid_out or 2 * needed > self._laid_out:
+        if 2 * needed > self._laid_out:
             self._quiet = self._recent = 0
             return needed if needed > self._laid_out else None
         self._quiet += 1
