@@ -31,7 +31,7 @@ static void advise(void * data, size_t bytes, size_t page, int advice) {
 
 void release_pages(void * data, size_t bytes) { advise(data, bytes, PAGE, MADV_DONTNEED); }
 
-void prefer_large_pages(void * data, size_t bytes) { advise(data, bytes, (size_t) 2 << 20, MADV_HUGEPAGE); }
+void prefer_large_pages(void * data, size_t bytes) { advise(data, bytes, LARGE_PAGE, MADV_HUGEPAGE); }
 
 void prefer_small_pages(void * data, size_t bytes) { advise(data, bytes, PAGE, MADV_NOHUGEPAGE); }
 

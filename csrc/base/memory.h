@@ -5,7 +5,8 @@
 
 namespace hobbit {
 
-constexpr size_t PAGE = 4096;
+constexpr size_t PAGE       = 4096;
+constexpr size_t LARGE_PAGE = (size_t) 2 << 20;
 
 constexpr size_t align_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 

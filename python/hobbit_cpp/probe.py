@@ -39,7 +39,7 @@ DEPTHS = (1, 2, 4, 8, 16)
 _DISK_SECONDS = 0.5
 _COMPUTE_SECONDS = 0.3
 # Figures of another format are not read.
-_FORMAT = 1
+_FORMAT = 2
 # A disk that was half full and a CPU that was cool are another machine half a year later.
 _KEEP_SECONDS = 180 * 86400
 
