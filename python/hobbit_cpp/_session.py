@@ -329,11 +329,11 @@ class Session(Observed):
 
     def _make_room(self, n_tokens: int) -> None:
         """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""
-        room = self._room
-        n = None if room is None else room.to_lay_out(n_tokens)
-        if room is None or n is None:
-            return
-        with self._resizing:
+        with self._resizing:  # which another thread may be replacing the room under
+            room = self._room
+            n = None if room is None else room.to_lay_out(n_tokens)
+            if room is None or n is None:
+                return
             room.laid_out(n, self.fit_batches(self._context, n))
             self._whole_pool = room.pool
             with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again

@@ -162,6 +162,19 @@ def test_answers_whole_and_streamed_are_the_same(server: Server) -> None:
     assert status == 200 and answer["choices"][0]["message"]["content"].lstrip().startswith("{")
 
 
+@pytest.mark.parametrize(
+    "path,body", [(CHAT, chat("the fox")), (COMPLETIONS, {"prompt": "the fox", "max_tokens": 9, "temperature": 0})]
+)
+def test_a_stream_ends_with_its_usage_when_asked(server: Server, path: str, body: dict[str, Any]) -> None:
+    status, answer = server.ask(path, body)
+    assert status == 200 and answer["usage"]["completion_tokens"] > 0
+    *chunks, last = server.stream(path, {**body, "stream_options": {"include_usage": True}})
+    assert last["usage"] == answer["usage"] and last["choices"] == [] and last["id"] == chunks[0]["id"]
+    assert len(chunks) == len(server.stream(path, {**body, "stream_options": {"include_usage": False}}))
+    status, answer = server.ask(path, {**body, "stream": True, "stream_options": 1})
+    assert status == 400 and "stream_options" in answer["error"]["message"]
+
+
 def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
     too_long = {"prompt": LONG * 3, "max_tokens": 3}
     status, answer = server.ask(COMPLETIONS, too_long)
@@ -169,6 +182,8 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
     (chunk,) = server.stream(COMPLETIONS, too_long)
     assert chunk["error"]["code"] == "context_length_exceeded"
     status, answer = server.ask(COMPLETIONS, {"prompt": "x", "logprobs": 2})
+    assert status == 400 and "--logprobs" in answer["error"]["message"]
+    status, answer = server.ask(CHAT, {**chat("x"), "logprobs": True})
     assert status == 400 and "--logprobs" in answer["error"]["message"]
     status, answer = server.ask("/v1/embeddings", {"input": "x"})
     assert status == 400 and "--embedding" in answer["error"]["message"]
@@ -319,6 +334,26 @@ def test_metrics_add_up(server: Server) -> None:
 def test_nothing_was_written_by_what_went_wrong(server: Server) -> None:
     """After the tests above: disconnects and refused requests leave no tracebacks."""
     assert len(server.said) == 2, server.said
+
+
+def test_logprobs_whole_and_streamed() -> None:
+    with running("--logprobs", "--exact", "-c", "256", "-b", "64") as server:
+        ask = {"prompt": "the fox", "max_tokens": 5, "temperature": 0, "logprobs": 2}
+        status, answer = server.ask(COMPLETIONS, ask)
+        assert status == 200
+        whole = answer["choices"][0]["logprobs"]
+        chunks = [c["choices"][0]["logprobs"] for c in server.stream(COMPLETIONS, ask)]
+        streamed = [p for c in chunks if c is not None for p in c["token_logprobs"]]
+        assert len(streamed) == 5
+        assert whole["token_logprobs"] == pytest.approx(streamed, rel=0.01)  # not the same bits: the second has its prompt already
+        assert all(top[t] == p for t, p, top in zip(whole["tokens"], whole["token_logprobs"], whole["top_logprobs"]))
+
+        for top in (None, 2):
+            status, answer = server.ask(CHAT, {**chat("the fox", 5), "logprobs": True, "top_logprobs": top})
+            assert status == 200
+            content = answer["choices"][0]["logprobs"]["content"]
+            assert len(content) == answer["usage"]["completion_tokens"]
+            assert all(c["logprob"] <= 0 and c["top_logprobs"] for c in content)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

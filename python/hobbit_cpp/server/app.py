@@ -27,9 +27,7 @@ import llama_cpp.server.app
 import llama_cpp.server.errors
 import llama_cpp.server.model
 import llama_cpp.server.settings
-import llama_cpp.server.types
 import numpy as np
-import pydantic
 import uvicorn
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -40,6 +38,8 @@ from .._calls import OWNER, Owner
 from ..errors import EvaluationCancelled, HobbitError, StateError
 from ..llama import Llama
 from .metrics import CONTENT_TYPE, Requests, render
+from .requests import ChatRequest, CompletionRequest
+from .usage import USAGE, Usage, counted
 
 __all__ = ["App", "serve"]
 
@@ -48,70 +48,11 @@ upstream_settings: Any = llama_cpp.server.settings
 _Proxy: Any = llama_cpp.server.model.LlamaProxy
 _ErrorHandler: Any = llama_cpp.server.errors.RouteErrorHandler
 _upstream_error_message = _ErrorHandler.error_message_wrapper
-_ChatRequest: Any = llama_cpp.server.types.CreateChatCompletionRequest
-_CompletionRequest: Any = llama_cpp.server.types.CreateCompletionRequest
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 SHUTTING_DOWN = 503
 # How long a running answer may take to end after Ctrl-C; it is cancelled, so this is for what hangs.
 _SHUTDOWN_SECONDS = 10
-
-
-class ChatRequest(_ChatRequest):  # type: ignore[misc]
-    """Takes what upstream knows under another name, as OpenAI has it, and refuses what it would ignore.
-
-    {"type": "json_schema", "json_schema": {"schema": ...}} is its json_object with a schema; max_completion_tokens is max_tokens.
-    """
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _as_openai_has_it(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # which is told
-        if data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
-            data = {**data, "max_tokens": data["max_completion_tokens"]}
-        _check_request(data)
-        if not data.get("messages"):
-            raise ValueError("there are no messages")
-        data = {**data, **_tools_with_parameters(data)}
-        form = data.get("response_format")
-        if not isinstance(form, dict) or form.get("type") != "json_schema":
-            return data
-        given = form.get("json_schema")
-        if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
-            raise ValueError("response_format of type json_schema needs a json_schema with a schema")
-        return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
-
-
-class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
-    """Refuses what upstream would ignore or fail at."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _one_answer(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # which is told
-        _check_request(data)
-        prompt = data.get("prompt")
-        if not prompt or prompt == [""]:
-            raise ValueError("there is no prompt")
-        if isinstance(prompt, list) and len(prompt) != 1:
-            raise ValueError("prompt must be one text: a request has one answer")
-        return data
-
-
-def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:
-    """A function without parameters may leave them out; upstream wants them."""
-    tools = data.get("tools")
-    if not isinstance(tools, list):
-        return {}
-    none = {"type": "object", "properties": {}}
-
-    def whole(tool: Any) -> Any:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        return {**tool, "function": {"parameters": none, **function}} if isinstance(function, dict) else tool
-
-    return {"tools": [whole(tool) for tool in tools]}
 
 
 def _plain(value: Any) -> Any:
@@ -121,16 +62,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _check_request(data: dict[str, Any]) -> None:
-    """Of both kinds of completions."""
-    for name in ("n", "best_of"):
-        if data.get(name) not in (None, 1):
-            raise ValueError(f"{name} must be 1: a request has one answer")
-    most = data.get("max_tokens")
-    if isinstance(most, int) and most < 1 and most != -1:
-        raise ValueError("max_tokens must be at least 1")
 
 
 class App:
@@ -145,6 +76,7 @@ class App:
     def __init__(self, llm: Llama, name: str, api_key: str | None = None) -> None:
         self._llm = llm
         llm.model_path = name  # what answers say when the request names no model
+        llm.generate = counted(llm)  # type: ignore[method-assign]
         self._requests = Requests()
         self._owners: set[Owner] = set()
         self._stopping = False
@@ -166,7 +98,7 @@ class App:
         @router.post("/v1/completions", dependencies=protected, response_model=None)
         @router.post("/v1/engines/copilot-codex/completions", dependencies=protected, response_model=None)
         async def completion(request: Request, body: CompletionRequest) -> Any:
-            return await upstream.create_completion(request, body)
+            return _plain(await upstream.create_completion(request, body))
 
         @router.get("/metrics", dependencies=protected)
         async def metrics() -> Any:
@@ -302,11 +234,16 @@ async def _publish(
     """A stream: chunks as events, [DONE] at the end. An error is an event, since the response has begun."""
     async with contextlib.asynccontextmanager(upstream.get_llama_proxy)() as proxy, inner_send_chan:
         iterator: Any = None
+        usage = Usage()
+        USAGE.set(usage)  # the request has a context of its own
         try:
             llm = upstream.prepare_request_resources(body, proxy, body_model, kwargs)
             iterator = await run_in_threadpool(llama_call, llm, **kwargs)
             async for chunk in iterate_in_threadpool(iterator):
                 await inner_send_chan.send({"data": json.dumps(chunk)})
+            if body.stream_options is not None and body.stream_options.include_usage:
+                about = {key: value for key, value in chunk.items() if key != "choices"}
+                await inner_send_chan.send({"data": json.dumps({**about, "choices": [], "usage": usage.as_openai_has_it()})})
         except anyio.get_cancelled_exc_class():
             raise
         except Exception as e:

@@ -1,0 +1,93 @@
+"""What clients ask for, as OpenAI has it: translated into what upstream knows, or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import llama_cpp.server.types
+import pydantic
+
+__all__ = ["ChatRequest", "CompletionRequest", "StreamOptions"]
+
+_ChatRequest: Any = llama_cpp.server.types.CreateChatCompletionRequest
+_CompletionRequest: Any = llama_cpp.server.types.CreateCompletionRequest
+
+
+class StreamOptions(pydantic.BaseModel):
+    """As OpenAI has them."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_ChatRequest):  # type: ignore[misc]
+    """Takes what upstream knows under another name, as OpenAI has it, and refuses what it would ignore.
+
+    {"type": "json_schema", "json_schema": {"schema": ...}} is its json_object with a schema; max_completion_tokens is max_tokens;
+    logprobs without top_logprobs are those of the tokens alone.
+    """
+
+    stream_options: Optional[StreamOptions] = pydantic.Field(None, exclude=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _as_openai_has_it(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data  # which is told
+        if data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
+            data = {**data, "max_tokens": data["max_completion_tokens"]}
+        if data.get("logprobs") and data.get("top_logprobs") is None:
+            data = {**data, "top_logprobs": 0}
+        _check_request(data)
+        if not data.get("messages"):
+            raise ValueError("there are no messages")
+        data = {**data, **_tools_with_parameters(data)}
+        form = data.get("response_format")
+        if not isinstance(form, dict) or form.get("type") != "json_schema":
+            return data
+        given = form.get("json_schema")
+        if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+            raise ValueError("response_format of type json_schema needs a json_schema with a schema")
+        return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
+
+
+class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
+    """Refuses what upstream would ignore or fail at."""
+
+    stream_options: Optional[StreamOptions] = pydantic.Field(None, exclude=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_answer(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data  # which is told
+        _check_request(data)
+        prompt = data.get("prompt")
+        if not prompt or prompt == [""]:
+            raise ValueError("there is no prompt")
+        if isinstance(prompt, list) and len(prompt) != 1:
+            raise ValueError("prompt must be one text: a request has one answer")
+        return data
+
+
+def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:
+    """A function without parameters may leave them out; upstream wants them."""
+    tools = data.get("tools")
+    if not isinstance(tools, list):
+        return {}
+    none = {"type": "object", "properties": {}}
+
+    def whole(tool: Any) -> Any:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        return {**tool, "function": {"parameters": none, **function}} if isinstance(function, dict) else tool
+
+    return {"tools": [whole(tool) for tool in tools]}
+
+
+def _check_request(data: dict[str, Any]) -> None:
+    """Of both kinds of completions."""
+    for name in ("n", "best_of"):
+        if data.get(name) not in (None, 1):
+            raise ValueError(f"{name} must be 1: a request has one answer")
+    most = data.get("max_tokens")
+    if isinstance(most, int) and most < 1 and most != -1:
+        raise ValueError("max_tokens must be at least 1")
