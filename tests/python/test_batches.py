@@ -219,3 +219,29 @@ def test_a_resize_during_a_prompt_is_of_the_pool_after_it(large_model: Path) -> 
     with pytest.raises(MemoryBudgetError):
         llm.resize_expert_cache(llm.offload_info.pool_min - 1)
     llm.close()
+
+
+def test_a_resize_while_a_prompt_begins_is_not_undone(large_model: Path) -> None:
+    llm = Llama(str(large_model), offload="lru", memory=resident() + 300 * MIB, n_ctx=512, verbose=False)
+    start, slot = llm.offload_stats().pool_bytes, llm.offload_info.slot_high
+    session = llm._session
+    lock, resizes = session._resizing, [start - 60 * MIB]
+
+    class Late:
+        """Lets another call have the lock first."""
+
+        def __enter__(self) -> None:
+            if resizes:
+                llm.resize_expert_cache(resizes.pop())
+            lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    session._resizing = Late()
+    evaluated(llm, [200])
+    assert not resizes
+    for _ in range(5):
+        llm.eval([5])
+    assert abs(llm.offload_stats().pool_bytes - (start - 60 * MIB)) <= 2 * slot
+    llm.close()
