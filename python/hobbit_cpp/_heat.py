@@ -24,6 +24,8 @@ import zlib
 from pathlib import Path
 from typing import Callable, Optional
 
+from ._files import replacing
+
 __all__ = ["MAX_FILES", "HeatFile", "cache_folder", "wanted"]
 
 MAX_FILES = 64
@@ -77,17 +79,13 @@ class HeatFile:
         self._saved = time.monotonic()
         if len(floats) != self._size:
             return
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             body = self._head + floats
-            partial.write_bytes(body + _crc(body))
-            partial.replace(self.path)
+            with replacing(self.path) as partial:
+                partial.write_bytes(body + _crc(body))
             for old in sorted(self.path.parent.glob("*.bin"), key=lambda p: p.stat().st_mtime)[:-MAX_FILES]:
                 old.unlink()
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
     def decoded(self, floats: Callable[[], bytes]) -> None:
         """There is something new; `save`, when the last time is some minutes ago."""

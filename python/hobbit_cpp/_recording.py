@@ -45,7 +45,7 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int, known: Optional[npt.N
 
     Args:
         ids: [tokens, layers, k].
-        known: [tokens, layers], where there are ids at all; None: everywhere.
+        known: [tokens, layers, k], those ids that are selections; None: all.
 
     Returns:
         [layers, n_experts + 1] counts by distance; the last: used for the first time.
@@ -58,24 +58,26 @@ def reuse_distances(ids: npt.NDArray[Any], n_experts: int, known: Optional[npt.N
     all_layers = np.arange(n_layers)
     earlier = np.tri(k, k=-1, dtype=bool)  # [j, i]: i comes before j in a token
     for token in range(n_tokens):
-        rows = all_layers if known is None else all_layers[known[token]]
-        layers = rows[:, None]
+        rows = all_layers if known is None else all_layers[known[token].any(-1)]
+        used = np.ones((len(rows), k), bool) if known is None else known[token, rows]
+        layers = np.broadcast_to(rows[:, None], used.shape)
         chosen = ids[token, rows].astype(np.int64)
         before = last[layers, chosen]  # [layers, k]
         distance = (last[rows, None, :] > before[:, :, None]).sum(-1)
         # those of this token that were behind it until they were used just now
-        distance += ((before[:, None, :] < before[:, :, None]) & earlier).sum(-1)
+        distance += ((before[:, None, :] < before[:, :, None]) & earlier & used[:, None, :]).sum(-1)
         distance[before < 0] = n_experts
-        np.add.at(counts, (np.broadcast_to(layers, chosen.shape), distance), 1)
-        last[layers, chosen] = token * k + np.arange(k)
+        np.add.at(counts, (layers[used], distance[used]), 1)
+        last[layers[used], chosen[used]] = np.broadcast_to(token * k + np.arange(k), used.shape)[used]
     return counts
 
 
 def recording(session: Observed, memory: MemorySamples) -> Dict[str, Any]:
     """All of it as plain data; keys as in the "recording" of `hobbit run --record --json-stats`."""
     ids, weights = session.trace_read()
-    # Of a prompt, llama.cpp computes the last layer only where logits are wanted: no ids there, and no weights.
-    known = weights.any(-1)
+    # Of a prompt, llama.cpp computes the last layer only where logits are wanted: no ids there, and no weights. Neither where a
+    # layer selects fewer than others.
+    known = weights > 0
     n_experts = session.info.n_expert
     return {
         "timeline": {which: session.timeline(slowest=which == "slowest") for which in ("last", "slowest")},

@@ -20,12 +20,12 @@ import numpy as np
 
 from ._imatrix_file import ImatrixFile, LayerSample, Sums, new_imatrix
 from ._memory import Size
+from ._text_model import decode_sequence, load_for_text
 from .convert.header import string_value, strings_value, u32_value
 from .convert.imatrix import imatrix_path
 from .errors import HobbitError, ParameterError
-from .llama import Llama
 from .params import OffloadParams
-from .trace.record import decode_sequence, load_for_text, sequences_of
+from .trace.record import sequences_of
 
 __all__ = ["INPUTS", "ImatrixReport", "imatrix_path", "record_imatrix"]
 
@@ -54,23 +54,6 @@ class ImatrixReport:
     n_experts: int
     n_unused: int
     fewest: int
-
-
-class _Collecting(Llama):
-    """The memory that llama_cpp keeps for the logits of a whole context is not used here, the sums are."""
-
-    def _memory_to_come(self) -> int:
-        return self.n_vocab() * 4 * (16 + self.n_batch) + self._offloaded().inputs_bytes(self._rows())
-
-    def _rows(self) -> int:
-        return 0
-
-
-class _Keeping(_Collecting):
-    """And the inputs of a batch."""
-
-    def _rows(self) -> int:
-        return int(self.n_batch)
 
 
 def record_imatrix(
@@ -111,8 +94,8 @@ def record_imatrix(
         raise ParameterError(f"the inputs of {inputs} tokens cannot be kept")
     llm = load_for_text(
         model,
-        _Keeping if inputs else _Collecting,
         OffloadParams(exact=True, low_model=False, heat=False),
+        input_rows=batch if inputs else 0,
         n_tokens=n_tokens,
         context=context,
         batch=batch,

@@ -123,6 +123,7 @@ class Llama(OffloadMethods, _Llama):
             )
             with errors_explained(path):
                 super().__init__(path, **kwargs)
+            self._fit_arrays()
             return
         self._session = session
         _open_models.add(self)
@@ -312,7 +313,8 @@ class Llama(OffloadMethods, _Llama):
             if not self.context_params.embeddings:
                 return super().embed(*args, **kwargs)  # says that embedding=True is needed
             texts = args[0] if args else kwargs.get("input")
-            if not texts or (isinstance(texts, list) and "" in texts):
+            given = [texts] if isinstance(texts, str) else texts
+            if not given or ("" in given and not self.tokenize(b"")):
                 raise ValueError("there is no embedding of an empty text")  # llama_cpp would write before its arrays
             if self._session is not None:
                 self._session.begin_sequence()
@@ -352,9 +354,10 @@ class Llama(OffloadMethods, _Llama):
     def detokenize(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         self._calls.check_open()
         # llama.cpp would end the process
-        strange = [t for t in tokens if not 0 <= t < self.n_vocab()]
+        n_vocab = self.n_vocab()
+        strange = [t for t in tokens if not 0 <= t < n_vocab]
         if strange:
-            raise ValueError(f"there is no token {strange[0]}: a vocabulary of {self.n_vocab()}")
+            raise ValueError(f"there is no token {strange[0]}: a vocabulary of {n_vocab}")
         return super().detokenize(list(tokens), *args, **kwargs)
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
 from ._cgroups import read_limit
+from ._files import replacing
 from ._heat import cache_folder
 from ._session import Session
 from .errors import HobbitError
@@ -244,6 +245,5 @@ def _remember(key: str, value: Dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"format": _FORMAT, "figures": {**_load(), key: value}}, indent=1), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"format": _FORMAT, "figures": {**_load(), key: value}}, indent=1), encoding="utf-8")

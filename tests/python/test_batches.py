@@ -224,7 +224,7 @@ def test_a_resize_during_a_prompt_is_of_the_pool_after_it(large_model: Path) -> 
 def test_a_resize_while_a_prompt_begins_is_not_undone(large_model: Path) -> None:
     llm = Llama(str(large_model), offload="lru", memory=resident() + 300 * MIB, n_ctx=512, verbose=False)
     start, slot = llm.offload_stats().pool_bytes, llm.offload_info.slot_high
-    session = llm._session
+    session: Any = llm._session
     lock, resizes = session._resizing, [start - 60 * MIB]
 
     class Late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from decode import load, logits
 from hobbit_cpp import Llama, OffloadParams, ParameterError
+from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp.cli import main
 from hobbit_cpp.evaluate import questions as q
 from hobbit_cpp.evaluate import statistics as st
@@ -73,6 +74,10 @@ class FakeScorer:
 
     def close(self) -> None:
         self.closed = True
+
+
+def made_up_info(**known: int) -> ModelInfo:
+    return ModelInfo(**{**{field.name: 0 for field in fields(ModelInfo)}, "has_low": True, "direct_io": True, **known})  # type: ignore[arg-type]
 
 
 class Silence:
@@ -362,6 +367,35 @@ def test_a_run_on_made_up_models(tmp_path: Path) -> None:
     assert low["lost_per_mb_saved"]["kl"]["value"] == pytest.approx(low["text"]["kl"]["value"] / 0.6)
     assert low["questions"]["questions"] == 1
     json.dumps(result, allow_nan=False)
+
+
+def test_a_text_shorter_than_what_settings_are_tuned_on(tmp_path: Path) -> None:
+    def open_model(setting: Any, n_ctx: int, width: int, pool: Optional[int]) -> FakeScorer:
+        fraction = setting.params.drop_fraction or 0.0
+        n_bytes = {"exact": 1000, "low": 700}.get(setting.kind, int(1000 * (1 - fraction / 4)))
+        model = FakeScorer(uniform, bytes_per_token=n_bytes)
+        model.offload_info = made_up_info(n_expert_used=4)  # type: ignore[attr-defined]
+        return model
+
+    settings = [parse_setting(x, OffloadParams()) for x in ("exact", "low", "drop")]
+    plan = Plan(settings=settings, text=text_file(tmp_path), n_tokens=40, window=20, tune_tokens=128)
+    drop = run(plan, open_model, Silence())["settings"][2]
+    assert drop["tuning"]["value"] == pytest.approx(1.2, rel=0.1)
+
+
+def test_the_pool_is_that_beside_the_context_of_the_longest_question(tmp_path: Path) -> None:
+    opened: List[Any] = []
+
+    def open_model(setting: Any, n_ctx: int, width: int, pool: Optional[int]) -> FakeScorer:
+        opened.append((n_ctx, pool is None))
+        model = FakeScorer(uniform, bytes_per_token=1000)
+        model.offload_info = made_up_info(pool_max=9)  # type: ignore[attr-defined]
+        return model
+
+    questions = [q.Question("Question: why not? " * 5 + "Answer:", ("a", "b"), 0)]
+    run(Plan(settings=[parse_setting("low", OffloadParams())], questions=questions, window=20), open_model, Silence())
+    long = opened[1][0]
+    assert long > 100 and opened == [(20, True), (long, True), (long, False), (long, False)]
 
 
 @pytest.mark.parametrize(("at", "finished"), [("preparing", []), ("exact", []), ("low", ["exact"])])

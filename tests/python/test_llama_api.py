@@ -160,9 +160,9 @@ def test_embeddings(pooling: int) -> None:
                           np.concatenate([np.ravel(d["embedding"]) for d in out[1]["data"]]))  # fmt: skip
     assert out[0]["usage"] == out[1]["usage"]
     assert both[0].embed(texts[0], normalize=True) == both[1].embed(texts[0], normalize=True)
-    for nothing in ("", [], ["x", ""]):
-        with pytest.raises(ValueError, match="empty text"):
-            both[1].embed(nothing)
+    assert both[1].tokenize(b"") and both[0].embed(["", "x"]) == both[1].embed(["", "x"]), "of the begin token alone"
+    with pytest.raises(ValueError, match="empty text"):
+        both[1].embed([])
     # And a text after it.
     assert both[0](texts[1], temperature=0)["choices"][0]["text"] == both[1](texts[1], temperature=0)["choices"][0]["text"]
     for llm in both:
@@ -170,6 +170,12 @@ def test_embeddings(pooling: int) -> None:
     llm = offloaded()
     with pytest.raises(RuntimeError, match="embedding=True"):
         llm.embed("x")
+    llm.close()
+    llm = offloaded(embedding=True, kv_overrides={"tokenizer.ggml.add_bos_token": False})
+    assert not llm.tokenize(b"")
+    for nothing in ("", [], ["x", ""], ("",)):
+        with pytest.raises(ValueError, match="empty text"):
+            llm.embed(nothing)
     llm.close()
 
 
@@ -351,8 +357,6 @@ def test_the_reason_why_a_file_cannot_be_loaded_is_in_the_error(tmp_path: Path, 
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and err.startswith("hobbit: ") and "bad.gguf" in err
     assert isinstance(ModelFormatError("x"), ValueError)  # which is what stock raises
-
-
 
 
 def test_arguments_that_there_are_not() -> None:

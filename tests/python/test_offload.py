@@ -104,9 +104,7 @@ def test_weight_rule_does_not_depend_on_the_cache() -> None:
 @pytest.mark.parametrize("rule", ["miss", "weight"])
 def test_wide_open_thresholds_are_exact(rule: str) -> None:
     path = tiny_dual("mixtral")
-    llm = load(
-        Llama, str(path), 1, offload=OffloadParams(precision_rule=rule, t1=1.0, t2=1.0), expert_cache=quarter(path)
-    )
+    llm = load(Llama, str(path), 1, offload=OffloadParams(precision_rule=rule, t1=1.0, t2=1.0), expert_cache=quarter(path))
     stock = load(Llama, str(path), 1)
     tokens = words(llm, 40)
     assert np.array_equal(logits(llm, tokens, 16), logits(stock, tokens, 16))
@@ -376,6 +374,11 @@ def test_a_dense_model_runs_as_stock_and_says_so() -> None:
     llm.close()
     with pytest.raises(NotMoeError, match="nothing to offload"):
         Session(path, OffloadParams())
+    with pytest.warns(HobbitWarning, match="nothing to offload"):
+        llm = Llama(path, offload="hobbit", quality="1%", n_ctx=100, n_threads=1, verbose=False)
+    llm.eval(words(llm, 120)[:120])  # the context is 256
+    assert llm.n_tokens == 120
+    llm.close()
 
 
 @quiet

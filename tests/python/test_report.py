@@ -281,8 +281,17 @@ def test_reuse_distances_are_those_of_an_lru_stack() -> None:
 
 def test_rows_that_are_not_there_do_not_count() -> None:
     ids = np.array([[[1, 2]], [[0, 0]], [[1, 3]]])
-    known = np.array([[True], [False], [True]])
+    known = np.array([[True], [False], [True]])[:, :, None].repeat(2, 2)
     assert reuse_distances(ids, 4, known).tolist() == [[0, 1, 0, 0, 3]]
+
+
+def test_what_fills_the_rows_of_layers_that_select_fewer_does_not_count() -> None:
+    ids = np.array([[[2, 0, 1]], [[3, 0, 1]], [[2, 0, 1]]])
+    known = np.array([[[True, False, False]]]).repeat(3, 0)
+    assert reuse_distances(ids, 4, known).tolist() == [[0, 1, 0, 0, 2]]
+    some = np.array([[[True, True, False]], [[True, False, True]], [[True, True, False]]])
+    # 2 0, 3 1, 2 0: both are used again with three others between
+    assert reuse_distances(ids, 4, some).tolist() == [[0, 0, 0, 2, 4]]
 
 
 def test_a_token_is_taken_apart() -> None:

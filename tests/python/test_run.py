@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from fake_model import FakeModel
 from hobbit_cpp.cli import generate as gen
 from hobbit_cpp.cli import main
 from hobbit_cpp.cli import run as run_command
+from hobbit_cpp.cli.output import check_writable, write_json
 
 Captured = pytest.CaptureFixture[str]
 
@@ -82,6 +84,31 @@ def test_statistics_to_stdout_replace_nothing(tmp_path: Path) -> None:
             stdout=f, timeout=60,
         )  # fmt: skip
     assert done.returncode == 0 and out.read_text() == "answer\n[\n  1\n]\n"
+
+
+def test_files_are_replaced_whole(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
+        for folder in (tmp_path, Path(shared)):
+            file, link = folder / "a.json", folder / "link"
+            link.symlink_to(file)
+            write_json(file, [1])
+            file.chmod(0o640)
+            write_json(link, [2])
+            assert json.loads(file.read_text()) == [2] and link.is_symlink() and file.stat().st_mode & 0o777 == 0o640
+            with pytest.raises(ValueError):
+                write_json(file, [float("nan")])
+            write_json(file, os.fsdecode(b"\xff.gguf"))
+            assert json.loads(file.read_text()) == os.fsdecode(b"\xff.gguf")
+            assert sorted(p.name for p in folder.iterdir()) == ["a.json", "link"]
+
+
+def test_where_nothing_can_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "a.json")
+    check_writable(Path("/dev/stdout"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match="no files can be made in"):
+        check_writable(tmp_path / "a.json")
+    check_writable(Path("/dev/stdout"))
 
 
 def test_times_are_split_at_the_first_chunk() -> None:
@@ -277,9 +304,7 @@ def test_model_flags_reach_llama(
     }  # fmt: skip
 
 
-def test_a_defect_names_its_kind_and_how_to_see_more(
-    use: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defect_names_its_kind_and_how_to_see_more(use: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeModel([KeyError("x")]))
     monkeypatch.delenv("HOBBIT_DEBUG", raising=False)
     assert main(["run", "m.gguf", "-p", "x"]) == 1
@@ -320,9 +345,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 
 
 def hobbit(*args: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "hobbit_cpp", *args], capture_output=True, timeout=120, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run([sys.executable, "-m", "hobbit_cpp", *args], capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
 def test_convert_and_run_a_real_model(tmp_path: Path) -> None:
@@ -349,9 +372,7 @@ def test_convert_and_run_a_real_model(tmp_path: Path) -> None:
         counts = report[phase]["offload"]
         assert counts["n_tokens"] == report[phase]["tokens"] > 0
         assert counts["selections"] > 0 and counts["bytes_read"] > 0
-        assert counts["selections"] == sum(
-            counts[name] for name in ("hits_high", "hits_low", "loads_high", "loads_low", "skips")
-        )
+        assert counts["selections"] == sum(counts[name] for name in ("hits_high", "hits_low", "loads_high", "loads_low", "skips"))
 
 
 @pytest.mark.parametrize("offload", ["hobbit", "none"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hobbit_cpp import Llama, OffloadParams, ParameterError, StateError, TraceFo
 from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main
 from hobbit_cpp.trace import Trace, record
-from hobbit_cpp.trace.record import documents_of
+from hobbit_cpp.trace.record import documents_of, sequences_of
 from models import tiny, tiny_architecture, tiny_dual
 from tiny_models import SHAPES
 
@@ -29,6 +30,30 @@ def random_trace(tokens: int = 40, layers: int = 3, experts: int = 8, k: int = 2
     ids = rng.random((tokens, layers, experts)).argsort(-1)[..., :k].astype(np.uint16)
     weights = rng.random((tokens, layers, k), dtype=np.float32) + 0.01
     return Trace(ids, weights, np.array([tokens], np.int32), experts)
+
+
+def test_of_a_long_text_only_what_is_wanted_is_tokenised() -> None:
+    class Words:
+        """A token a word."""
+
+        longest = 0
+
+        def token_bos(self) -> int:
+            return -1
+
+        _model = SimpleNamespace(add_bos_token=lambda: False)
+
+        def tokenize(self, text: bytes, **how: bool) -> List[int]:
+            self.longest = max(self.longest, len(text))
+            return [int(w) for w in text.split()]
+
+    short, long = (" ".join(f"{i:0{width}}" for i in range(100_000)) for width in (5, 60))
+    for text, most in ((short, 20_000), (long, 100_000)):
+        llm = Words()
+        assert sequences_of(llm, text, 64, False, 150) == [list(range(64)), list(range(64, 128)), list(range(128, 150))]
+        assert llm.longest < most
+    llm = Words()
+    assert sum(map(len, sequences_of(llm, short, 64, False, None))) == 100_000
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
+from hobbit_cpp._files import replacing
 from hobbit_cpp._memory import parse_size
 from hobbit_cpp.errors import ParameterError
 
@@ -83,10 +84,8 @@ def draw(path: Path, rows: Sequence[Dict[str, Any]], title: str, subtitle: str) 
         axis.grid(alpha=0.3)
     axes[0].set_title(f"{title}\n{subtitle}", fontsize=9)
     figure.tight_layout()
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=130)
-        partial.replace(path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=130)
     finally:
-        partial.unlink(missing_ok=True)
         plt.close(figure)

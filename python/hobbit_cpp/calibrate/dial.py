@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Callable, Optional, Tuple
 
+from .._handle import fingerprint
 from ..errors import CalibrationError, HobbitWarning, ParameterError
 from ..params import OffloadParams
 from ..stats import Served
@@ -53,6 +54,7 @@ def resolve(model: str, params: OffloadParams) -> Tuple[OffloadParams, Optional[
     if found is not None:
         return _with_thresholds(params, quality or parse_quality(DEFAULT), found), found
     if quality is not None and not quality.paper:
+        fingerprint(model)  # raises what a dense model is told, which no command gives low-precision copies
         raise ParameterError(_what_to_run(model, params) + why)
     return params, None
 

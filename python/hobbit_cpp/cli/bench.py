@@ -104,10 +104,12 @@ def run(args: argparse.Namespace) -> int:
     # ended by a batch system, it leaves no process, no cgroup and no changed setting behind either
     with sigterm_exits():
         document = measure(request)
-    if args.json is not None:
-        write_json(args.json, document)
-    if args.json is None or str(args.json) != "-":
-        print_report(document)
+    try:
+        if args.json is not None:
+            write_json(args.json, document)
+    finally:
+        if str(args.json) != "-":
+            print_report(document)
     if args.sweep:
         _write_sweep(document, whole, csv, picture)
     rows = document["rows"]

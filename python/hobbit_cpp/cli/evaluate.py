@@ -82,12 +82,14 @@ def run(args: argparse.Namespace) -> int:
     )
     with _Progress() as progress:
         result = {**about(args), **measure(plan, _opener(args), progress)}
-    if args.json is not None:
-        write_json(args.json, result)
-    if str(args.json) != "-":
-        from rich.console import Console
+    try:
+        if args.json is not None:
+            write_json(args.json, result)
+    finally:
+        if str(args.json) != "-":
+            from rich.console import Console
 
-        table.show(result, Console() if sys.stdout.isatty() else Console(width=120))
+            table.show(result, Console() if sys.stdout.isatty() else Console(width=120))
     return 130 if result["interrupted"] else 0
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .output import check_writable, write_whole
+
 __all__ = ["add_parser", "run"]
 
 
@@ -40,17 +42,15 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.json not in (None, "-") and _is_gguf(Path(args.json)):
         raise ValueError(f"{args.json} is a GGUF: it would be replaced by JSON; name another file")
+    if args.json is not None:
+        check_writable(Path(args.json))
     from hobbit_cpp.inspection import inspect_file
 
     facts = inspect_file(args.file, args.low_model)
     if args.json is None:
         print_table(facts)
         return 0
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    if args.json == "-":
-        print(text)
-    else:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    write_whole(Path(args.json), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Optional
+
+from .._files import replacing
 
 __all__ = ["check_writable", "one_line", "write_json", "write_stdout", "write_whole"]
 
@@ -26,14 +27,19 @@ def check_writable(path: Optional[Path]) -> None:
     """An hour of work must not end in a file that cannot be written. None and "-" (stdout) can.
 
     Raises:
-        ValueError: there is no such folder, or the path is one.
+        ValueError: there is no such folder, nothing may be written in it, or the path is a folder.
     """
     if path is None or str(path) == "-":
         return
     if path.is_dir():
         raise ValueError(f"{path} cannot be written: it is a folder")
-    if not path.absolute().parent.is_dir():
+    if _is_stream(path):
+        return
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
         raise ValueError(f"{path} cannot be written: {path.parent} is not a folder: make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: no files can be made in {folder}")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -55,22 +61,18 @@ def write_whole(path: Path, text: str) -> None:
     if str(path) == "-":
         write_stdout(text)
         return
-    # /dev/stdout is a name of whatever file stdout goes to, which must be neither replaced nor emptied
-    if str(path.absolute()).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+    if _is_stream(path):
         with open(path, "a", encoding="utf-8") as out:
             out.write(text)
         return
-    path = path.resolve()
-    fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
-            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-            os.fchmod(f.fileno(), mode)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with replacing(path) as partial:
+        # what is not text in a file name is an escape in JSON
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _is_stream(path: Path) -> bool:
+    """A device, a pipe, or a name of an open file such as /dev/stdout, which must be neither replaced nor emptied."""
+    return str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/")) or (path.exists() and not path.is_file())
 
 
 def one_line(e: BaseException) -> str:
@@ -82,9 +84,3 @@ def one_line(e: BaseException) -> str:
     if "exceed context window" in text:
         text += ": -c N makes it larger"
     return text
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

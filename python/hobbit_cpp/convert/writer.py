@@ -6,6 +6,7 @@ chunk, and neither what was read nor what was written stays in the page cache.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -191,6 +192,9 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
                         flush(file.fd)
         finally:
             stop.set()
+            while not all(future.done() for future in futures):  # or they would write to what their files' numbers are next
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait(futures)
     progress.update(read)
     for file in files:
         flush(file.fd)

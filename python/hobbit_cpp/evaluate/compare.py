@@ -116,8 +116,11 @@ class _Run:
         try:
             if plan.text is not None:
                 self.passage = t.read_passage(model, plan.text, plan.n_tokens, plan.warmup, plan.window, plan.skip)
-            if plan.questions:
-                self.n_ctx = max(plan.window, q.longest(model, plan.questions))
+            longest = q.longest(model, plan.questions) if plan.questions else 0
+            if longest > self.n_ctx:  # whose KV cache leaves the pool less
+                self.n_ctx = longest
+                model.close()
+                model = self.open(setting, self.n_ctx, plan.width, None)
             counts = model.counts()
             if counts is not None and setting is not None:
                 self.info = getattr(model, "offload_info", None)
@@ -172,10 +175,9 @@ class _Run:
         try:
             t.warm_up(model, short.warmup, plan.width, plan.window, self.watcher.step)
             scores = t.score_text(model, short, plan.width, self.watcher.step, prefix=plan.tune_tokens)
-            counts = model.counts()
         finally:
             model.close()
-        return scores.prefix_bytes if scores.prefix_bytes is not None else counts.bytes_per_token if counts else math.nan
+        return scores.prefix_bytes if scores.prefix_bytes is not None else math.nan
 
     def tune(self, setting: Setting, exact: Row) -> Tuned:
         """The value at which the setting reads what "low" read on the same tokens."""

@@ -183,6 +183,8 @@ def score_text(
                 if exact is not None:
                     kl.append(float(kl_divergence(next(exact), log_p)))
     counts = scorer.counts()
+    if prefix_bytes is None and prefix > 0 and counts is not None:
+        prefix_bytes = counts.bytes_per_token  # of a passage that is shorter
     return TextScores(
         np.array(log_likelihood), np.array(best, np.int64), np.array(group, np.int64), np.array(kl),
         counts.eval_seconds if counts is not None else 0.0, prefix_bytes, counts,
@@ -203,7 +205,10 @@ def summarise(scores: TextScores, exact: Optional[TextScores]) -> Dict[str, Any]
         out["perplexity_change"] = out["loss"].map(np.expm1)
         out["kl"] = mean_of_blocks(kl, scores.group)
         out["kl_95"] = quantile_of_blocks(kl, 0.95, scores.group)
-        out["top1_agreement"] = wilson(int(agree.sum()), len(agree))
+        if agree.all() or not agree.any():  # no spread that a bootstrap could see
+            out["top1_agreement"] = wilson(int(agree.sum()), len(agree))
+        else:
+            out["top1_agreement"] = mean_of_blocks(agree * 1.0, scores.group)
     return out
 
 

@@ -180,13 +180,14 @@ def _add_trace(data: Data, path: Path) -> None:
 
     trace = Trace.load(path)
     ids, n_experts = trace.ids, trace.n_experts
-    known = np.asarray(trace.weights.any(-1))  # of a prompt, the last layer may not have been computed for every token
+    # of a prompt, the last layer may not have been computed for every token; layers may select fewer than others
+    known = np.asarray(trace.weights > 0)
     _name(data, trace.meta.get("model") or path.name)
     data.facts.append(("trace", f"{trace.n_tokens:,} tokens, {len(trace.lens)} sequences, top {trace.k} of {n_experts}"))
     rows = list(range(trace.n_layers))
     if data.uses is None:
         data.blocks = rows
-        data.uses = [np.bincount(ids[known[:, layer], layer].ravel(), minlength=n_experts).tolist() for layer in rows]
+        data.uses = [np.bincount(ids[:, layer][known[:, layer]], minlength=n_experts).tolist() for layer in rows]
     if data.reuse is None:
         data.reuse = reuse_distances(ids, n_experts, known).tolist()
         data.reuse_tokens = trace.n_tokens

@@ -27,6 +27,7 @@ from typing import Any, Dict, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
+from .._files import replacing
 from ..errors import ParameterError, TraceFormatError
 
 Path = Union[str, "os.PathLike[str]"]
@@ -125,7 +126,6 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Writes the file beside and renames it when it is whole."""
-        target = os.fspath(path)
         dtype = np.uint8 if self.n_experts <= 256 else np.uint16
         arrays: Dict[str, Any] = {
             "ids": self.ids.astype(dtype),
@@ -137,16 +137,10 @@ class Trace:
         if self.predicted_ids is not None and self.predicted_weights is not None:
             arrays["predicted_ids"] = self.predicted_ids.astype(dtype)
             arrays["predicted_weights"] = self.predicted_weights.astype(np.float16)
-        partial = f"{target}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as f:
-                np.savez_compressed(f, **arrays)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(partial, target)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        with replacing(path) as partial, open(partial, "wb") as f:
+            np.savez_compressed(f, **arrays)
+            f.flush()
+            os.fsync(f.fileno())
 
     @classmethod
     def load(cls, path: Path) -> Trace:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, List, Optional, Sequence, Union
 
 import numpy as np
 
-from .._handle import fingerprint
 from .._memory import Size
 from ..errors import ParameterError
 from ..params import OffloadParams
@@ -36,7 +35,7 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
     pieces: List[List[int]] = []
     left = n_tokens
     for part in documents_of(text) if documents else [text]:
-        tokens: Sequence[int] = llm.tokenize(part.encode("utf-8"), add_bos=False, special=False)
+        tokens = _first_tokens(llm, part, left)
         for i in range(0, len(tokens), room):
             piece = ([bos] if add_bos else []) + list(tokens[i : i + room])
             piece = piece if left is None else piece[:left]
@@ -49,47 +48,18 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
     return pieces
 
 
-def load_for_text(
-    model: Union[str, os.PathLike[str]],
-    model_class: Any,
-    params: OffloadParams,
-    *,
-    n_tokens: Optional[int],
-    context: int,
-    batch: int,
-    memory: Optional[Size],
-    expert_cache: Optional[Size],
-    threads: Optional[int],
-) -> Any:
-    """A model that a text is to run through, for what its layers do with it.
+# Characters of a text for each token that is wanted: several times what they take in most languages.
+_CHARACTERS = 16
 
-    Args:
-        params: without low copies, which are of no use for that; so a sidecar of another model is no obstacle.
-        batch: tokens a llama_decode; not more than `context`.
 
-    Raises:
-        ParameterError: no text, or no token of it.
-        NotMoeError: before anything is loaded; and what `model_class` raises.
-    """
-    if context < 2:
-        raise ParameterError("a context of fewer than 2 tokens has no text in it")
-    if n_tokens is not None and n_tokens < 1:
-        raise ParameterError(f"{n_tokens} tokens are none")
-    fingerprint(os.fspath(model))
-    batch = min(batch, context)
-    return model_class(
-        model,
-        offload=params,
-        memory=memory,
-        expert_cache=expert_cache,
-        n_ctx=context,
-        n_batch=batch,
-        n_ubatch=batch,
-        n_threads=threads,
-        n_threads_batch=threads,
-        logits_all=True,  # or the last layer is computed for the last token of a batch only
-        verbose=False,
-    )
+def _first_tokens(llm: Any, text: str, n: Optional[int]) -> Sequence[int]:
+    """Those of the text, or of a beginning that has n and more: a list of all of a long text would take more than any budget."""
+    length = len(text) if n is None else min(len(text), _CHARACTERS * (n + 256))
+    while True:
+        tokens: Sequence[int] = llm.tokenize(text[:length].encode("utf-8"), add_bos=False, special=False)
+        if length == len(text) or n is None or len(tokens) > n:
+            return tokens
+        length = min(len(text), 4 * length)
 
 
 def record(
@@ -123,11 +93,10 @@ def record(
     Returns:
         A trace with float32 weights.
     """
-    from ..llama import Llama
+    from .._text_model import decode_sequence, load_for_text
 
     llm = load_for_text(
         model,
-        Llama,
         OffloadParams(exact=True, low_model=False, prefetch_depth=0, heat=False),
         n_tokens=n_tokens,
         context=context,
@@ -175,21 +144,3 @@ def record(
         predicted_ids=guess.astype(dtype) if predictions else None,
         predicted_weights=guess_weights if predictions else None,
     )
-
-
-def decode_sequence(llm: Any, tokens: Sequence[int], batch: int) -> Iterator[int]:
-    """Computes a sequence from its beginning, and yields how many tokens have been added.
-
-    Not by `llm.eval`: that keeps the logits of a whole context. All of a batch's are asked for, or the last layer would
-    be computed for the last token alone.
-    """
-    session = llm._offloaded()
-    llm.reset()
-    llm._ctx.kv_cache_clear()
-    session.begin_sequence()
-    for i in range(0, len(tokens), batch):
-        piece = list(tokens[i : i + batch])
-        llm._batch.set_batch(batch=piece, n_past=i, logits_all=True)
-        with session.decoding(len(piece)):
-            llm._ctx.decode(llm._batch)
-        yield len(piece)
