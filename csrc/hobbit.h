@@ -91,11 +91,11 @@ typedef struct hobbit_model_info {
     uint64_t bytes_cycle; /* experts of one token: sum over layers of k x expert, high precision */
     uint64_t slot_high;   /* memory of one resident high-precision expert, with padding */
     uint64_t slot_low;
-    uint64_t pool_min;      /* the smallest expert pool that works */
-    uint64_t pool_max;      /* a pool that holds every expert */
-    uint32_t direct_io;     /* 1: reads go past the page cache */
-    uint32_t io_alignment;  /* of direct reads; 1 when buffered */
-    uint64_t bytes_learned; /* what the correction of predictions comes to hold, beside the pool */
+    uint64_t pool_min;     /* the smallest expert pool that works */
+    uint64_t pool_max;     /* a pool that holds every expert */
+    uint32_t direct_io;    /* 1: reads go past the page cache */
+    uint32_t io_alignment; /* of direct reads; 1 when buffered */
+    uint64_t bytes_tables; /* what the cache's tables and the correction of predictions come to hold, beside the pool */
     /* Of bytes_dense, token embeddings that may stay on disk (0: there are none, or they are the output matrix as well), and how much of
      * them is kept in memory then. */
     uint64_t bytes_embeddings;
@@ -192,7 +192,7 @@ HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);
 /* Allocates and pre-faults the expert pool (`pool_bytes`, cut to what is useful) and starts the threads. Decoding before this call
  * fails. HOBBIT_ERR_BUDGET below hobbit_model_info.pool_min. */
 HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t pool_bytes, hobbit_error * error);
-/* Stops the threads; decoding fails from then on. Call before the llama model is freed. */
+/* Stops the threads, for good: decoding fails from then on. Call before the llama model is freed; another needs another session. */
 HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 
 /* Compute threads that stay from one graph to the next, for one llama_context: as many as it has now, and not more later. The

@@ -30,7 +30,7 @@ float priority_lcu(const use_record & use, uint32_t layer, const eviction_contex
     const float c = ((float) use.high_uses + now.low_cost * (float) use.low_uses) / tokens(now);
     // The last token's pass is the one before for layers still to come, and the running one for layers behind, of which those used
     // in the pass before count as well: they are as near.
-    const bool recent = use.last_token != 0 && use.last_token + 1 >= now.token;
+    const bool recent = use.last_token != 0 && use.last_token >= now.token_before;
     return recent ? c + 1.0f / (layers_ahead(layer, now) + 0.1f) : c;
 }
 

@@ -19,6 +19,7 @@
 #include "../base/memory.h"
 #include "eviction.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -127,6 +128,14 @@ class expert_cache {
     // Copies that could be inserted now: free slots and evictable entries.
     uint32_t available(int precision) const;
     uint32_t resident(int precision) const;
+
+    // Calls f(entry) for all slots.
+    template <typename F>
+    void for_each(F && f) {
+        for (int p = 0; p < 2; ++p) {
+            std::for_each(slots_[p].get(), slots_[p].get() + shape_.n_slots[p], f);
+        }
+    }
 
     uint32_t n_free(int precision) const { return (uint32_t) free_[precision].size(); }
 

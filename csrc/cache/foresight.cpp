@@ -19,7 +19,7 @@ foresight::foresight(expert_cache & cache, uint32_t n_layer, uint32_t n_expert, 
     cache_(cache),
     n_layer_(n_layer),
     n_expert_(n_expert),
-    n_words_((n_layer * n_expert + 63) / 64),
+    n_words_(n_words(n_layer, n_expert)),
     bits_((size_t) HISTORY * n_words_) {
     for (uint32_t layer = 0; layer < n_layer; ++layer) {
         for (uint32_t e = 0; e < n_expert; ++e) {

@@ -29,6 +29,11 @@ class foresight {
     // `prior`: share of a layer's experts that a token uses, the rate of an expert that nothing is known of.
     foresight(expert_cache & cache, uint32_t n_layer, uint32_t n_expert, float prior);
 
+    // What it keeps.
+    static uint64_t bytes(uint32_t n_layer, uint32_t n_expert) {
+        return (uint64_t) HISTORY * n_words(n_layer, n_expert) * sizeof(uint64_t);
+    }
+
     // The choices of `n_tokens` at a layer; ids [n_tokens][k], `stride` elements from token to token. Layer 0 begins new tokens.
     void observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens);
 
@@ -39,6 +44,8 @@ class foresight {
     void begin_sequence();
 
   private:
+    static uint32_t n_words(uint32_t n_layer, uint32_t n_expert) { return (n_layer * n_expert + 63) / 64; }
+
     uint64_t * row(uint64_t token) { return bits_.data() + (token % HISTORY) * n_words_; }
 
     uint32_t overlap(const uint64_t * a, const uint64_t * b) const;

@@ -149,7 +149,8 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
             i.bytes_embeddings = (uint64_t) rows.n_rows * rows.source.row_bytes;
             i.bytes_rows_kept  = hobbit::row_cache::bytes(rows.source.row_bytes, (uint64_t) rows.n_rows);
         }
-        i.bytes_learned = hobbit::prefetcher::bytes_learned(index, s->core->params());
+        i.bytes_tables = hobbit::expert_store::table_bytes(index, s->core->params()) +
+                         hobbit::prefetcher::bytes_learned(index, s->core->params());
         copy_out(info, i);
     });
 }

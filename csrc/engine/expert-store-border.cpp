@@ -3,6 +3,8 @@
 #include "expert-store.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 namespace hobbit {
 
@@ -12,6 +14,9 @@ static constexpr uint32_t BORDER_TOKENS = 4;
 static constexpr double   BORDER_CLEAR  = 1.25;
 static constexpr uint32_t BORDER_SURE   = 4;
 
+// Bytes of slots that are moved while the lock is held: a pool of 64 GiB would stop for seconds otherwise.
+static constexpr uint64_t AT_A_TIME = (uint64_t) 64 << 20;
+
 // The fewest slots that can be left: a layer's k experts each, without which they would be streamed in every product; of low copies as
 // many of these as there is room for beside the high ones.
 uint32_t expert_store::fewest(int precision) const {
@@ -20,7 +25,7 @@ uint32_t expert_store::fewest(int precision) const {
     if (precision == 0) {
         return k;
     }
-    if (!with_low_ || shape.n_slots[0] >= n_experts_) {
+    if (!with_low_ || holds_all_high_ || shape.n_slots[0] >= n_experts_) {
         return 0;
     }
     const uint64_t high = k * shape.slot_bytes[0];
@@ -47,13 +52,22 @@ bool expert_store::take_slot(int p) {
     return true;
 }
 
-// At once: a large page of which a part is given back becomes small ones, and its place does not hold a large one again.
-void expert_store::give_back_pages() {
-    for (page_range & taken : taken_) {
-        if (taken.end > taken.begin) {
-            pool_.release(taken.begin, taken.end - taken.begin);
+// Large pages at once: one of which a part is given back becomes small ones, and its place does not hold a large one again.
+// `whole_only`: more will be taken, so what is left of the page at the border stays until then.
+void expert_store::give_back_pages(bool whole_only) {
+    for (int p = 0; p < N_PRECISION; ++p) {
+        page_range & taken = taken_[p];
+        page_range   now   = taken;
+        if (whole_only && p == 0) {
+            now.begin = std::min(now.end, align_up(now.begin, LARGE_PAGE));
+        } else if (whole_only) {
+            now.end = std::max(now.begin, align_down(now.end, LARGE_PAGE));
         }
-        taken = {};
+        if (now.end > now.begin) {
+            pool_.release(now.begin, now.end - now.begin);
+            taken = p == 0 ? page_range { taken.begin, now.begin } : page_range { now.end, taken.end };
+        }
+        taken = whole_only ? taken : page_range {};
     }
 }
 
@@ -70,15 +84,32 @@ bool expert_store::add_slot(int p) {
     return cache_->add_slot(p);
 }
 
+// Slots more until they are `most` bytes, or there is no room. Returns how many bytes.
+uint64_t expert_store::add_slots(int p, uint64_t most) {
+    uint64_t added = 0;
+    while (added < most && add_slot(p)) {
+        added += cache_->shape().slot_bytes[p];
+    }
+    return added;
+}
+
 // Gives slots to the precision whose copies are worth more a byte at the margin, where they are evicted next.
 void expert_store::move_border() {
     shrink_to_limit();
     const cache_shape & shape = cache_->shape();
-    if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token % BORDER_TOKENS != 0 ||
+    if (holds_all_high_) {
+        if (shape.n_slots[1] > 0) {
+            fill_with_high();  // what was in use when the pool grew
+        }
+        return;
+    }
+    if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token - border_seen_ < BORDER_TOKENS ||
         !(cache_->full(0) || cache_->full(1))) {
         return;
     }
-    const uint64_t step = std::max<uint64_t>(cache_->limit() / 128, shape.slot_bytes[0] + shape.slot_bytes[1]);
+    border_seen_        = now_.token;
+    const uint64_t both = shape.slot_bytes[0] + shape.slot_bytes[1];
+    const uint64_t step = std::max(std::min(cache_->limit() / 128, AT_A_TIME), both);
     double         worth[2];
     for (int p = 0; p < 2; ++p) {
         const auto n = (uint32_t) (step / shape.slot_bytes[p]);
@@ -96,34 +127,46 @@ void expert_store::move_border() {
         freed += shape.slot_bytes[from];
     }
     give_back_pages();
-    while (add_slot(to)) {
-    }
-    while (add_slot(from)) {
-    }
+    add_slots(to, step);
+    add_slots(from, step);
 }
 
-void expert_store::shrink_to_limit() {
+// Some of what is to go; true if the rest may follow at once.
+bool expert_store::shrink_to_limit() {
     const cache_shape & shape = cache_->shape();
     if (cache_->used_bytes() <= cache_->limit()) {
-        return;
+        return false;
     }
     // In proportion: what the border was right for is right for a smaller pool, or it moves again.
-    const auto   low_bytes = [&] { return (double) (shape.n_slots[1] * shape.slot_bytes[1]); };
-    const double low_share = low_bytes() / (double) cache_->used_bytes();
+    const auto     low_bytes = [&] { return (double) (shape.n_slots[1] * shape.slot_bytes[1]); };
+    const double   low_share = low_bytes() / (double) cache_->used_bytes();
+    const uint64_t before    = cache_->used_bytes();
     while (cache_->used_bytes() > cache_->limit()) {
+        if (before - cache_->used_bytes() >= AT_A_TIME) {
+            give_back_pages(true);
+            return true;
+        }
         const int p = low_bytes() > low_share * (double) cache_->used_bytes() && shape.n_slots[1] > fewest(1) ? 1 : 0;
-        if (!take_slot(p)) {
+        if (!take_slot(p) && !take_slot(1 - p)) {
             break;  // in use: at the next token
         }
     }
     give_back_pages();
     if (cache_->used_bytes() > cache_->limit()) {
-        return;
+        return false;
     }
     // Where every expert had a slot in high precision until now there are no low ones yet.
-    while (with_low_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
+    while (with_low_ && !holds_all_high_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
     }
     give_back_pages();
+    return false;
+}
+
+// Where every expert has a slot in high precision nobody asks for low copies; true if there is more to be done.
+bool expert_store::fill_with_high() {
+    while (take_slot(1)) {
+    }
+    return add_slots(0, AT_A_TIME) > 0;
 }
 
 void expert_store::resize(uint64_t pool_bytes) {
@@ -132,26 +175,49 @@ void expert_store::resize(uint64_t pool_bytes) {
              "with slots of its own for each layer (layer-lru, layer-arc, fate) a pool keeps its size");
     }
     // Throws below the floor.
-    const pool_plan             plan = plan_pool(index_, params_, std::min(pool_bytes, pool_max(index_, params_)));
-    std::lock_guard<std::mutex> lock(mutex_);
-    const uint64_t              before = cache_->limit();
-    const cache_shape &         shape  = cache_->shape();
-    const uint64_t              low    = shape.n_slots[1] * shape.slot_bytes[1];
-    const double                share  = (double) low / (double) std::max<uint64_t>(cache_->used_bytes(), 1);
+    const pool_plan              plan = plan_pool(index_, params_, std::min(pool_bytes, pool_max(index_, params_)));
+    std::lock_guard<std::mutex>  one(resize_mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const cache_shape &          shape  = cache_->shape();
+    const uint64_t               before = cache_->limit();
+    const bool                   all    = holds_all_high_;
+    const double                 low    = (double) (shape.n_slots[1] * shape.slot_bytes[1]);
+    const double                 share  = low / (double) std::max<uint64_t>(cache_->used_bytes(), 1);
+
+    const auto shrink = [&] {
+        while (shrink_to_limit()) {
+            step_aside(lock);
+        }
+    };
+    const auto some_more = [&] {
+        if (holds_all_high_) {
+            return fill_with_high();
+        }
+        const double wanted = share * (double) cache_->limit() - (double) (shape.n_slots[1] * shape.slot_bytes[1]);
+        return add_slots(1, (uint64_t) std::clamp(wanted, 0.0, (double) AT_A_TIME)) > 0 || add_slots(0, AT_A_TIME) > 0;
+    };
     cache_->set_limit(plan.cache_bytes());
+    holds_all_high_ = plan.holds_all_high && plan.cache.n_slots[1] == 0;
     if (cache_->limit() <= before) {
-        return shrink_to_limit();
+        return shrink();
     }
     try {
-        while ((double) (shape.n_slots[1] * shape.slot_bytes[1]) < share * (double) cache_->limit() && add_slot(1)) {
-        }
-        while (add_slot(0)) {
+        while (some_more()) {
+            step_aside(lock);
         }
     } catch (...) {
         cache_->set_limit(before);
-        shrink_to_limit();
+        holds_all_high_ = all;
+        shrink();
         throw;
     }
+}
+
+// Whoever waits for the lock has it now: one that gives it up and takes it again at once would mostly be first.
+void expert_store::step_aside(std::unique_lock<std::mutex> & lock) {
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    lock.lock();
 }
 
 }  // namespace hobbit

@@ -15,7 +15,11 @@ void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<exper
             drop = std::none_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
             if (drop) {
                 e->cancel.store(true, std::memory_order_relaxed);
-                e->reading &= ~io_->withdraw(e);
+                for (const io_request & r : io_->withdraw(e)) {
+                    e->reading &= ~(1u << r.part);
+                    e->bytes += r.done;
+                    counts_[layer].bytes_prefetch += r.done;
+                }
                 counts_[layer].prefetches_wasted++;
                 counts_[layer].bytes_wasted += e->bytes;
                 e->prefetched = false;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace hobbit {
 
@@ -16,6 +17,7 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     pool_plan plan   = plan_pool(index, params, pool_bytes);
     stream_bytes_    = plan.stream_bytes;
     with_low_        = plan.with_low;
+    holds_all_high_  = plan.holds_all_high && plan.cache.n_slots[1] == 0;
     plan.cache.bytes = plan.cache_bytes();
     std::byte * room = nullptr;
     if (make_reader) {
@@ -69,7 +71,18 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
                                     : std::make_unique<io_pool>(params.io_threads, params.io_block, params.prefetch_reads, on_end);
 }
 
-expert_store::~expert_store() = default;  // io_ is the last member: its threads end before what they use
+// Its threads end before what they use; until then a read that ends may begin another.
+expert_store::~expert_store() { io_->stop(); }
+
+uint64_t expert_store::table_bytes(const expert_index & index, const hobbit_params & params) {
+    const std::vector<uint32_t> layers = index.layer_experts();
+    const uint64_t slots  = std::accumulate(layers.begin(), layers.end(), (uint64_t) 0) * (index.has_low ? 2 : 1);
+    const uint64_t n      = (uint64_t) layers.size() * index.n_expert;
+    const uint64_t counts = 2 * sizeof(uint64_t);  // uses_, loads_
+    const uint64_t history =
+        params.eviction_rule == HOBBIT_EVICT_FORESIGHT ? foresight::bytes((uint32_t) layers.size(), index.n_expert) : 0;
+    return slots * sizeof(cache_entry) + n * (sizeof(use_record) + 2 * sizeof(cache_entry *) + counts) + history;
+}
 
 std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const {
     const moe_layer &  layer = index_.layers()[entry.layer];
@@ -163,6 +176,9 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     std::unique_lock<std::mutex> lock(mutex_);
     to_warm_.clear();
     now_.layer = layer;
+    if (n_tokens > 0) {
+        now_.token_before = now_.token;
+    }
     now_.token += n_tokens;
     n_tokens_ += n_tokens;
     cache_->pass++;
@@ -291,7 +307,7 @@ void expert_store::begin_sequence() {
     if (foresight_) {
         foresight_->begin_sequence();
     }
-    now_.token = 0;
+    now_.token = now_.token_before = border_seen_ = 0;
 }
 
 void expert_store::add_counts(uint32_t layer, const hobbit_counts & more) {
@@ -331,6 +347,15 @@ void expert_store::stats(hobbit_stats & out) {
 void expert_store::reset_stats() {
     std::lock_guard<std::mutex> lock(mutex_);
     std::fill(counts_.begin(), counts_.end(), hobbit_counts {});
+    // What is under way counts from now on, and what came before does not: no more is wasted than was read ahead.
+    cache_->for_each([this](cache_entry & e) {
+        if (e.prefetched && e.now == cache_entry::state::in_flight) {
+            counts_[e.layer].prefetches++;
+            counts_[e.layer].bytes_prefetch += e.bytes;
+        } else {
+            e.prefetched = false;
+        }
+    });
     std::fill(uses_.begin(), uses_.end(), 0);
     std::fill(loads_.begin(), loads_.end(), 0);
     n_tokens_ = n_warmed_ = bytes_warmed_ = 0;

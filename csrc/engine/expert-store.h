@@ -59,6 +59,9 @@ class expert_store {
                  const reader_factory & make_reader = {});
     ~expert_store();
 
+    // What its tables come to take beside the pool, where that may grow to all experts.
+    static uint64_t table_bytes(const expert_index & index, const hobbit_params & params);
+
     // What the tokens of a batch chose at a layer, before acquire(): for rules that learn from it.
     void observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens);
 
@@ -105,8 +108,6 @@ class expert_store {
     bool heat(std::vector<hobbit_heat> & out);
     // See hobbit_session_warm; [layer][n_expert]. Throws HOBBIT_ERR_UNSUPPORTED when the eviction rule keeps no rates.
     void warm(const hobbit_heat * heat);
-    // While it is on no further reads begin for it: for whoever waits until nothing is read.
-    void pause_warming(bool pause);
 
     // From now on the pool may take `pool_bytes`, at least pool_min() and at most pool_max(). Growing takes effect at once (throws
     // HOBBIT_ERR_NO_MEMORY, then it is as before), shrinking as far as nothing is in use, the rest at the next tokens. Not for eviction
@@ -147,10 +148,13 @@ class expert_store {
     void        count_hit(cache_entry & entry, bool was_in_flight);
     void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
     void        move_border();
-    void        shrink_to_limit();
+    bool        shrink_to_limit();
+    bool        fill_with_high();
     bool        take_slot(int precision);
-    void        give_back_pages();
+    void        give_back_pages(bool whole_only = false);
     bool        add_slot(int precision);
+    uint64_t    add_slots(int precision, uint64_t most);
+    static void step_aside(std::unique_lock<std::mutex> & lock);
     uint32_t    fewest(int precision) const;
     static void on_evicted(void * self, const cache_entry & entry);
     void        feed_warming();
@@ -174,6 +178,7 @@ class expert_store {
     uint64_t                                  stream_bytes_ = 0;
     std::vector<std::unique_ptr<stream_slot>> stream_slots_;
 
+    std::mutex                    resize_mutex_;  // one at a time; before mutex_, which is given up in between
     std::mutex                    mutex_;
     std::unique_ptr<expert_cache> cache_;
     std::unique_ptr<foresight>    foresight_;  // NULL unless the eviction rule wants it
@@ -184,16 +189,17 @@ class expert_store {
     std::vector<cache_entry *>    prefetching_;
     std::vector<expert_id>        to_warm_;  // the next at the end
     std::vector<cache_entry *>    warming_;  // in flight
-    bool                          warming_paused_ = false;
-    uint64_t                      n_warmed_       = 0;
-    uint64_t                      bytes_warmed_   = 0;
+    uint64_t                      n_warmed_     = 0;
+    uint64_t                      bytes_warmed_ = 0;
     eviction_context              now_;
-    uint64_t                      n_tokens_     = 0;
-    uint32_t                      n_experts_    = 0;
-    bool                          with_low_     = false;  // pool_plan::with_low
-    bool                          border_moves_ = false;  // with what high and low copies are worth
-    int                           border_to_    = -1;     // whom the last look gave slots to; -1: nobody
-    uint32_t                      border_run_   = 0;      // looks in a row that said so
+    uint64_t                      n_tokens_       = 0;
+    uint32_t                      n_experts_      = 0;
+    bool                          with_low_       = false;  // pool_plan::with_low
+    bool                          holds_all_high_ = false;  // as far as the limit goes; then low slots are of no use
+    bool                          border_moves_   = false;  // with what high and low copies are worth
+    int                           border_to_      = -1;     // whom the last look gave slots to; -1: nobody
+    uint32_t                      border_run_     = 0;      // looks in a row that said so
+    uint32_t                      border_seen_    = 0;      // token of the last look
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };
@@ -201,7 +207,7 @@ class expert_store {
     std::condition_variable arrive_;
     std::atomic<uint64_t>   arrivals_ { 0 };
 
-    std::unique_ptr<reader> io_;  // last: its threads end first
+    std::unique_ptr<reader> io_;
 };
 
 }  // namespace hobbit

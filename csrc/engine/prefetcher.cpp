@@ -144,11 +144,7 @@ void prefetcher::run() {
             has_mail_ = false;
         }
         std::lock_guard<std::mutex> work(work_mutex_);
-        try {
-            predict(now);
-        } catch (const std::bad_alloc &) {
-            // Nothing is read ahead.
-        }
+        predict(now);
     }
 }
 
@@ -156,12 +152,16 @@ void prefetcher::predict(const job & j) {
     // One token: few reads, since a demand read must find the disk free. A batch takes long to compute: all of the disk.
     const bool one_token = j.n_tokens == 1;
     store_.io().set_max_prefetch(one_token ? params_.prefetch_reads : params_.io_threads);
-    if (one_token) {
-        predict_token(j);
-    } else {
-        predict_batch(j);
+    try {
+        if (one_token) {
+            predict_token(j);
+        } else {
+            predict_batch(j);
+        }
+        learn(j);
+    } catch (const std::bad_alloc &) {
+        // Nothing is read ahead.
     }
-    learn(j);
 }
 
 // Router logits of the layer `d` after that of the job, for row `token` of it. False when there is nothing to predict from.

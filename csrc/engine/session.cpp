@@ -3,8 +3,9 @@
 #include "../base/error.h"
 #include "../policy/mode.h"
 
-#include <algorithm>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <system_error>
@@ -38,13 +39,19 @@ static expert_index make_index(const std::string & path, const std::string & low
 }
 
 session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
-    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {}
+    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
+    if (sysconf(_SC_PAGESIZE) != (long) PAGE) {
+        fail(HOBBIT_ERR_UNSUPPORTED, format("this machine has pages of %ld bytes, the expert pool is made of such of %zu",
+                                            sysconf(_SC_PAGESIZE), PAGE));
+    }
+}
 
 session::~session() { stop(); }
 
 void session::start(uint64_t pool_bytes) {
-    if (dispatcher_) {
-        fail(HOBBIT_ERR_STATE, "the session is started already");
+    if (dispatcher_ || stopped_) {  // what it knows of the model's routers lies in that model
+        fail(HOBBIT_ERR_STATE,
+             stopped_ ? "the session was stopped: another model needs a new one" : "the session is started already");
     }
     {
         std::lock_guard<std::mutex> lock(failure_mutex_);
@@ -62,13 +69,16 @@ void session::start(uint64_t pool_bytes) {
             dispatcher_->set_routing(routing_.get());
         }
     } catch (...) {
-        stop();  // all or nothing
+        dispatcher_.reset();  // all or nothing
         throw;
     }
     index_.drop_page_cache();  // llama.cpp has read the header and small tensors since
 }
 
-void session::stop() { dispatcher_.reset(); }
+void session::stop() {
+    stopped_ = stopped_ || dispatcher_ != nullptr;
+    dispatcher_.reset();
+}
 
 void session::resize(uint64_t pool_bytes) {
     if (!dispatcher_) {
@@ -182,16 +192,13 @@ bool session::take_error(std::exception_ptr & out) {
     }
     if (dispatcher_) {
         // Reads for the aborted pass may still be running into slots that the next one uses.
-        store()->pause_warming(true);
         store()->io().drain();
-
         std::exception_ptr from_store;
         if (store()->take_error(from_store)) {
             out   = found ? out : from_store;
             found = true;
         }
         pass()->release();
-        store()->pause_warming(false);
     }
     return found;
 }
@@ -260,12 +267,13 @@ void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {
     const size_t                n_layer = index_.layers().size();
     const size_t                k       = index_.n_expert_used;
     if (layer == 0) {
-        trace_rows_ += sel.n_tokens;
-        trace_ids_.resize(trace_rows_ * n_layer * k);
-        trace_weights_.resize(trace_rows_ * n_layer * k);
-        const size_t guesses = trace_rows_ * n_layer * trace_depth_ * n_predicted();
+        const size_t rows    = trace_rows_ + sel.n_tokens;
+        const size_t guesses = rows * n_layer * trace_depth_ * n_predicted();
+        trace_ids_.resize(rows * n_layer * k);
+        trace_weights_.resize(rows * n_layer * k);
         trace_predicted_.resize(guesses);
         trace_predicted_weights_.resize(guesses);
+        trace_rows_ = rows;  // when there is memory for all of them
     }
     if (trace_rows_ < sel.n_tokens) {
         return;  // switched on in the middle of a pass

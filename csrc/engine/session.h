@@ -133,6 +133,7 @@ class session : public std::enable_shared_from_this<session> {
     std::unique_ptr<router_source>    routers_;
     std::unique_ptr<recorded_routing> routing_;
     std::unique_ptr<dispatcher>       dispatcher_;
+    bool                              stopped_ = false;
 
     std::mutex         failure_mutex_;
     std::exception_ptr failure_;

@@ -55,15 +55,9 @@ void expert_store::warm(const hobbit_heat * heat) {
     feed_warming();
 }
 
-void expert_store::pause_warming(bool pause) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    warming_paused_ = pause;
-    feed_warming();
-}
-
 void expert_store::feed_warming() {
     std::vector<io_request> requests;
-    while (!warming_paused_ && !to_warm_.empty() && warming_.size() < WARMING_AT_A_TIME) {
+    while (!to_warm_.empty() && warming_.size() < WARMING_AT_A_TIME) {
         const expert_id id = to_warm_.back();
         to_warm_.pop_back();
         if (cache_->find(id.layer, id.expert, 0) != nullptr || cache_->find(id.layer, id.expert, 1) != nullptr) {
@@ -91,13 +85,8 @@ void expert_store::put_warming_behind(std::vector<io_request> & requests) {
         return;
     }
     for (cache_entry * e : warming_) {
-        const uint32_t parts = io_->withdraw(e);
-        e->reading &= ~parts;
-        for (uint32_t part = 0; parts >> part != 0; ++part) {
-            if ((parts >> part & 1) != 0) {
-                request_part(*e, part, requests);
-            }
-        }
+        const std::vector<io_request> behind = io_->withdraw(e);
+        requests.insert(requests.end(), behind.begin(), behind.end());
     }
 }
 

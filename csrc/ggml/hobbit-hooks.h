@@ -29,10 +29,9 @@ struct hobbit_moe {
 struct hobbit_hook_table {
     // The tensor's data stays on disk: do not load it.
     bool (*owns)(const ggml_tensor * tensor);
-    // Called where the graph of a layer knows its router weights [1, k, n_tokens] and ids [k, n_tokens] of the router
-    // input [n_embd, n_tokens]. Returns the weights to go on with.
-    ggml_tensor * (*route)(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, ggml_tensor * input,
-                           const hobbit_moe & moe);
+    // Called where the graph of a layer knows its router weights [1, k, n_tokens] and ids [k, n_tokens]. Returns the weights to go on
+    // with.
+    ggml_tensor * (*route)(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, const hobbit_moe & moe);
 };
 
 extern "C" HOBBIT_HOOK_API hobbit_hook_table * hobbit_hooks(void);
@@ -44,7 +43,6 @@ inline bool hobbit_owns(const ggml_tensor * tensor) {
     return hobbit_hooks()->owns != nullptr && hobbit_hooks()->owns(tensor);
 }
 
-inline ggml_tensor * hobbit_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, ggml_tensor * input,
-                                  const hobbit_moe & moe) {
-    return hobbit_hooks()->route == nullptr ? weights : hobbit_hooks()->route(ctx, weights, ids, input, moe);
+inline ggml_tensor * hobbit_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, const hobbit_moe & moe) {
+    return hobbit_hooks()->route == nullptr ? weights : hobbit_hooks()->route(ctx, weights, ids, moe);
 }

@@ -74,8 +74,7 @@ bool is_route(const ggml_tensor * t) {
     return params.fun == run_route;
 }
 
-ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, ggml_tensor *,
-                          const hobbit_moe & moe) {
+ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, const hobbit_moe & moe) {
     expert_tensor * expert = nullptr;
     for (const ggml_tensor * t : { moe.gate_up, moe.up, moe.gate, moe.down }) {
         expert = expert != nullptr ? expert : find_expert_tensor(t);

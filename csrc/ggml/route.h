@@ -9,9 +9,8 @@ namespace hobbit {
 // The hook of build_moe_ffn. For experts of ours adds a node that hands ids, weights, router input and logits to the session
 // (session::route) and gives back the weights to compute with; otherwise returns `weights`. As sources of that node all
 // four are alive when it runs. The router and its input are looked up in the graph behind `ids`, and learnt for
-// predictions; `input` is that of the experts.
-ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, ggml_tensor * input,
-                          const hobbit_moe & moe);
+// predictions.
+ggml_tensor * build_route(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * ids, const hobbit_moe & moe);
 
 // Whether `t` is such a node.
 bool is_route(const ggml_tensor * t);

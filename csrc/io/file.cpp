@@ -12,7 +12,8 @@
 
 namespace hobbit {
 
-// The offset alignment that direct reads of this file need, 0 when unknown.
+// The offset alignment that direct reads of this file need; 0 where it has none (ext4 takes O_DIRECT even so, and reads through the page
+// cache).
 static uint32_t direct_alignment(int fd) {
 #ifdef STATX_DIOALIGN
     struct statx sx = {};
@@ -22,7 +23,7 @@ static uint32_t direct_alignment(int fd) {
 #else
     (void) fd;
 #endif
-    return 0;
+    return PAGE;  // serves every disk that does not say what it needs
 }
 
 file::file(const std::string & path, bool direct) : path_(path) {
@@ -51,11 +52,9 @@ file::file(const std::string & path, bool direct) : path_(path) {
     }
     size_ = (uint64_t) st.st_size;
     if (direct_) {
-        const uint32_t told = direct_alignment(fd_);
-        // 4096 serves every disk that does not say what it needs.
-        alignment_ = told == 0 ? PAGE : told;
+        alignment_ = direct_alignment(fd_);
         // Some file systems open with O_DIRECT and refuse the first read: find out now.
-        if (size_ >= PAGE && pread(fd_, probe.data(), PAGE, 0) < 0 && errno == EINVAL) {
+        if (alignment_ == 0 || (size_ >= PAGE && pread(fd_, probe.data(), PAGE, 0) < 0 && errno == EINVAL)) {
             close(fd_);
             direct_    = false;
             alignment_ = 1;

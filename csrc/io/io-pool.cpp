@@ -109,37 +109,24 @@ void io_pool::set_max_prefetch(uint32_t n) {
 
 void io_pool::drain() {
     std::unique_lock<std::mutex> lock(mutex_);
+    n_draining_++;
     idle_.wait(lock, [this] { return n_running_ == 0 && demand_.empty(); });
+    n_draining_--;
+    work_.notify_one();
 }
 
 void io_pool::promote(const void * owner) {
     std::vector<io_request> moved;
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        for (auto it = prefetch_.begin(); it != prefetch_.end();) {
-            if (it->owner == owner) {
-                moved.push_back(*it);
-                it = prefetch_.erase(it);
-            } else {
-                ++it;
-            }
-        }
+        moved = take_requests_of(owner, prefetch_);
     }
     demand(moved);
 }
 
-uint32_t io_pool::withdraw(const void * owner) {
+std::vector<io_request> io_pool::withdraw(const void * owner) {
     std::lock_guard<std::mutex> lock(mutex_);
-    uint32_t                    parts = 0;
-    for (auto it = prefetch_.begin(); it != prefetch_.end();) {
-        if (it->owner == owner) {
-            parts |= 1u << it->part;
-            it = prefetch_.erase(it);
-        } else {
-            ++it;
-        }
-    }
-    return parts;
+    return take_requests_of(owner, prefetch_);
 }
 
 bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
@@ -162,12 +149,12 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
 
 bool io_pool::must_stand_back() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return !demand_.empty() || demand_pending() > DEMAND_TAIL;
+    return !demand_.empty() || demand_pending() > DEMAND_TAIL || n_draining_ > 0;
 }
 
 bool io_pool::has_work() const {
     return !demand_.empty() || (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) &&
-                                demand_pending() <= DEMAND_TAIL);
+                                demand_pending() <= DEMAND_TAIL && n_draining_ == 0);
 }
 
 void io_pool::run() {

@@ -27,18 +27,18 @@ class io_pool final : public reader {
 
     // `on_end` is called on a reader thread. Throws HOBBIT_ERR_NO_MEMORY when the system refuses a thread.
     io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end);
-    // Lets running reads finish; what is still queued is dropped without a call of the handler.
     ~io_pool() override;
 
-    void     demand(const std::vector<io_request> & requests) override;
-    void     prefetch(const std::vector<io_request> & requests) override;
-    void     promote(const void * owner) override;
-    uint32_t withdraw(const void * owner) override;
+    void                    demand(const std::vector<io_request> & requests) override;
+    void                    prefetch(const std::vector<io_request> & requests) override;
+    void                    promote(const void * owner) override;
+    std::vector<io_request> withdraw(const void * owner) override;
 
     uint32_t demand_pending() const override { return n_demand_.load(std::memory_order_relaxed); }
 
     void set_max_prefetch(uint32_t n) override;
     void drain() override;
+    void stop() override;
 
   private:
     // A demand request that is read in pieces, by several threads.
@@ -54,7 +54,6 @@ class io_pool final : public reader {
         std::shared_ptr<pieces> of;
     };
 
-    void stop();
     // Under the mutex.
     void push_demand(const io_request & request);
     // A piece was read; true for the last one, which ends the request.
@@ -72,13 +71,14 @@ class io_pool final : public reader {
     std::atomic<uint32_t> max_prefetch_;
     const handler         on_end_;
 
-    std::mutex              mutex_;  // guards the six below
+    std::mutex              mutex_;  // guards the seven below
     std::condition_variable work_;
     std::condition_variable idle_;
     std::deque<queued>      demand_;
     std::deque<io_request>  prefetch_;
     uint32_t                n_prefetching_ = 0;
     uint32_t                n_running_     = 0;
+    uint32_t                n_draining_    = 0;  // callers of drain()
     bool                    stop_          = false;
 
     std::atomic<uint32_t>    n_demand_ { 0 };  // queued and running

@@ -31,6 +31,21 @@ struct io_request {
 
 enum class io_outcome { done, cancelled, failed };
 
+// Takes the requests of `owner` out of a queue, the others keep their order.
+template <typename Queue>
+std::vector<io_request> take_requests_of(const void * owner, Queue & queue) {
+    std::vector<io_request> taken;
+    for (auto it = queue.begin(); it != queue.end();) {
+        if (it->owner == owner) {
+            taken.push_back(*it);
+            it = queue.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    return taken;
+}
+
 class reader {
   public:
     // Called once per request, with no lock of the reader held. `why` is set for io_outcome::failed.
@@ -44,16 +59,18 @@ class reader {
 
     // Moves the owner's queued prefetch requests to the demand queue.
     virtual void promote(const void * owner) = 0;
-    // Takes the owner's queued prefetch requests out and returns their parts as bits; running ones go on.
-    virtual uint32_t withdraw(const void * owner) = 0;
+    // Takes the owner's queued prefetch requests out and returns them; running ones go on.
+    virtual std::vector<io_request> withdraw(const void * owner) = 0;
 
     // Reads running or queued as demand right now.
     virtual uint32_t demand_pending() const = 0;
 
     virtual void set_max_prefetch(uint32_t n) = 0;
 
-    // Until no read is running and no demand read is queued.
+    // Until no read is running and no demand read is queued. Meanwhile no prefetch begins.
     virtual void drain() = 0;
+    // For good: lets running reads finish; what is queued, and what comes later, is dropped without a call of the handler.
+    virtual void stop() = 0;
 };
 
 }  // namespace hobbit

@@ -15,30 +15,9 @@ void sim_disk::prefetch(const std::vector<io_request> & requests) {
     prefetch_.insert(prefetch_.end(), requests.begin(), requests.end());
 }
 
-void sim_disk::promote(const void * owner) {
-    for (auto it = prefetch_.begin(); it != prefetch_.end();) {
-        if (it->owner == owner) {
-            demand_.push_back(*it);
-            n_demand_++;
-            it = prefetch_.erase(it);
-        } else {
-            ++it;
-        }
-    }
-}
+void sim_disk::promote(const void * owner) { demand(take_requests_of(owner, prefetch_)); }
 
-uint32_t sim_disk::withdraw(const void * owner) {
-    uint32_t parts = 0;
-    for (auto it = prefetch_.begin(); it != prefetch_.end();) {
-        if (it->owner == owner) {
-            parts |= 1u << it->part;
-            it = prefetch_.erase(it);
-        } else {
-            ++it;
-        }
-    }
-    return parts;
-}
+std::vector<io_request> sim_disk::withdraw(const void * owner) { return take_requests_of(owner, prefetch_); }
 
 void sim_disk::drain() {
     while (next_event() < std::numeric_limits<double>::infinity() && (n_demand_ > 0 || !running_.empty())) {

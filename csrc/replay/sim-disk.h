@@ -26,16 +26,18 @@ class sim_disk final : public reader {
     sim_disk(const disk_model & model, handler on_end) :
         model_(model), max_prefetch_(model.max_prefetch), on_end_(std::move(on_end)) {}
 
-    void     demand(const std::vector<io_request> & requests) override;
-    void     prefetch(const std::vector<io_request> & requests) override;
-    void     promote(const void * owner) override;
-    uint32_t withdraw(const void * owner) override;
+    void                    demand(const std::vector<io_request> & requests) override;
+    void                    prefetch(const std::vector<io_request> & requests) override;
+    void                    promote(const void * owner) override;
+    std::vector<io_request> withdraw(const void * owner) override;
 
     uint32_t demand_pending() const override { return n_demand_; }
 
     void set_max_prefetch(uint32_t n) override { max_prefetch_ = n; }
 
     void drain() override;
+
+    void stop() override {}
 
     double now() const { return now_; }
 

@@ -33,7 +33,7 @@ class ModelInfo:
     pool_max: int
     direct_io: bool
     io_alignment: int
-    bytes_learned: int
+    bytes_tables: int
     bytes_embeddings: int
     bytes_rows_kept: int
 

@@ -142,7 +142,7 @@ class Session(Observed):
         ctx = self._ffi.cast("void *", context)
         sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + sum(self.fit_batches(context, n_least))
         on_disk = self.info.bytes_high + self.info.bytes_dense - self.bytes_dense
-        return self._refusal(_memory.resident() + sizes - on_disk + self.info.bytes_learned + extra)
+        return self._refusal(_memory.resident() + sizes - on_disk + self.info.bytes_tables + extra)
 
     def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
         """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
@@ -184,7 +184,7 @@ class Session(Observed):
         """
         ctx = self._ffi.cast("void *", context)
         self._context = context
-        held = _memory.resident() + self.info.bytes_learned + extra
+        held = _memory.resident() + self.info.bytes_tables + extra
         most = self.fit_batches(context, n_ubatch)
         taken = sum(most)
         pool: Optional[int] = None

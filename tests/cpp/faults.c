@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,6 +23,7 @@ static atomic_int   number; /* FAIL: errno. SLOW: milliseconds */
 static atomic_long  to_skip, to_hit, n_hit;
 static atomic_llong beyond; /* only reads that end after this offset */
 static atomic_long  threads_left = -1;
+static atomic_int   not_direct;
 
 /* After `skip` reads of a file whose path contains `path` that end after offset `from`, the next `count` (-1: all) fail with errno
  * `value` (how 1), give half of what is asked for (2), say that the file is at its end (3), or take `value` milliseconds (4).
@@ -42,6 +44,9 @@ long faults_hits(void) { return atomic_load(&n_hit); }
 
 /* After `n` more threads none can be started; -1: all can. */
 void faults_threads(long n) { atomic_store(&threads_left, n); }
+
+/* From now on no file has direct I/O, and O_DIRECT is taken all the same, as ext4 does with some files. */
+void faults_not_direct(void) { atomic_store(&not_direct, 1); }
 
 static int meddle(int fd, size_t bytes, long long offset) {
     const int what = atomic_load(&how);
@@ -115,6 +120,23 @@ ssize_t read(int fd, void * buffer, size_t bytes) {
         atomic_load(&how) == NONE ? (ssize_t) bytes : changed(fd, bytes, (long long) lseek(fd, 0, SEEK_CUR), &result);
     return n < 0 ? result : real(fd, buffer, (size_t) n);
 }
+
+#ifdef STATX_DIOALIGN
+typedef int (*statx_function)(int, const char *, int, unsigned, struct statx *);
+
+int statx(int fd, const char * path, int flags, unsigned mask, struct statx * out) {
+    static _Atomic(statx_function) real;
+    if (real == NULL) {
+        real = (statx_function) dlsym(RTLD_NEXT, "statx");
+    }
+    const int status = real(fd, path, flags, mask, out);
+    if (status == 0 && (mask & STATX_DIOALIGN) != 0 && atomic_load(&not_direct)) {
+        out->stx_mask |= STATX_DIOALIGN;
+        out->stx_dio_offset_align = out->stx_dio_mem_align = 0;
+    }
+    return status;
+}
+#endif
 
 int pthread_create(pthread_t * thread, const pthread_attr_t * attr, void * (*start)(void *), void * arg) {
     static _Atomic(create_function) real;

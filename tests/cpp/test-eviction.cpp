@@ -15,11 +15,12 @@ namespace {
 // Token 10 of a sequence on a model of 4 layers, layer 1 running, low copies a quarter of the size.
 eviction_context now_at(uint32_t token, uint32_t layer) {
     eviction_context now;
-    now.token    = token;
-    now.layer    = layer;
-    now.n_layer  = 4;
-    now.low_cost = 0.25f;
-    now.weights  = { 0.4f, 0.3f, 0.2f, 0.1f };
+    now.token        = token;
+    now.token_before = token - 1;
+    now.layer        = layer;
+    now.n_layer      = 4;
+    now.low_cost     = 0.25f;
+    now.weights      = { 0.4f, 0.3f, 0.2f, 0.1f };
     return now;
 }
 
@@ -79,6 +80,13 @@ TEST("least cost-weighted use by hand") {
     // A use in low precision is worth its bytes: C = 0.25 * 4 = 1.
     CHECK(near(priority_lcu(used(5, 0, 4), 3, now), 0.1f));
     CHECK_EQ(priority_lcu(UNUSED, 1, now), 0.0f);
+}
+
+TEST("of a batch, what the batch before used was used in the last pass") {
+    eviction_context now = now_at(10, 1);
+    now.token_before     = 6;  // four sequences side by side, or a draft
+    CHECK(near(priority_lcu(used(6, 3, 4), 3, now), 0.876190f));
+    CHECK(near(priority_lcu(used(5, 3, 4), 3, now), 0.4f));
 }
 
 TEST("what this sequence has not used was not used in the last pass, even at its first token") {

@@ -174,6 +174,60 @@ TEST("a pool shrinks and grows while it is used, and the floor holds") {
     CHECK_EQ(s.stats().pool_bytes, full);
 }
 
+TEST("a pool that is half low copies shrinks down to the floor") {
+    tiny_store s(slots(8, 16));
+    for (uint16_t e = 0; e < 8; ++e) {
+        s.pass(0, { want(e), want((uint16_t) ((e + 1) % 8), need::low) });
+    }
+    for (const uint64_t more : { 2u, 1u, 0u }) {
+        s.store().resize(pool_min(s.index()) + more * s.index().max_slot[0]);
+        const hobbit_stats now  = s.stats();
+        const uint64_t     used = now.slots_high * s.index().max_slot[0] + now.slots_low * s.index().max_slot[1];
+        CHECK(used <= (s.index().n_expert_used + more) * s.index().max_slot[0]);
+        CHECK(now.slots_high >= s.index().n_expert_used);
+    }
+}
+
+TEST("a pool that held every expert in high precision does so again after it was smaller") {
+    store_setup setup = slots(24);
+    setup.low_share   = 0.1f;
+    tiny_store     s(setup);
+    const uint64_t full = s.stats().pool_bytes;
+    s.store().resize(full / 2);
+    CHECK(s.stats().slots_low >= s.index().n_expert_used && s.stats().slots_high < 24);
+    const wants held = s.acquire(0, { want(1), want(2, need::low) });
+    s.arrive(held);
+    s.store().resize(full);
+    s.store().release(held);
+    s.pass(0, { want(1) });  // what was in use is given up at the next token
+    CHECK_EQ(s.stats().slots_high, 24u);
+    CHECK_EQ(s.stats().slots_low, 0u);
+    const wants got = s.pass(0, { want(3, need::low) });
+    CHECK(got[0].action == action::load_high || got[0].action == action::use_high);
+}
+
+TEST("slots follow what the copies are worth where several tokens are a batch, whatever the clock began with") {
+    store_setup setup          = slots(6, 2);
+    setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
+    setup.moving_border        = true;
+    tiny_store s(setup);
+    const auto batch = [&](uint32_t n, uint16_t e) {
+        for (uint32_t layer = 0; layer < 3; ++layer) {
+            const std::vector<int32_t> ids(n, e);
+            s.store().observe(layer, ids.data(), 1, 1, n);
+            wants w = { want(e, need::low, n) };
+            s.store().acquire(layer, precision_rule::miss, layer == 0 ? n : 0, w);
+            s.arrive(w);
+            s.store().release(w);
+        }
+    };
+    batch(7, 0);
+    for (uint32_t i = 0; i < 400; ++i) {
+        batch(2, (uint16_t) (i % 8));
+    }
+    CHECK(s.stats().slots_low > 4 && s.stats().slots_high < 5);
+}
+
 TEST("slots follow what the copies are worth: low needs alone turn the pool over to low copies") {
     store_setup setup          = slots(6, 2);
     setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
@@ -222,6 +276,23 @@ TEST("prefetches that the router did not choose are dropped and their slots free
     s.store().release(got);
     CHECK_EQ(s.total().prefetches_wasted, 2u);
     s.check_counts();
+}
+
+TEST("what was read ahead before a reset is not wasted after it, and what is under way counts anew") {
+    tiny_store s;
+    s.store().prefetch(0, 1, { want(5) });
+    s.wait_until([&] { return s.stats().resident_high == 1; });
+    s.store().reset_stats();
+    s.pass(0, { want(0), want(1), want(2), want(3) });
+    CHECK(s.total().prefetches_wasted == 0 && s.total().bytes_wasted == 0);
+    s.check_counts();
+    tiny_store late(no_prefetch_reads(slots(4)));
+    late.store().prefetch(0, 1, { want(5) });
+    late.store().reset_stats();
+    late.pass(0, { want(6) });
+    CHECK(late.total().prefetches == 1 && late.total().prefetches_wasted == 1);
+    late.check_counts();
+    CHECK(late.store().bytes_needed() == late.total().bytes_demand);
 }
 
 TEST("of prefetches that the router did not choose every byte was wasted, of those that were being read too") {

@@ -59,7 +59,6 @@ TEST("nothing is evicted for it, and what is there is not read again") {
     }
     s.store().warm(some_heat(s).data());
     s.wait_until([&] { return s.stats().warmed == 5; });
-    s.store().pause_warming(false);
     CHECK(s.stats().resident_high == 12 && s.stats().warmed == 5);
     for (const uint16_t e : used) {
         CHECK(hit(s.pass(0, { want(e) })[0]));
@@ -122,7 +121,6 @@ TEST("an expert that is demanded while it is being read is late for nobody, and 
     s.check(0, got);
     s.store().release(got);
     s.wait_until([&] { return s.stats().warmed == 1; });  // the other one that had begun; no more do
-    s.store().pause_warming(false);
     s.store().io().drain();
     CHECK(s.stats().warmed == 1 && s.stats().resident_high == 2);
     const hobbit_counts c = s.total();
@@ -134,7 +132,6 @@ TEST("a failed read ends it, silently") {
     s.cut_file();
     s.store().warm(some_heat(s).data());
     s.wait_until([&] { return s.store().arrivals() == 2 * s.n_parts(); });  // the two that had begun
-    s.store().pause_warming(false);
     s.store().io().drain();
     CHECK(!s.store().failed() && s.stats().warmed == 0 && n_resident(s) == 0);
     CHECK_EQ(s.store().arrivals(), (uint64_t) 2 * s.n_parts());

@@ -32,6 +32,7 @@ struct store_setup {
     uint32_t      slots_high    = 4;
     uint32_t      slots_low     = 0;
     bool          moving_border = false;
+    float         low_share     = 0.0f;  // without low slots: what a smaller pool has
     hobbit_params params        = tiny_params();
 
     hobbit::expert_store::arrival_hook on_arrival = {};
@@ -88,7 +89,7 @@ class tiny_store {
         const uint64_t high = setup_.slots_high * index_->max_slot[0], low = setup_.slots_low * index_->max_slot[1];
         hobbit_params  p      = setup_.params;
         p.low_share           = setup_.slots_low == 0
-                                    ? 0.0f
+                                    ? setup_.low_share
                                     : (float) (((double) setup_.slots_low + 0.5) / setup_.slots_low * low / (high + low));
         p.fixed_split         = !setup_.moving_border;
         const uint64_t stream = hobbit::pool_min(*index_) - index_->n_expert_used * index_->max_slot[0];

@@ -1,11 +1,11 @@
 """Programs in a process of their own, in which reads and threads fail when told to (tests/cpp/faults.c).
 
-    out = run('''
-        llm = open_model(model)
-        fail_reads(model, errno.EIO, count=1)
-        ...
-        print("done")
-    ''', model=path)
+out = run('''
+    llm = open_model(model)
+    fail_reads(model, errno.EIO, count=1)
+    ...
+    print("done")
+''', model=path)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from unpatched import lib_for_tests
 
 # What programs find ready. `model` and the like are the keyword arguments of run().
-PRELUDE = '''
+PRELUDE = """
 import ctypes, errno, faulthandler, gc, os, re, resource, signal, sys, threading, time, warnings
 faulthandler.enable()
 faulthandler.dump_traceback_later(100, exit=True)
@@ -41,6 +41,7 @@ def end_reads(path, count=-1): _lib.faults_set(path.encode(), 3, 0, 0, 0, count)
 def slow_reads(path, ms): _lib.faults_set(path.encode(), 4, ms, 0, 0, -1)
 def good_reads(): _lib.faults_set(b"", 0, 0, 0, 0, 0)
 def hits(): return _lib.faults_hits()
+def not_direct(): _lib.faults_not_direct()
 def no_threads_after(n): _lib.faults_threads(n)
 
 def smallest(path): return Session(path, OffloadParams()).info.pool_min
@@ -53,7 +54,7 @@ def raises(error, call, *args):
     try: call(*args)
     except error as e: return e
     raise AssertionError(f"{error} was not raised")
-'''
+"""
 
 
 def run(program: str, timeout: float = 150, **names: Any) -> str:

@@ -145,3 +145,24 @@ def test_damaged_headers_are_refused_and_crash_nobody(model: Path) -> None:
         model=model,
     )
     assert out
+
+
+def test_a_file_system_that_takes_o_direct_and_reads_through_the_page_cache(model: Path) -> None:
+    run(
+        """
+        llm = open_model(model)
+        tokens = words(llm, 40)
+        want, direct = logits(llm, tokens, 8), llm.offload_stats().direct_io
+        llm.close()
+        not_direct()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            llm = open_model(model)
+        if direct:  # else there is none where the tests run
+            assert any("without direct I/O" in str(w.message) for w in said), said
+        assert not llm.offload_stats().direct_io
+        assert np.array_equal(logits(llm, tokens, 8), want)
+        llm.close()
+        """,
+        model=model,
+    )

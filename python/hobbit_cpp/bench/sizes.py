@@ -115,7 +115,7 @@ class _Unloaded(Llama):
         weights = int(self._model.size())
         kv = max(0, int(session._lib.hobbit_context_resident_bytes(ctx)) - weights)
         token, prompt, longest = (sum(session.fit_batches(address, n)) for n in (SMALL, self._least_batch(), self._n_ubatch()))
-        buffers = token + session.info.bytes_learned + self._memory_to_come()
+        buffers = token + session.info.bytes_tables + self._memory_to_come()
         embeddings = session.bytes_embeddings and session.bytes_embeddings - session.info.bytes_rows_kept
         dense = weights - session.info.bytes_high - embeddings
         held = (_memory.resident(), dense, embeddings, kv, buffers)
