@@ -135,30 +135,49 @@ float expert_cache::margin(int precision, uint32_t n, const eviction_context & n
     return std::accumulate(priorities.begin(), priorities.begin() + n, 0.0f) / (float) n;
 }
 
-cache_entry * expert_cache::victim(uint32_t layer, int precision, const eviction_context & now) {
+void expert_cache::find_lowest(int precision, uint32_t n, int64_t layer, const eviction_context & now) {
     // A scan of all slots: 1 to 2 us for 600 of them, against 500 us for the read that follows.
-    cache_entry * best           = nullptr;
-    float         best_priority  = 0.0f;
-    bool          best_protected = true;
-    const bool    same_layer     = is_split(precision);
+    lowest_.clear();
     for (uint32_t i = 0; i < shape_.n_slots[precision]; ++i) {
         cache_entry * e = &slots_[precision][i];
-        if (e->now != cache_entry::state::resident || e->pins > 0 || (same_layer && e->layer != layer)) {
+        if (e->now != cache_entry::state::resident || e->pins > 0 || (layer >= 0 && e->layer != layer)) {
             continue;
         }
-        const bool is_protected = e->protected_until >= pass;
-        if (best != nullptr && is_protected && !best_protected) {
+        rank       r { e->protected_until >= pass, 0.0f, e->tick, e };
+        const bool full = lowest_.size() == n;
+        if (full && r.is_protected && !lowest_.front().is_protected) {
             continue;
         }
-        const float p = priority(*e, now);
-        if (best == nullptr || is_protected < best_protected || p < best_priority ||
-            (p == best_priority && e->tick < best->tick)) {
-            best           = e;
-            best_priority  = p;
-            best_protected = is_protected;
+        r.priority = priority(*e, now);
+        if (full && !(r < lowest_.front())) {
+            continue;
         }
+        if (full) {
+            std::pop_heap(lowest_.begin(), lowest_.end());
+            lowest_.pop_back();
+        }
+        lowest_.push_back(r);
+        std::push_heap(lowest_.begin(), lowest_.end());
     }
-    return best;
+}
+
+cache_entry * expert_cache::victim(uint32_t layer, int precision, const eviction_context & now) {
+    find_lowest(precision, 1, is_split(precision) ? (int64_t) layer : -1, now);
+    return lowest_.empty() ? nullptr : lowest_.front().entry;
+}
+
+void expert_cache::make_room(int precision, uint32_t n, const eviction_context & now,
+                             void (*evicted)(void *, const cache_entry &), void * ctx) {
+    if (n == 0 || is_split(precision)) {
+        return;
+    }
+    find_lowest(precision, n, -1, now);
+    for (const rank & r : lowest_) {
+        if (evicted != nullptr) {
+            evicted(ctx, *r.entry);
+        }
+        drop(r.entry);
+    }
 }
 
 cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
@@ -184,9 +203,10 @@ cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precisio
     if (ledger_ && precision == 0) {
         ledger_->inserted(layer, expert, ahead);
     }
-    e->layer           = (uint16_t) layer;
-    e->expert          = (uint16_t) expert;
-    e->now             = cache_entry::state::in_flight;
+    e->layer  = (uint16_t) layer;
+    e->expert = (uint16_t) expert;
+    e->now    = cache_entry::state::in_flight;
+    n_busy_[precision]++;
     e->tick            = ++clock_;
     e->protected_until = 0;
     e->prefetched      = false;
@@ -210,12 +230,16 @@ void expert_cache::leave(cache_entry * e) {
     }
 }
 
-void expert_cache::fulfil(cache_entry * e) { e->now = cache_entry::state::resident; }
+void expert_cache::fulfil(cache_entry * e) {
+    e->now = cache_entry::state::resident;
+    n_busy_[e->precision] -= e->pins == 0;
+}
 
 void expert_cache::abandon(cache_entry * e) { drop(e); }
 
 void expert_cache::drop(cache_entry * e) {
     leave(e);
+    n_busy_[e->precision] -= e->now == cache_entry::state::in_flight;
     e->now             = cache_entry::state::absent;
     e->protected_until = 0;
     e->prefetched      = false;
@@ -226,15 +250,6 @@ void expert_cache::reset_uses() {
     for (use_record & use : uses_) {
         use.last_token = use.uses = use.high_uses = use.low_uses = 0;
     }
-}
-
-uint32_t expert_cache::available(int precision) const {
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < shape_.n_slots[precision]; ++i) {
-        const cache_entry & e = slots_[precision][i];
-        n += e.now == cache_entry::state::absent || (e.now == cache_entry::state::resident && e.pins == 0);
-    }
-    return n;
 }
 
 uint32_t expert_cache::resident(int precision) const {

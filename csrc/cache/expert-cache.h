@@ -69,12 +69,20 @@ class expert_cache {
     cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
                          void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr,
                          bool ahead = false);
-    void          fulfil(cache_entry * entry);
-    void          abandon(cache_entry * entry);
+    // Evicts the `n` entries of lowest priority in one scan, fewer if that is all that may go: for so many calls of insert(). Not for rules
+    // that split the slots, whose insert() knows where room has to be.
+    void make_room(int precision, uint32_t n, const eviction_context & now,
+                   void (*evicted)(void *, const cache_entry &) = nullptr, void * ctx = nullptr);
+    void fulfil(cache_entry * entry);
+    void abandon(cache_entry * entry);
 
-    void pin(cache_entry * entry) { entry->pins++; }
+    void pin(cache_entry * entry) {
+        n_busy_[entry->precision] += entry->pins++ == 0 && entry->now == cache_entry::state::resident;
+    }
 
-    void unpin(cache_entry * entry) { entry->pins--; }
+    void unpin(cache_entry * entry) {
+        n_busy_[entry->precision] -= --entry->pins == 0 && entry->now == cache_entry::state::resident;
+    }
 
     void touch(cache_entry * entry) { entry->tick = ++clock_; }
 
@@ -126,7 +134,8 @@ class expert_cache {
     float margin(int precision, uint32_t n, const eviction_context & now) const;
 
     // Copies that could be inserted now: free slots and evictable entries.
-    uint32_t available(int precision) const;
+    uint32_t available(int precision) const { return shape_.n_slots[precision] - n_busy_[precision]; }
+
     uint32_t resident(int precision) const;
 
     // Calls f(entry) for all slots.
@@ -149,6 +158,22 @@ class expert_cache {
         return ((size_t) layer * shape_.n_expert + expert) * 2 + (size_t) precision;
     }
 
+    // What may be evicted: the lowest goes first.
+    struct rank {
+        bool          is_protected = false;
+        float         priority     = 0.0f;
+        uint64_t      tick         = 0;
+        cache_entry * entry        = nullptr;
+
+        bool operator<(const rank & o) const {
+            return is_protected != o.is_protected ? o.is_protected
+                   : priority != o.priority       ? priority < o.priority
+                                                  : tick < o.tick;
+        }
+    };
+
+    // The `n` lowest, of one layer or (layer < 0) of all, in lowest_.
+    void          find_lowest(int precision, uint32_t n, int64_t layer, const eviction_context & now);
     cache_entry * victim(uint32_t layer, int precision, const eviction_context & now);
     void          leave(cache_entry * entry);
     float         priority(const cache_entry & entry, const eviction_context & now) const;
@@ -166,8 +191,10 @@ class expert_cache {
     std::vector<use_record>          uses_;
     std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot that there can be, for ever; `absent` ones are free
     std::vector<cache_entry *>       free_[2];
-    std::vector<uint32_t>            share_;  // slots of each layer, when they are split
-    std::vector<uint32_t>            taken_;  // and how many of these are taken
+    uint32_t                         n_busy_[2] = { 0, 0 };  // in flight, or resident and pinned
+    std::vector<rank>                lowest_;                // scratch of make_room()
+    std::vector<uint32_t>            share_;                 // slots of each layer, when they are split
+    std::vector<uint32_t>            taken_;                 // and how many of these are taken
     std::unique_ptr<eviction_ledger> ledger_;
     uint64_t                         clock_ = 0;
 };

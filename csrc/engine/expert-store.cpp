@@ -250,6 +250,12 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
     }
     drop_stale_prefetches(layer, wants);
 
+    for (int p = 0; p < N_PRECISION; ++p) {
+        const action load = p == 0 ? action::load_high : action::load_low;
+        const auto   n =
+            (uint32_t) std::count_if(wants.begin(), wants.end(), [&](const expert_want & w) { return w.action == load; });
+        cache_->make_room(p, n - std::min(n, cache_->n_free(p)), now_, on_evicted, this);
+    }
     for (expert_want & w : wants) {
         if (w.action == action::load_high || w.action == action::load_low) {
             const int p = w.action == action::load_high ? 0 : 1;

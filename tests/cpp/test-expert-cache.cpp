@@ -28,6 +28,11 @@ class cache_story {
         return cache.insert(0, expert, precision, now, note, this);
     }
 
+    void make_room(uint32_t n) {
+        evicted.clear();
+        cache.make_room(HIGH, n, now, note, this);
+    }
+
     cache_entry * load(uint32_t expert, int precision = HIGH) {
         cache_entry * e = insert(expert, precision);
         if (e != nullptr) {
@@ -40,7 +45,7 @@ class cache_story {
 
     bool has(uint32_t expert, int precision = HIGH) { return cache.find(0, expert, precision) != nullptr; }
 
-    std::vector<int> evicted;  // experts, by the last insert
+    std::vector<int> evicted;  // experts, by the last insert() or make_room()
     eviction_context now;
 
   private:
@@ -89,6 +94,29 @@ TEST("a read that was given up, and a dropped expert, leave the slot free") {
     s.cache.drop(s.load(5));
     CHECK(!s.has(5));
     CHECK(s.load(4) != nullptr && s.evicted.empty());
+}
+
+TEST("room for several is made of those that would go one by one, and never of what is in use") {
+    cache_story one(6), all(6);
+    for (cache_story * s : { &one, &all }) {
+        for (uint32_t e : { 0, 1, 2, 3, 4 }) {
+            s->load(e);
+        }
+        s->cache.touch(s->cache.find(0, 0, HIGH));
+        s->cache.pin(s->cache.find(0, 1, HIGH));
+        s->cache.find(0, 2, HIGH)->protected_until = s->cache.pass;
+        s->insert(5);  // in flight
+    }
+    std::set<int> went;
+    for (uint32_t e : { 6, 7 }) {
+        one.insert(e);
+        went.insert(one.evicted.begin(), one.evicted.end());
+    }
+    all.make_room(2);
+    CHECK(all.cache.n_free(HIGH) == 2 && std::set<int>(all.evicted.begin(), all.evicted.end()) == went && went.size() == 2);
+    all.make_room(9);
+    CHECK(all.has(1) && all.has(5) && !all.has(0) && !all.has(2));
+    CHECK_EQ(all.cache.available(HIGH), 4u);
 }
 
 TEST("an expert in flight is never evicted") {
