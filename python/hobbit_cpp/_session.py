@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import threading
 import time
 import warnings
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
-from . import _heat, _memory
-from ._batches import SMALL, BatchRoom
+from . import _heat
+from ._budget import Budgeted
 from ._handle import fingerprint
-from ._memory import Size, human
-from ._observed import Observed
-from ._pressure import Monitor, Yielding, read_all
-from .errors import HobbitError, HobbitWarning, MemoryBudgetError, OutOfMemoryError, from_c
-from .params import OWN_SLOTS, OffloadParams
+from .errors import HobbitError, HobbitWarning, from_c
+from .params import OffloadParams
 
 if TYPE_CHECKING:
     from .calibrate.dial import Feedback
     from .trace import Trace
-
-# What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
-_SLACK = 24 << 20
-_SLACK_SHARE = 0.01
-# Embeddings of fewer bytes are not worth a read for a token.
-_FEW_EMBEDDINGS = 16 << 20
-# By which two starts of the same process differ.
-_ROUGHLY = 4 << 20
 
 
 def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
@@ -54,22 +41,10 @@ def c_routing(ffi: Any, trace: Optional[Trace]) -> Tuple[Any, List[Any]]:
     return c, keep
 
 
-def everything_fits(budget: int, everything: int) -> bool:
-    """Process, weights and the whole pool, and a tenth of that for KV cache and buffers, whose size is not known yet."""
-    return budget >= 1.1 * everything
-
-
-class Session(Observed):
+class Session(Budgeted):
     """Opened on a file, bound to a thread while llama.cpp loads it, started when the memory left for experts is known."""
 
     def __init__(self, path: str, params: OffloadParams) -> None:
-        self._base_budget: Optional[int] = None
-        self._resizing = threading.Lock()
-        self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
-        self._room: Optional[BatchRoom] = None
-        self._context = self._least = 0
-        self._given_back = 0  # of it, because memory is short: see _yield_memory
-        self.embeddings_on_disk = False
         self._heat: Optional[_heat.HeatFile] = None
         self.feedback: Optional[Feedback] = None
         super().__init__(path, params)
@@ -97,81 +72,6 @@ class Session(Observed):
         finally:
             self._lib.hobbit_session_bind_thread(self._ffi.NULL)
 
-    # ---- memory ----
-
-    def plan(self, memory: Optional[Size]) -> bool:
-        """Fixes the budget. False: the dense weights and the smallest pool alone are too much for it."""
-        _memory.large_blocks_apart()
-        _memory.give_back()
-        if memory is not None:
-            self._base_budget = _memory.parse_size(memory, of=_memory.total())
-        elif self.params.expert_cache is None:
-            self._base_budget = _memory.default_budget()
-        self.embeddings_on_disk = self.embeddings_leave(self._base_budget, _memory.resident())
-        if self.embeddings_on_disk:
-            self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
-        needed = _memory.resident() + self.bytes_dense + self._pool_floor()
-        return self._base_budget is None or needed + _SLACK <= self._base_budget
-
-    @property
-    def bytes_dense(self) -> int:
-        """Of the weights that are in memory, without experts."""
-        left = self.info.bytes_embeddings - self.info.bytes_rows_kept
-        return self.info.bytes_dense - (left if self.embeddings_on_disk else 0)
-
-    @property
-    def bytes_embeddings(self) -> int:
-        """Of those that may stay on disk."""
-        wanted = self.params.embeddings_on_disk
-        worth_it = wanted or (wanted is None and self.info.bytes_embeddings >= _FEW_EMBEDDINGS)
-        return self.info.bytes_embeddings if worth_it else 0
-
-    def embeddings_leave(self, budget: Optional[int], process: int) -> bool:
-        """Whether they stay on disk: where not everything has a place.
-
-        Args:
-            budget: None: of experts alone.
-            process: what it holds without the model.
-        """
-        pool = self.info.pool_max if self.params.expert_cache is None else self._pool_floor()
-        short = budget is not None and not everything_fits(budget, process + self.info.bytes_dense + pool)
-        return self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
-
-    def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
-        """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
-        ctx = self._ffi.cast("void *", context)
-        sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + sum(self.fit_batches(context, n_least))
-        on_disk = self.info.bytes_high + self.info.bytes_dense - self.bytes_dense
-        return self._refusal(_memory.resident() + sizes - on_disk + self.info.bytes_tables + extra)
-
-    def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
-        """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
-        buffers, work, error = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *"), self._ffi.new("hobbit_error *")
-        ctx = self._ffi.cast("void *", context)
-        self._check(self._lib.hobbit_context_fit(ctx, n_tokens, buffers, work, error), error)
-        return int(buffers[0]), int(work[0])
-
-    def _refusal(self, held: int) -> MemoryBudgetError:
-        """`held`: what the process holds with everything but the expert pool."""
-        smallest = int((held + self._pool_floor() + _SLACK) / (1 - _SLACK_SHARE)) + _ROUGHLY
-        return MemoryBudgetError(
-            f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
-            f"{human(smallest)} (dense weights {human(self.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
-            "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps, and flash attention)"
-        )
-
-    def _pool_floor(self) -> int:
-        wanted = self.params.expert_cache
-        return self.info.pool_min if wanted is None else min(self._parse_pool(wanted), self.info.pool_max)
-
-    def _parse_pool(self, size: Size) -> int:
-        return _memory.parse_size(size, of=self.info.pool_max)
-
-    def lends(self) -> bool:
-        """Whether the pool can lend large batches memory for their buffers: nobody has given it a size, and it can change it."""
-        rule = self.params.eviction or self.params.mode
-        return self.params.expert_cache is None and rule not in OWN_SLOTS
-
     def start(self, context: int, extra: int, n_ubatch: int, n_least: int, lends: bool) -> None:
         """Makes the expert pool out of what the budget leaves, and starts the threads.
 
@@ -182,39 +82,10 @@ class Session(Observed):
             n_least: of the largest batch that there has to be room for; longer ones are cut by `largest_batch`.
             lends: the pool lends larger ones than a token their buffers, which takes that every batch comes by `decoding`.
         """
-        ctx = self._ffi.cast("void *", context)
-        self._context = context
-        held = _memory.resident() + self.info.bytes_tables + extra
-        most = self.fit_batches(context, n_ubatch)
-        taken = sum(most)
-        pool: Optional[int] = None
-        if self.params.expert_cache is not None:
-            pool = self._parse_pool(self.params.expert_cache)
-        if self._base_budget is not None:
-            budget = self.memory_budget = self._base_budget
-            spare = budget - held - _SLACK - int(budget * _SLACK_SHARE)
-            # Where every expert has a place beside the largest batch nothing needs to be lent.
-            if lends and spare - taken < self.info.pool_max:
-                self._least = taken = sum(self.fit_batches(context, n_least))
-                small = self.fit_batches(context, SMALL)
-                self._room = BatchRoom(n_ubatch, most, small, spare, self.info.pool_min, self.info.pool_max)
-                pool = self._room.pool
-            if spare - taken < self._pool_floor():
-                raise self._refusal(held + taken)
-            pool = spare - taken if pool is None else pool
-        held += taken
-        assert pool is not None
-        pool = min(pool, self.info.pool_max)
-        free = _memory.available()
-        if pool > free:
-            raise MemoryBudgetError(
-                f"an expert pool of {human(pool)} does not fit: only {human(free)} of memory are free. "
-                f"Give a smaller memory= (at most {human(held + free)})"
-            )
-        if not self.memory_budget:
-            self.memory_budget = held + pool + _SLACK
+        pool = self._divide(context, extra, n_ubatch, n_least, lends)
         error = self._ffi.new("hobbit_error *")
         self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
+        ctx = self._ffi.cast("void *", context)
         self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
         stats = self.stats()
         self._whole_pool = self.pool_bytes()
@@ -237,46 +108,6 @@ class Session(Observed):
                 stacklevel=4,
             )
 
-    def resize_expert_cache(self, size: Size) -> None:
-        """See `Llama.resize_expert_cache`."""
-        self._alive()
-        wanted = min(self._parse_pool(size), self.info.pool_max)
-        with self._resizing:
-            before = self.pool_bytes()
-            free = _memory.available()
-            if wanted - before > free:
-                raise MemoryBudgetError(
-                    f"an expert pool of {human(wanted)} does not fit: it holds {human(before)}, and only {human(free)} of memory "
-                    "are free"
-                )
-            if self._room is None or wanted < self.info.pool_min:
-                self._resize(wanted)  # or says that it is too small
-                self.memory_budget += self.pool_bytes() - before
-            else:
-                room = copy.copy(self._room)
-                more = room.resize(wanted, self._least)
-                self._resize(room.pool)
-                self._room = room
-                self.memory_budget += more
-            self._whole_pool = self.pool_bytes()
-            self._given_back = 0
-
-    def _yield_memory(self) -> None:
-        """From now on the pool shrinks while memory is short, and grows again."""
-        cycle = self.info.n_moe_layer * self.info.n_expert_used * self.info.slot_high
-        to_come = max(0, self.memory_budget - _memory.resident())
-        yielding = Yielding(read_all(), to_come, max(self.info.pool_min, cycle))
-
-        def resize(pool: int) -> None:
-            with self._resizing:
-                # What was whole when it was decided may be lent by now.
-                self._given_back = max(0, self._whole_pool - pool)
-                self._resize(self._whole_pool - self._given_back)
-                if self._given_back == 0:
-                    self._whole_pool = self.pool_bytes()  # a number of slots
-
-        self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
-
     def _warm(self) -> None:
         """Has what earlier runs used most read into the empty pool, and keeps what this one uses."""
         with contextlib.suppress(HobbitError):
@@ -298,14 +129,6 @@ class Session(Observed):
         self._lib.hobbit_session_heat(handle, heat, n)
         return bytes(self._ffi.buffer(heat))
 
-    def _resize(self, pool: int) -> None:
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_resize(self._alive(), pool, error), error)
-
-    def pool_bytes(self) -> int:
-        """What the expert pool may take now."""
-        return int(self._stats().pool_bytes)
-
     # ---- running ----
 
     def set_thresholds(self, t1: float, t2: float) -> None:
@@ -322,24 +145,6 @@ class Session(Observed):
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
-
-    def largest_batch(self, wanted: int) -> int:
-        """Of so many tokens, those that one llama_decode has memory for."""
-        return wanted if self._room is None else self._room.largest(wanted)
-
-    def _make_room(self, n_tokens: int) -> None:
-        """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""
-        with self._resizing:  # which another thread may be replacing the room under
-            room = self._room
-            n = None if room is None else room.to_lay_out(n_tokens)
-            if room is None or n is None:
-                return
-            room.laid_out(n, self.fit_batches(self._context, n))
-            self._whole_pool = room.pool
-            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
-                self._resize(max(room.pool - self._given_back, self.info.pool_min))
-                if self._given_back == 0:
-                    self._whole_pool = self.pool_bytes()  # a number of slots
 
     @contextlib.contextmanager
     def decoding(self, n_tokens: int) -> Iterator[None]:

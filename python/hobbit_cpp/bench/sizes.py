@@ -8,9 +8,10 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from hobbit_cpp import _memory
 from hobbit_cpp._batches import SMALL
+from hobbit_cpp._budget import ROUGHLY, SLACK, SLACK_SHARE, everything_fits
 from hobbit_cpp._handle import ModelInfo
 from hobbit_cpp._log import errors_explained
-from hobbit_cpp._session import _ROUGHLY, _SLACK, _SLACK_SHARE, Session, everything_fits
+from hobbit_cpp._session import Session
 from hobbit_cpp._sidecar import LowModel
 from hobbit_cpp.calibrate.curve import Curve
 from hobbit_cpp.calibrate.store import load_for
@@ -69,7 +70,7 @@ class Sizes:
 
     def spare(self, budget: int) -> int:
         """What `memory=budget` leaves beside what a token needs."""
-        return budget - self.held - _SLACK - int(budget * _SLACK_SHARE)
+        return budget - self.held - SLACK - int(budget * SLACK_SHARE)
 
     def pool(self, budget: int) -> int:
         """Of that, what is for experts, but while a prompt is read; below `info.pool_min + prompt` it is refused."""
@@ -85,12 +86,12 @@ class Sizes:
 
     def budget(self, pool: int) -> int:
         """The inverse: the `memory=` that leaves so much."""
-        return int((self.held + pool + _SLACK) / (1 - _SLACK_SHARE)) + 1
+        return int((self.held + pool + SLACK) / (1 - SLACK_SHARE)) + 1
 
     @property
     def smallest(self) -> int:
         """The smallest budget that works, also in a process that holds a little more than this one."""
-        return self.budget(self.info.pool_min + self.prompt) + 2 * _ROUGHLY
+        return self.budget(self.info.pool_min + self.prompt) + 2 * ROUGHLY
 
     @property
     def largest(self) -> int:

@@ -1,0 +1,220 @@
+"""What the process of a model may take, and how that is divided between experts and the batch at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from typing import Optional, Tuple
+
+from . import _memory
+from ._batches import SMALL, BatchRoom
+from ._memory import Size, human
+from ._observed import Observed
+from ._pressure import Monitor, Yielding, read_all
+from .errors import MemoryBudgetError, OutOfMemoryError
+from .params import OWN_SLOTS, OffloadParams
+
+__all__ = ["ROUGHLY", "SLACK", "SLACK_SHARE", "Budgeted", "everything_fits"]
+
+# What llama.cpp, ggml's work buffer, samplers and Python take beyond what can be counted before it is used.
+SLACK = 24 << 20
+SLACK_SHARE = 0.01
+# Embeddings of fewer bytes are not worth a read for a token.
+_FEW_EMBEDDINGS = 16 << 20
+# By which two starts of the same process differ.
+ROUGHLY = 4 << 20
+
+
+def everything_fits(budget: int, everything: int) -> bool:
+    """Process, weights and the whole pool, and a tenth of that for KV cache and buffers, whose size is not known yet."""
+    return budget >= 1.1 * everything
+
+
+class Budgeted(Observed):
+    """A session with a budget: fixed by `plan` before the model is loaded, divided by `_divide` when what it took is known."""
+
+    def __init__(self, path: str, params: OffloadParams) -> None:
+        self._base_budget: Optional[int] = None
+        self._resizing = threading.Lock()
+        self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
+        self._room: Optional[BatchRoom] = None
+        self._context = self._least = 0
+        self._given_back = 0  # of it, because memory is short: see _yield_memory
+        self.embeddings_on_disk = False
+        super().__init__(path, params)
+
+    def plan(self, memory: Optional[Size]) -> bool:
+        """Fixes the budget. False: the dense weights and the smallest pool alone are too much for it."""
+        _memory.large_blocks_apart()
+        _memory.give_back()
+        if memory is not None:
+            self._base_budget = _memory.parse_size(memory, of=_memory.total())
+        elif self.params.expert_cache is None:
+            self._base_budget = _memory.default_budget()
+        self.embeddings_on_disk = self.embeddings_leave(self._base_budget, _memory.resident())
+        if self.embeddings_on_disk:
+            self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
+        needed = _memory.resident() + self.bytes_dense + self._pool_floor()
+        return self._base_budget is None or needed + SLACK <= self._base_budget
+
+    @property
+    def bytes_dense(self) -> int:
+        """Of the weights that are in memory, without experts."""
+        left = self.info.bytes_embeddings - self.info.bytes_rows_kept
+        return self.info.bytes_dense - (left if self.embeddings_on_disk else 0)
+
+    @property
+    def bytes_embeddings(self) -> int:
+        """Of those that may stay on disk."""
+        wanted = self.params.embeddings_on_disk
+        worth_it = wanted or (wanted is None and self.info.bytes_embeddings >= _FEW_EMBEDDINGS)
+        return self.info.bytes_embeddings if worth_it else 0
+
+    def embeddings_leave(self, budget: Optional[int], process: int) -> bool:
+        """Whether they stay on disk: where not everything has a place.
+
+        Args:
+            budget: None: of experts alone.
+            process: what it holds without the model.
+        """
+        pool = self.info.pool_max if self.params.expert_cache is None else self._pool_floor()
+        short = budget is not None and not everything_fits(budget, process + self.info.bytes_dense + pool)
+        return self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
+
+    def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
+        """The error for a budget that cannot work; `context`: of a model loaded without its weights (no_alloc)."""
+        ctx = self._ffi.cast("void *", context)
+        sizes = int(self._lib.hobbit_context_resident_bytes(ctx)) + sum(self.fit_batches(context, n_least))
+        on_disk = self.info.bytes_high + self.info.bytes_dense - self.bytes_dense
+        return self._refusal(_memory.resident() + sizes - on_disk + self.info.bytes_tables + extra)
+
+    def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
+        """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
+        buffers, work, error = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *"), self._ffi.new("hobbit_error *")
+        ctx = self._ffi.cast("void *", context)
+        self._check(self._lib.hobbit_context_fit(ctx, n_tokens, buffers, work, error), error)
+        return int(buffers[0]), int(work[0])
+
+    def _refusal(self, held: int) -> MemoryBudgetError:
+        """`held`: what the process holds with everything but the expert pool."""
+        smallest = int((held + self._pool_floor() + SLACK) / (1 - SLACK_SHARE)) + ROUGHLY
+        return MemoryBudgetError(
+            f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
+            f"{human(smallest)} (dense weights {human(self.bytes_dense)}, expert pool {human(self._pool_floor())}, the "
+            "rest is the process itself, KV cache and buffers; a smaller n_ctx, n_batch or n_ubatch helps, and flash attention)"
+        )
+
+    def _pool_floor(self) -> int:
+        wanted = self.params.expert_cache
+        return self.info.pool_min if wanted is None else min(self._parse_pool(wanted), self.info.pool_max)
+
+    def _parse_pool(self, size: Size) -> int:
+        return _memory.parse_size(size, of=self.info.pool_max)
+
+    def lends(self) -> bool:
+        """Whether the pool can lend large batches memory for their buffers: nobody has given it a size, and it can change it."""
+        rule = self.params.eviction or self.params.mode
+        return self.params.expert_cache is None and rule not in OWN_SLOTS
+
+    def _divide(self, context: int, extra: int, n_ubatch: int, n_least: int, lends: bool) -> int:
+        """Bytes of the pool out of what the budget leaves; the arguments are those of `start`."""
+        self._context = context
+        held = _memory.resident() + self.info.bytes_tables + extra
+        most = self.fit_batches(context, n_ubatch)
+        taken = sum(most)
+        pool: Optional[int] = None
+        if self.params.expert_cache is not None:
+            pool = self._parse_pool(self.params.expert_cache)
+        if self._base_budget is not None:
+            budget = self.memory_budget = self._base_budget
+            spare = budget - held - SLACK - int(budget * SLACK_SHARE)
+            # Where every expert has a place beside the largest batch nothing needs to be lent.
+            if lends and spare - taken < self.info.pool_max:
+                self._least = taken = sum(self.fit_batches(context, n_least))
+                small = self.fit_batches(context, SMALL)
+                self._room = BatchRoom(n_ubatch, most, small, spare, self.info.pool_min, self.info.pool_max)
+                pool = self._room.pool
+            if spare - taken < self._pool_floor():
+                raise self._refusal(held + taken)
+            pool = spare - taken if pool is None else pool
+        held += taken
+        assert pool is not None
+        pool = min(pool, self.info.pool_max)
+        free = _memory.available()
+        if pool > free:
+            raise MemoryBudgetError(
+                f"an expert pool of {human(pool)} does not fit: only {human(free)} of memory are free. "
+                f"Give a smaller memory= (at most {human(held + free)})"
+            )
+        if not self.memory_budget:
+            self.memory_budget = held + pool + SLACK
+        return pool
+
+    # ---- while it runs ----
+
+    def resize_expert_cache(self, size: Size) -> None:
+        """See `Llama.resize_expert_cache`."""
+        self._alive()
+        wanted = min(self._parse_pool(size), self.info.pool_max)
+        with self._resizing:
+            before = self.pool_bytes()
+            free = _memory.available()
+            if wanted - before > free:
+                raise MemoryBudgetError(
+                    f"an expert pool of {human(wanted)} does not fit: it holds {human(before)}, and only {human(free)} of memory "
+                    "are free"
+                )
+            if self._room is None or wanted < self.info.pool_min:
+                self._resize(wanted)  # or says that it is too small
+                self.memory_budget += self.pool_bytes() - before
+            else:
+                room = copy.copy(self._room)
+                more = room.resize(wanted, self._least)
+                self._resize(room.pool)
+                self._room = room
+                self.memory_budget += more
+            self._whole_pool = self.pool_bytes()
+            self._given_back = 0
+
+    def _yield_memory(self) -> None:
+        """From now on the pool shrinks while memory is short, and grows again."""
+        cycle = self.info.n_moe_layer * self.info.n_expert_used * self.info.slot_high
+        to_come = max(0, self.memory_budget - _memory.resident())
+        yielding = Yielding(read_all(), to_come, max(self.info.pool_min, cycle))
+
+        def resize(pool: int) -> None:
+            with self._resizing:
+                # What was whole when it was decided may be lent by now.
+                self._given_back = max(0, self._whole_pool - pool)
+                self._resize(self._whole_pool - self._given_back)
+                if self._given_back == 0:
+                    self._whole_pool = self.pool_bytes()  # a number of slots
+
+        self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
+
+    def _resize(self, pool: int) -> None:
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_resize(self._alive(), pool, error), error)
+
+    def pool_bytes(self) -> int:
+        """What the expert pool may take now."""
+        return int(self._stats().pool_bytes)
+
+    def largest_batch(self, wanted: int) -> int:
+        """Of so many tokens, those that one llama_decode has memory for."""
+        return wanted if self._room is None else self._room.largest(wanted)
+
+    def _make_room(self, n_tokens: int) -> None:
+        """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""
+        with self._resizing:  # which another thread may be replacing the room under
+            room = self._room
+            n = None if room is None else room.to_lay_out(n_tokens)
+            if room is None or n is None:
+                return
+            room.laid_out(n, self.fit_batches(self._context, n))
+            self._whole_pool = room.pool
+            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
+                self._resize(max(room.pool - self._given_back, self.info.pool_min))
+                if self._given_back == 0:
+                    self._whole_pool = self.pool_bytes()  # a number of slots
