@@ -85,7 +85,7 @@ def test_flash_attention_leaves_more_of_a_long_context() -> None:
 def test_embeddings_stay_on_disk_where_memory_is_short(large_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = measure_sizes(large_model, 256, 64, 64, 1)
     assert in_memory.embeddings == 0, "so few are not worth a read"
-    monkeypatch.setattr("hobbit_cpp._session._FEW_EMBEDDINGS", 1)
+    monkeypatch.setattr("hobbit_cpp._budget._FEW_EMBEDDINGS", 1)
     on_disk = measure_sizes(large_model, 256, 64, 64, 1)
     info = on_disk.info
     assert on_disk.embeddings == info.bytes_embeddings - info.bytes_rows_kept and info.bytes_rows_kept <= 4 << 20

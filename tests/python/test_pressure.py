@@ -94,7 +94,7 @@ def test_what_the_system_says_is_understood(tmp_path: Path, monkeypatch: pytest.
 def test_the_thread_shrinks_the_pool_and_ends_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pressure, "_LOOK_SECONDS", 0.01)
     readings: Dict[str, Any] = dict(CALM)
-    monkeypatch.setattr("hobbit_cpp._session.read_all", lambda: dict(CALM))
+    monkeypatch.setattr("hobbit_cpp._budget.read_all", lambda: dict(CALM))
     monkeypatch.setattr(Monitor.__init__, "__defaults__", (lambda: dict(readings),))
     llm = Llama(str(tiny("mixtral")), offload="hobbit", exact=True, expert_cache="100%", n_ctx=64, verbose=False)
     session = llm._session
