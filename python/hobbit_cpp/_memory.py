@@ -60,6 +60,13 @@ def human(n: float) -> str:
     return f"{n:.0f} B"
 
 
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _field(path: str, name: str) -> int:
     """A `Name:  123 kB` line of a /proc file, in bytes; 0 when there is none."""
     try:

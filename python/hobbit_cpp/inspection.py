@@ -219,7 +219,7 @@ def _alignment(tensors: Sequence[Tensor], alignment: int) -> Dict[str, Any]:
 
 def _measured(path: str, low_model: LowModel, n_ctx: int) -> Optional[Sizes]:
     """What llama.cpp says it will hold with a context of n_ctx tokens; None when it cannot load the model."""
-    from .bench.conditions import cores
+    from ._memory import cores
     from .bench.sizes import measure_sizes
 
     try:

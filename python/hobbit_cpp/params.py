@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 from ._memory import Size
 from ._sidecar import LowModel
@@ -149,19 +149,9 @@ class OffloadParams:
             params = cls(mode=offload)
         else:
             raise ParameterError(f"offload is 'hobbit', 'fate', 'lru', None or OffloadParams, not {offload!r}")
-        if exact is not None:
-            params = replace(params, exact=exact)
-        if precision_rule is not None:
-            params = replace(params, precision_rule=precision_rule)
-        if expert_cache is not None:
-            params = replace(params, expert_cache=expert_cache)
-        if low_model is not None:
-            params = replace(params, low_model=low_model)
-        if quality is not None:
-            params = replace(params, quality=quality)
-        if calibration is not None:
-            params = replace(params, calibration=calibration)
-        return params
+        given: Dict[str, Any] = {"exact": exact, "precision_rule": precision_rule, "expert_cache": expert_cache}
+        given.update(low_model=low_model, quality=quality, calibration=calibration)
+        return replace(params, **{name: value for name, value in given.items() if value is not None})
 
     def apply_to(self, c: Any) -> None:
         """Writes what is set over the mode's defaults in a `hobbit_params`."""

@@ -164,10 +164,3 @@ def read_ahead(path: Path, kib: Optional[int]) -> Iterator[Optional[str]]:
 def kernel() -> str:
     """Name and release."""
     return f"{platform.system()} {platform.release()}"
-
-
-def cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -227,7 +227,7 @@ def _conditions(
 ) -> Dict[str, Any]:
     return {
         "cpu": probe.cpu_name(),
-        "cores": conditions.cores(),
+        "cores": _memory.cores(),
         "threads": request.threads,
         "memory_total": _memory.total(),
         "load_average": load,

@@ -10,9 +10,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from hobbit_cpp import _memory, probe
 from hobbit_cpp._batches import COMMON
-from hobbit_cpp._memory import human
+from hobbit_cpp._memory import cores, human
 
-from .conditions import cores
 from .forecast import Forecast, Machine, budgets_to_show, forecast, measure_machine
 from .sizes import Sizes, Weights, measure_sizes, read_weights
 

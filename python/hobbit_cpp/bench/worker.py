@@ -57,21 +57,14 @@ def _load(job: Dict[str, Any]) -> Any:
     return Llama(job["model"], offload=params, memory=job["memory"], expert_cache=cache, **kwargs)
 
 
-def _disk_reads() -> int:
-    """Bytes this process had read from a disk, page faults included."""
+def _disk_bytes(kind: str) -> int:
+    """Bytes that this process had read from ("read") or written to ("write") a disk, page faults included."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/io").read_text().splitlines():
-            if line.startswith("read_bytes:"):
+            if line.startswith(f"{kind}_bytes:"):
                 return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512
-
-
-def _disk_writes() -> int:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/io").read_text().splitlines():
-            if line.startswith("write_bytes:"):
-                return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_oublock * 512
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return (usage.ru_inblock if kind == "read" else usage.ru_oublock) * 512
 
 
 def _thread_seconds(name: str) -> float:
@@ -188,7 +181,7 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
             llm.reset_offload_stats()
 
     user, system = os.times()[:2]
-    reads, predicting = _disk_reads(), _thread_seconds("hobbit-predict")
+    reads, predicting = _disk_bytes("read"), _thread_seconds("hobbit-predict")
     laps, nll = _decode(llm, tokens[n_prompt:], job["patience"])
     n, seconds = len(laps), sum(laps)
     half = laps[n // 2 :]
@@ -201,12 +194,12 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
         system_ms=(os.times().system - system) / n * 1e3,
         # of fewer tokens it would be that of another text; a model that is damaged has none
         perplexity=math.exp(nll / n) if n == len(tokens) - n_prompt - 1 and nll / n < 700 else None,
-        disk_mb_token=(_disk_reads() - reads) / n / 1e6,
+        disk_mb_token=(_disk_bytes("read") - reads) / n / 1e6,
     )
     if offloaded:
         out.update(_stats(llm, seconds))
         out["prediction_ms"] = (_thread_seconds("hobbit-predict") - predicting) / n * 1e3
-    out["disk_written_mb"] = _disk_writes() / 1e6
+    out["disk_written_mb"] = _disk_bytes("write") / 1e6
     out["peak_rss"] = _memory.peak_resident()
     llm.close()
     return out

@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures. Exit code 1 when no contender gave a figure, or one went over its budget."""
-    from hobbit_cpp.bench.conditions import cores
+    from hobbit_cpp._memory import cores
     from hobbit_cpp.bench.measure import Request, measure
     from hobbit_cpp.bench.report import print_report
 

@@ -95,7 +95,7 @@ def _part_bytes(text: str) -> int:
 
 def print_report(report: ConvertReport) -> None:
     """What was made, on stderr."""
-    from hobbit_cpp.convert.progress import human_bytes
+    from hobbit_cpp._memory import human
 
     for line in report.fallbacks:
         print(f"note: {line}", file=sys.stderr)
@@ -104,9 +104,9 @@ def print_report(report: ConvertReport) -> None:
     rows = [row for row in rows if row[1] > 0] + [("low", report.bytes_low, report.low_type)]
     parts = f" in {len(report.paths)} parts" if len(report.paths) > 1 else ""
     print(
-        f"{report.path}: {human_bytes(report.bytes_file)}{parts}\n"
-        + "".join(f"  {name:<7} {human_bytes(size):>12}  {kind}".rstrip() + "\n" for name, size, kind in rows)
+        f"{report.path}: {human(report.bytes_file)}{parts}\n"
+        + "".join(f"  {name:<7} {human(size):>12}  {kind}".rstrip() + "\n" for name, size, kind in rows)
         + f"  experts {report.n_experts} in each of {report.n_layers} layers\n"
-        f"  {report.seconds:.1f} s, {human_bytes(rate)}/s read",
+        f"  {report.seconds:.1f} s, {human(rate)}/s read",
         file=sys.stderr,
     )

@@ -35,8 +35,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans. Exit code 1 when it does not fit."""
-    from hobbit_cpp._memory import parse_size
-    from hobbit_cpp.bench.conditions import cores
+    from hobbit_cpp._memory import cores, parse_size
     from hobbit_cpp.bench.plan import make_plan, print_plans, to_json
 
     check_writable(args.json)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import threadpoolctl
 
+from hobbit_cpp._memory import cores
 from hobbit_cpp._sidecar import ARCHITECTURE as SIDECAR_ARCHITECTURE
 from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
 
@@ -141,7 +141,7 @@ def convert(
         with writing(paths, layout, force) as files:
             bar = make_progress(progress, bytes_source)
             try:
-                write_data(sources, files, quantiser, threads or _n_cpus(), bar)
+                write_data(sources, files, quantiser, threads or cores(), bar)
             finally:
                 bar.close()
             # before: what changed is not to be blamed on the disk; after: the samples were taken from what was converted
@@ -256,9 +256,3 @@ def _package_version() -> str:
     import hobbit_cpp
 
     return f"hobbit-cpp {hobbit_cpp.__version__}"
-
-
-def _n_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 
 from .errors import ConvertError
-from .header import Header, Value
+from .header import Header
 from .plan import Tensor
 from .quantise import Floats, Quantiser
 from .source import Source, Sources
@@ -43,23 +42,11 @@ def _must_agree(low: Source, what: str, ours: object, theirs: object) -> None:
 
 
 def _first_difference(ours: Header, theirs: Header) -> str:
-    a, b = _strings(ours.values.get(_TOKENS)), _strings(theirs.values.get(_TOKENS))
+    a, b = ours.strings(_TOKENS), theirs.strings(_TOKENS)
     if len(a) != len(b):
         return f"its vocabulary has {len(b)} tokens, not {len(a)}"
     i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
     return f"token {i} of its vocabulary is {b[i]!r}, not {a[i]!r}" if a else "its vocabulary is stored in another way"
-
-
-def _strings(value: Value | None) -> list[str]:
-    """The strings of an array of strings, [] for anything else."""
-    if value is None or value.type != 9 or value.raw[:4] != struct.pack("<I", 8):
-        return []
-    out, at = [], 12
-    while at < len(value.raw):
-        n = struct.unpack_from("<Q", value.raw, at)[0]
-        out.append(value.raw[at + 8 : at + 8 + n].decode("utf-8", "replace"))
-        at += 8 + n
-    return out
 
 
 def correlation_limit(high: Tensor, low: Tensor) -> float:

@@ -6,7 +6,9 @@ import sys
 import time
 from typing import Any, Protocol
 
-__all__ = ["Progress", "human_bytes", "make_progress"]
+from hobbit_cpp._memory import human
+
+__all__ = ["Progress", "make_progress"]
 
 _LINE_SECONDS = 15.0
 
@@ -19,15 +21,6 @@ class Progress(Protocol):
 
     def close(self) -> None:
         """No more updates."""
-
-
-def human_bytes(n: float) -> str:
-    """ "1.40 GiB": for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
 
 
 class _Silent:
@@ -53,8 +46,7 @@ class _Lines:
         rate = done / (now - self._start)
         left = (self._total - done) / rate
         print(
-            f"{done / self._total:4.0%}  {human_bytes(done)} of {human_bytes(self._total)}, {human_bytes(rate)}/s, "
-            f"{left:.0f} s left",
+            f"{done / self._total:4.0%}  {human(done)} of {human(self._total)}, {human(rate)}/s, {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hobbit_cpp._memory import human
 from hobbit_cpp._split import base_name, part_paths
 from hobbit_cpp.errors import HobbitError
 
 from .errors import ConvertError
 from .layout import FileLayout
-from .progress import human_bytes
 from .writer import write_fully
 
 __all__ = ["NewFile", "check_targets", "target_paths", "writing"]
@@ -125,17 +125,15 @@ def _check_space(folder: Path, size: int) -> None:
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
     if free < size:
-        raise ConvertError(
-            f"not enough space in {folder}: {human_bytes(size)} needed, {human_bytes(free)} free ({size} and {free} bytes)"
-        )
+        raise ConvertError(f"not enough space in {folder}: {human(size)} needed, {human(free)} free ({size} and {free} bytes)")
 
 
 def _write_error(e: OSError, target: Path, size: int) -> ConvertError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return ConvertError(
-            f"the disk became full ({e.strerror}) while {target} was written: make {human_bytes(size)} free in "
+            f"the disk became full ({e.strerror}) while {target} was written: make {human(size)} free in "
             f"{target.parent}; nothing was left there"
         )
     if e.errno == errno.EFBIG:
-        return ConvertError(f"{target} may not become {human_bytes(size)} large: raise the limit (ulimit -f)")
+        return ConvertError(f"{target} may not become {human(size)} large: raise the limit (ulimit -f)")
     return ConvertError(f"cannot write {target}: {e.strerror}")
