@@ -135,10 +135,11 @@ class reading {
         return out;
     }
 
-    // Until the first block of a running read is there, seen without a lock: a race by design.
+    // Until the first block of a running read is there, seen without a lock: a race by design. Asleep in between: on a single CPU the
+    // reader would otherwise be through before we look.
     __attribute__((no_sanitize("thread"))) void wait_for_first_block(const io_request & r) {
         while (*(volatile char *) (r.dst + BLOCK - 1) == UNTOUCHED && *(volatile char *) (r.dst + BLOCK - 2) == UNTOUCHED) {
-            std::this_thread::yield();
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
         }
     }
 
@@ -202,7 +203,8 @@ using parts = std::vector<uint32_t>;
 
 // A race that cannot be made to happen for sure, since a reader may have ended before we act: tried until it happened.
 void until(const std::function<bool()> & attempt) {
-    for (int i = 0; i < 200; ++i) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    while (std::chrono::steady_clock::now() < end) {
         if (attempt()) {
             return;
         }

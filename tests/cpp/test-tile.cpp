@@ -163,7 +163,7 @@ TEST("a tile of repacked rows has the bits of gemv, at every width") {
 TEST("there are kernels for Q8_0, Q4_0 and IQ4_NL where upstream has AVX2, and for no other type") {
     for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL }) {
         const hobbit::tile_kernel * found = hobbit::find_tile_kernel(type, 64);
-        CHECK(found != nullptr ? found->type == type : hobbit::tile_kernels().empty());
+        CHECK(found != nullptr ? found->type == type : !ggml_cpu_has_avx2());
     }
     CHECK(hobbit::find_tile_kernel(GGML_TYPE_Q4_1, 64) == nullptr);
     CHECK(hobbit::find_tile_kernel(-1, 64) == nullptr);
@@ -183,7 +183,7 @@ TEST("there is a kernel for every type that upstream repacks, and it is found") 
     for (const ggml_type type : REPACKED) {
         if (hobbit::find_repack_kernel(type, 256, 8) != nullptr) {
             const hobbit::tile_kernel * found = hobbit::find_repacked_tile_kernel(type);
-            CHECK(found != nullptr ? found->type == type : hobbit::repacked_tile_kernels().empty());
+            CHECK(found != nullptr ? found->type == type : !ggml_cpu_has_avx2());
         }
     }
 }

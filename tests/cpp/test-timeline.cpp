@@ -37,7 +37,7 @@ TEST("the last token and the slowest are kept, whole") {
     timeline t;
     t.enable(true);
     token(t, 1, 2);
-    token(t, 2, 30);
+    token(t, 2, 200);  // a busy machine may make the others longer too
     token(t, 3, 2);
     CHECK_EQ(find(t.events(false), HOBBIT_EVENT_READ)->block, 3u);
     CHECK_EQ(find(t.events(true), HOBBIT_EVENT_READ)->block, 2u);
