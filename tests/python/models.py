@@ -5,25 +5,35 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Callable
 
 import gguf
 
+import hobbit_cpp.convert
 import tiny_models
 from hobbit_cpp._build_info import UPSTREAM_COMMIT
 from hobbit_cpp.convert import convert
 
+# Now, since tests change these.
+_CACHE = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+_BASE = Path(os.environ.get("HOBBIT_CACHE_DIR") or os.path.join(_CACHE, "hobbit-cpp"))
+
 
 @functools.cache
 def cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # What the models are made by is part of the name: a change of the generator, or of llama.cpp, makes new ones.
+    # What the models are made by is part of the name: a change of generator, converter or llama.cpp makes new ones.
     made_by = hashlib.sha256(UPSTREAM_COMMIT.encode())
-    for source in sorted(Path(tiny_models.__file__).parent.glob("*.py")):
+    quantisers = Path(__file__).resolve().parents[2].glob("csrc/ggml/*.cpp")
+    converter = Path(hobbit_cpp.convert.__file__).parent.glob("*.py")
+    for source in sorted([Path(__file__), *Path(tiny_models.__file__).parent.glob("*.py"), *converter, *quantisers]):
         made_by.update(source.read_bytes())
-    folder = Path(base) / "hobbit-cpp" / "test-models" / made_by.hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _BASE / "test-models" / made_by.hexdigest()[:12]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="hobbit-test-models-"))
     return folder
 
 

@@ -291,6 +291,8 @@ def test_answers_by_sum_and_by_mean_a_character(can_rewind: bool, width: int) ->
     figures = q.summarise([got] * 4, [got] * 4)
     assert figures["acc"].value == 0 and figures["acc_norm"].value == 1
     assert figures["acc_change"].value == 0 and figures["same_answer"].value == 1
+    few, many = (q.summarise([got] * n, [got] * n)["acc_change"] for n in (4, 100))
+    assert few.low < many.low < 0 < many.high < few.high and many.high == pytest.approx(0.037, abs=0.001)
 
 
 # ---- settings and tuning ---------------------------------------------------------------------------------------------
@@ -474,10 +476,7 @@ def test_the_command_on_a_tiny_model(tmp_path: Path, capsys: Captured) -> None:
     assert rows["low=0.4:0.9"]["text"]["kl"]["value"] > 0 and rows["low=0.4:0.9"]["offload"]["low"] > 0
     assert rows["topk"]["tuning"]["value"] == 1 and rows["topk"]["offload"]["skipped"] == pytest.approx(0.5)
     assert rows["drop"]["offload"]["low"] == 0 and rows["drop"]["tuning"]["tried"]
-    assert (
-        len({row["expert_pool"] for row in rows.values()} - {rows["low=0.4:0.9"]["expert_pool"], rows["weight"]["expert_pool"]})
-        <= 1
-    )
+    assert rows["exact"]["expert_pool"] == rows["drop"]["expert_pool"] == rows["topk"]["expert_pool"]
     assert result["conditions"]["tokens_per_decode"] == 1 and result["hobbit"]
 
 

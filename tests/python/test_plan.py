@@ -184,6 +184,23 @@ def test_random_weights_have_no_locality() -> None:
     sizes = model()
     f = forecast(sizes, noise, machine(), sizes.budget(GIB // 2), "exact")
     assert f.hit_rate == pytest.approx(f.share, abs=1e-6)
+    # nor can anything be read ahead
+    real = forecast(sizes, WEIGHTS, machine(), sizes.budget(GIB // 2), "exact", predicts=False)
+    for unpredicted, weights in ((f, noise), (real, WEIGHTS)):
+        ahead = forecast(sizes, weights, machine(), sizes.budget(GIB // 2), "exact", predicts=True)
+        assert (ahead.tok_s > unpredicted.tok_s) is not weights.random
+        disk_ms = unpredicted.mb_token / 1e3 / (unpredicted.mb_token / unpredicted.disk_ms) * 1e3
+        assert 1e3 / unpredicted.tok_s >= disk_ms
+
+
+def test_a_forecast_is_of_the_tokens_that_are_measured() -> None:
+    """The first tokens find nothing in the cache and have to be read: not those after a prompt."""
+    whole, rest, late = (
+        expected_loads(64, 4, 0.25, "exact", n, after=after)[0].high for n, after in ((256, 0), (128, 128), (128, 256))
+    )
+    long = expected_loads(64, 4, 0.25, "exact")[0].high
+    assert whole > long == late and long < expected_loads(64, 4, 0.25, "exact", 256, after=128)[0].high < whole
+    assert rest == whole, "early are the first 256"
 
 
 @pytest.mark.parametrize("rule", ["lru", "exact", "hobbit"])

@@ -143,13 +143,17 @@ def forecast(
     mode: str,
     n_tokens: Optional[int] = CONVERSATION,
     has_low: Optional[bool] = None,
+    *,
+    after: int = 0,
+    predicts: bool = True,
 ) -> Forecast:
     """What a budget gives.
 
     Args:
         mode: "lru", "exact" or "hobbit".
-        n_tokens: of a run from an empty cache; None: the long run.
+        n_tokens: of a run from an empty cache; None: the long run. `after`: so many tokens of it that do not count.
         has_low: as if there were low copies.
+        predicts: routers are asked ahead; those of random weights know nothing.
     """
     info = sizes.info
     with_low = info.has_low if has_low is None else has_low
@@ -157,7 +161,7 @@ def forecast(
     pool = sizes.pool(budget)
     share = min(1.0, max(0, pool - sizes.streaming) / info.slot_high / max(sizes.n_experts, 1))
     low_cost = info.bytes_expert_low / info.bytes_expert_high if info.has_low else _LOW_COST
-    options = expected_loads(info.n_expert, info.n_expert_used, share, rule, n_tokens, weights.random)
+    options = expected_loads(info.n_expert, info.n_expert_used, share, rule, n_tokens, weights.random, after)
     if rule == "hobbit" and weights.curve is not None:
         options = [_by_the_dial(loads, weights.curve) for loads in options]
     if share >= 1.0 and n_tokens is None:
@@ -168,10 +172,11 @@ def forecast(
     compute = machine.compute
     disk = expected / bandwidth
     t = _token(compute, disk, info.n_expert_used)
-    if mode != "lru":
+    if mode != "lru" and predicts and not weights.random:
         hidden = min(_AHEAD * disk, _UNDER * compute.total)
-        expected, disk = expected * (1 + _WASTE), disk * (1 + _WASTE)
-        t = min(t, max(compute.total, _token(compute, disk, info.n_expert_used) - hidden))
+        ahead = max(compute.total, _token(compute, disk * (1 + _WASTE), info.n_expert_used) - hidden)
+        if ahead < t:
+            t, expected, disk = ahead, expected * (1 + _WASTE), disk * (1 + _WASTE)
     quick = max(compute.total, best / machine.bandwidth * (1 - _DISK_SPREAD))
     slow = compute.total + worst / bandwidth * (1 + _DISK_SPREAD)
     to_read = max(0.0, info.bytes_high * (1 - share))

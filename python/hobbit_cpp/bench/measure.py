@@ -175,12 +175,15 @@ def _add_plan(row: Row, contender: Contender, request: Request, sizes: Sizes, we
         return
     if contender.options.keys() - {"exact"} or contender.mode not in ("hobbit", "lru"):
         return  # settings that a plan knows nothing of
+    predicts = not request.routing
     if request.routing:
         weights = replace(weights, random=False)
     mode = "exact" if contender.options.get("exact") else contender.mode
-    n_run = (request.tokens + request.n_prompt) * (2 if request.warm else 1)
+    before = request.n_prompt + (request.tokens + request.n_prompt if request.warm else 0)
     try:
-        f = forecast(sizes, weights, machine, int(row["memory_budget"]), mode, n_run)
+        f = forecast(
+            sizes, weights, machine, int(row["memory_budget"]), mode, request.tokens, after=before, predicts=predicts
+        )  # fmt: skip
     except HobbitError:
         return
     row["plan"] = {

@@ -41,12 +41,14 @@ Row = Dict[str, Any]
 
 
 def build_rows(medians: Sequence[Row]) -> List[Row]:
-    """Adds the ratios."""
-    base: Dict[Optional[int], float] = {}
+    """Adds the ratios to the first contender in the same memory; there are none where that failed."""
+    first = medians[0]["contender"] if medians else None
+    base: Dict[Optional[int], float] = {
+        row["memory"]: row["tok_s"] for row in medians if row["contender"] == first and "error" not in row
+    }
     rows = []
     for row in medians:
-        if "error" not in row:
-            base.setdefault(row["memory"], row["tok_s"])
+        if "error" not in row and row["memory"] in base:
             row["ratio"] = row["tok_s"] / base[row["memory"]]
         rows.append(row)
     return rows

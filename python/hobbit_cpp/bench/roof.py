@@ -19,7 +19,7 @@ def add_roof(row: Row, floor_ms: Optional[float], bandwidth: Optional[float]) ->
     bound_share: bound_ms of the time a token took. spent_ms: compute (the floor, as far as the time that was not spent
     waiting goes), stall (waiting for reads), other (what is left: routing, locks, threads that compete with readers).
     prediction_ms, where there is one, is CPU time of the prediction thread beside all that. Of stock llama.cpp it is not
-    known how long it waits.
+    known what it had to read, nor how long it waits.
 
     Args:
         floor_ms: a token with every expert in memory.
@@ -29,9 +29,8 @@ def add_roof(row: Row, floor_ms: Optional[float], bandwidth: Optional[float]) ->
         return
     token_ms = 1e3 / row["tok_s"]
     row["token_ms"] = token_ms
-    needed = row.get("disk_mb_token")
-    if "mb_token" in row:
-        needed = max(0.0, row["mb_token"] - row.get("mb_wasted_token", 0.0))
+    # What stock llama.cpp reads is not what it had to read: the kernel reads ahead, and reads again what it has dropped.
+    needed = max(0.0, row["mb_token"] - row.get("mb_wasted_token", 0.0)) if "mb_token" in row else None
     row["needed_mb_token"] = needed
     if floor_ms is not None and bandwidth and needed is not None:
         row["bound_ms"] = max(floor_ms, needed * 1e6 / bandwidth * 1e3)

@@ -57,7 +57,7 @@ def _beyond(ratios: List[float], values: List[float], at: float) -> float:
     return values[-1] + max(0.0, 0.5 * slope) * (min(at, ratios[-1] + math.log(2)) - ratios[-1])
 
 
-def _of_trace(trace: Dict[str, Any], rule: str, share: float, n_tokens: Optional[int]) -> Loads:
+def _of_trace(trace: Dict[str, Any], rule: str, share: float, n_tokens: Optional[int], after: int) -> Loads:
     statistics = _statistics()
     shares = statistics["shares"]
     none = [0.0] * len(shares)
@@ -66,7 +66,7 @@ def _of_trace(trace: Dict[str, Any], rule: str, share: float, n_tokens: Optional
         rows = trace["rules"][rule][when]
         return [_at(shares, rows.get(key, none), share) for key in ("load_high", "load_low", "skip")]
 
-    early = 0.0 if n_tokens is None else min(1.0, statistics["early_tokens"] / n_tokens)
+    early = 0.0 if n_tokens is None else min(1.0, max(0, statistics["early_tokens"] - after) / n_tokens)
     return Loads(*(e * early + x * (1 - early) for e, x in zip(at("early"), at("long"))))
 
 
@@ -77,7 +77,13 @@ def _uniform(rule: str, share: float) -> Loads:
 
 
 def expected_loads(
-    n_expert: int, n_expert_used: int, share: float, rule: str, n_tokens: Optional[int] = None, random: bool = False
+    n_expert: int,
+    n_expert_used: int,
+    share: float,
+    rule: str,
+    n_tokens: Optional[int] = None,
+    random: bool = False,
+    after: int = 0,
 ) -> List[Loads]:
     """What is to be expected, then each trace's own: the spread.
 
@@ -87,12 +93,13 @@ def expected_loads(
         share: of all experts that fit into the cache.
         rule: "lru", "exact" or "hobbit".
         n_tokens: of a run from an empty cache, and with nothing learned yet; None: the long run.
+        after: tokens of it that do not count.
         random: the router is noise.
     """
     if random:
         return [_uniform(rule, share)]
     traces = _statistics()["traces"]
-    each = [_of_trace(trace, rule, share, n_tokens) for trace in traces]
+    each = [_of_trace(trace, rule, share, n_tokens, after) for trace in traces]
     classes: Dict[float, List[Loads]] = {}
     for trace, loads in zip(traces, each):
         classes.setdefault(math.log(trace["n_expert"] / trace["n_expert_used"]), []).append(loads)
@@ -111,7 +118,7 @@ def expected_loads(
         if share * n_expert < n_expert_used:
             expected = Loads(1.0, 0.0, 0.0)
         elif wider is not None:
-            more = expected_loads(n_expert, n_expert_used, wider, rule, n_tokens)[0]
+            more = expected_loads(n_expert, n_expert_used, wider, rule, n_tokens, after=after)[0]
             expected = Loads(max(expected.high, more.high), 0.0, 0.0)
     return [expected, *each]
 

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -118,21 +119,34 @@ def _stats(llm: Any, seconds: float) -> Dict[str, Any]:
     return out
 
 
-def _decode(llm: Any, tokens: List[int], patience: float) -> Tuple[List[float], float]:
-    """Feeds all tokens but the last, one at a time. Returns the seconds of each, and the sum of negative log-likelihoods."""
+@dataclass
+class _Decoded:
+    """Seconds of each token, the sum of negative log-likelihoods, and CPU seconds of all threads while tokens were computed."""
+
+    laps: List[float] = field(default_factory=list)
+    nll: float = 0.0
+    user: float = 0.0
+    system: float = 0.0
+
+
+def _decode(llm: Any, tokens: List[int], patience: float) -> _Decoded:
+    """Feeds all tokens but the last, one at a time."""
     import numpy as np
 
-    laps: List[float] = []
-    nll = 0.0
+    out = _Decoded()
     for now, then in zip(tokens, tokens[1:]):
+        before = resource.getrusage(resource.RUSAGE_SELF)
         begin = time.perf_counter()
         llm.eval([now])
-        laps.append(time.perf_counter() - begin)
+        out.laps.append(time.perf_counter() - begin)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        out.user += after.ru_utime - before.ru_utime
+        out.system += after.ru_stime - before.ru_stime
         row = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).astype(np.float64)
-        nll += float(np.logaddexp.reduce(row) - row[then])
-        if sum(laps) > patience:
+        out.nll += float(np.logaddexp.reduce(row) - row[then])
+        if sum(out.laps) > patience:
             break
-    return laps, nll
+    return out
 
 
 def _trace(job: Dict[str, Any]) -> Tuple[Any, str]:
@@ -164,7 +178,10 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
         if n_prompt:
             llm.eval(job["warm_up"][:n_prompt])
         # n tokens are fed for n + 1 given
-        _decode(llm, [*job["warm_up"][n_prompt:], tokens[0]], job["patience"])
+        wanted = job["warm_up"][n_prompt:]
+        fed = len(_decode(llm, [*wanted, tokens[0]], job["patience"]).laps)
+        if fed < len(wanted):
+            note = "; ".join(filter(None, [note, f"warmed by {fed} tokens, not {len(wanted)}: slower than --patience allows"]))
         llm.reset()
         if trace is not None:
             llm.set_routing(trace)  # from its beginning
@@ -180,18 +197,17 @@ def run(job: Dict[str, Any]) -> Dict[str, Any]:
             out["prompt_mb_token"] = _stats(llm, seconds)["mb_token"]
             llm.reset_offload_stats()
 
-    user, system = os.times()[:2]
     reads, predicting = _disk_bytes("read"), _thread_seconds("hobbit-predict")
-    laps, nll = _decode(llm, tokens[n_prompt:], job["patience"])
-    n, seconds = len(laps), sum(laps)
-    half = laps[n // 2 :]
+    decoded = _decode(llm, tokens[n_prompt:], job["patience"])
+    n, seconds, nll = len(decoded.laps), sum(decoded.laps), decoded.nll
+    half = decoded.laps[n // 2 :]
     out.update(
         n_tokens=n,
         tok_s=n / seconds,
         tok_s_last_half=len(half) / sum(half),
-        first_token_s=out.get("prompt_s", 0.0) + (0.0 if n_prompt else laps[0]),
-        user_ms=(os.times().user - user) / n * 1e3,
-        system_ms=(os.times().system - system) / n * 1e3,
+        first_token_s=out.get("prompt_s", 0.0) + (0.0 if n_prompt else decoded.laps[0]),
+        user_ms=decoded.user / n * 1e3,
+        system_ms=decoded.system / n * 1e3,
         # of fewer tokens it would be that of another text; a model that is damaged has none
         perplexity=math.exp(nll / n) if n == len(tokens) - n_prompt - 1 and nll / n < 700 else None,
         disk_mb_token=(_disk_bytes("read") - reads) / n / 1e6,

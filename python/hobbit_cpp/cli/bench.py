@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     add("--text", metavar="FILE", type=Path, help="what is read (default: prose that comes with Python)")
     add("--tokens", metavar="N", type=int, default=128, help="decoded one by one (default: 128)")
     add("--prompt-tokens", metavar="N", type=int, default=128, help="before them, at once (default: 128; 0: none)")
-    add("--rounds", metavar="N", type=int, default=2, help="A B, B A, ... (default: 2)")
+    add("--rounds", metavar="N", type=int, default=3, help="A B, B A, ...; medians (default: 3)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--cold", dest="warm", action="store_false", help="nothing cached at the start (default)")
     start.add_argument("--warm", dest="warm", action="store_true", help="as much of the text before the clock starts")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ParameterError
 from .scorer import Scorer
-from .statistics import log_softmax, mean_of_blocks, wilson
+from .statistics import Estimate, log_softmax, mean_of_blocks, wilson
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ def answer_all(scorer: Scorer, questions: Sequence[Question], width: int, step: 
     return out
 
 
+def _change(differences: npt.NDArray[np.float64], apart: npt.NDArray[np.int64]) -> Estimate:
+    if differences.any() or not len(differences):
+        return mean_of_blocks(differences, apart)
+    # None differs, which a bootstrap takes for certain: as many may as a share of none leaves open.
+    most = wilson(0, len(differences)).high
+    return Estimate(0.0, -most, most)
+
+
 def summarise(answers: Sequence[Answered], exact: Optional[Sequence[Answered]]) -> Dict[str, Any]:
     """acc (by the sum) and acc_norm (by the mean a character), each with Wilson's interval, and against exact mode, paired."""
     n = len(answers)
@@ -147,8 +156,8 @@ def summarise(answers: Sequence[Answered], exact: Optional[Sequence[Answered]]) 
         before = np.array([a.plain == a.question.answer for a in exact], np.float64)
         before_norm = np.array([a.normalised == a.question.answer for a in exact], np.float64)
         apart = np.arange(n)  # questions do not depend on each other
-        out["acc_change"] = mean_of_blocks(plain - before, apart)
-        out["acc_norm_change"] = mean_of_blocks(normalised - before_norm, apart)
+        out["acc_change"] = _change(plain - before, apart)
+        out["acc_norm_change"] = _change(normalised - before_norm, apart)
         same = sum(a.plain == b.plain for a, b in zip(answers, exact))
         out["same_answer"] = wilson(same, n)
     return out
