@@ -151,26 +151,36 @@ def test_a_prompt_is_cut_where_memory_is_short(large_model: Path) -> None:
 def evaluated(llm: Any, batches: List[int]) -> List[np.ndarray[Any, Any]]:
     """The last logits of each batch."""
     out = []
-    words = llm.tokenize(b"the expert of the layer and the token in the wood ") * 40
+    words = llm.tokenize(b"the expert of the layer and the token in the wood ") * 160
     for n in batches:
         llm.eval(words[llm.n_tokens : llm.n_tokens + n])
         out.append(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).copy())
     return out
 
 
-def test_logits_are_those_of_stock(large_model: Path) -> None:
-    batches = [300, 1, 1, 1, 1, 1, 70, 1, 500, 1, 1, 1, 1, 1]
-    kwargs: Dict[str, Any] = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 512, "n_threads": 2, "verbose": False}
+@pytest.mark.parametrize(
+    "n_batch,batches,as_commands",
+    [
+        (512, [300, 1, 1, 1, 1, 1, 70, 1, 500, 1, 1, 1, 1, 1], False),
+        (2048, [1200, 1, 1, 1, 1, 1, 70, 1, 300, 1, 1, 1, 1, 1], True),
+    ],
+    ids=["as Llama has it", "as the commands have it"],
+)
+def test_logits_are_those_of_stock(large_model: Path, n_batch: int, batches: List[int], as_commands: bool) -> None:
+    kwargs: Dict[str, Any] = {"n_ctx": 2048, "n_batch": n_batch, "n_ubatch": n_batch, "flash_attn": as_commands, "n_threads": 2}
+    kwargs["verbose"] = False
     stock = Llama(str(large_model), **kwargs)
     want = evaluated(stock, batches)
     stock.close()
-    ours = Llama(str(large_model), offload="hobbit", exact=True, memory=resident() + 250 * MIB, **kwargs)
+    params = OffloadParams(exact=True, embeddings_on_disk=as_commands or None)
+    ours = Llama(str(large_model), offload=params, memory=resident() + 300 * MIB, **kwargs)
     assert ours._session is not None and ours._session._room is not None
+    assert ours._session.embeddings_on_disk is as_commands
     pools = []
     for i, n in enumerate(batches):
         assert np.array_equal(want[i], evaluated(ours, [n])[0]), i
         pools.append(ours.offload_stats().pool_bytes)
-    assert pools[0] < pools[5] > pools[8] < pools[13]
+    assert pools[0] < pools[5] > pools[8] < pools[13], pools
     ours.close()
 
 

@@ -104,9 +104,17 @@ def test_the_thread_shrinks_the_pool_and_ends_with_the_model(monkeypatch: pytest
     end = time.monotonic() + 30
     while llm.offload_stats().pool_shrinks == 0:
         assert time.monotonic() < end
+        llm.reset()
         llm.eval([1])
     s = llm.offload_stats()
     assert s.pool_bytes < whole and s.pool_grows == 0
+    monkeypatch.setattr(pressure, "CALM_SECONDS", 0.05)
+    monkeypatch.setattr(pressure, "GROW_SECONDS", 0.02)
+    readings.update(CALM)
+    while llm.offload_stats().pool_bytes < whole:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert llm.offload_stats().pool_grows > 0
     thread = session._monitor._thread
     llm.close()
     assert not thread.is_alive()
