@@ -20,6 +20,13 @@ PROGRAM = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 from hobbit_cpp import Llama
+
+def written():
+    try:
+        return int(open("/proc/self/io").read().partition("\\nwrite_bytes: ")[2].split()[0])
+    except OSError:
+        return 0
+
 path, memory, offload = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 llm = Llama(path, offload=offload, memory=memory, n_ctx=512, n_batch=256, n_ubatch=256, n_threads=2, verbose=False)
 prompt = (llm.tokenize(b"the expert of the layer and the token in the wood ") * 100)[:480]
@@ -30,7 +37,7 @@ llm.reset()
 llm.eval(prompt[:100])                # another conversation
 s = llm.offload_stats()
 print(json.dumps({"peak": s.peak_memory, "budget": s.memory_budget, "pool": s.pool_bytes, "slots": s.slots_high,
-                  "tokens": s.n_tokens, "read": s.bytes_read}))
+                  "tokens": s.n_tokens, "read": s.bytes_read, "written": written()}))
 llm.close()
 """
 
@@ -64,6 +71,7 @@ def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> Non
     # And it is used: the pool has what the rest leaves.
     assert out["pool"] > 0.25 * BUDGET, out
     assert out["tokens"] == 610 and out["read"] > out["pool"]
+    assert out["written"] < 1 << 20, "only reads: no weights go to the disk"
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
