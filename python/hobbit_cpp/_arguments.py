@@ -8,6 +8,7 @@ import inspect
 import os
 from typing import Any, Callable, Dict
 
+from ._memory import MOST_THREADS
 from .errors import ModelFileError, ModelFormatError, ParameterError
 from .params import OffloadParams
 
@@ -46,6 +47,10 @@ def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callabl
     for name, why in _REFUSED.items():
         if kwargs.get(name):
             raise ParameterError(f"{name}=True does not go with offload: {why}")
+    for name in ("n_threads", "n_threads_batch"):
+        n = kwargs.get(name)
+        if n is not None and not 0 <= n <= MOST_THREADS:
+            raise ParameterError(f"{name}={n}: llama.cpp takes at most {MOST_THREADS} threads; one a core is best")
     if not os.path.exists(path):
         raise ModelFileError(f"there is no file {path}")
     if kwargs.get("lora_path"):

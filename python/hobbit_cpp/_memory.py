@@ -60,6 +60,10 @@ def human(n: float) -> str:
     return f"{n:.0f} B"
 
 
+MOST_THREADS = 512
+"""GGML_MAX_N_THREADS: for more ggml ends the process."""
+
+
 def cores() -> int:
     """That this process may use."""
     if hasattr(os, "sched_getaffinity"):

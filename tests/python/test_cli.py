@@ -24,6 +24,8 @@ Captured = pytest.CaptureFixture[str]
         ["nonsense"],
         ["run"],
         ["run", "m.gguf", "-t", "0"],
+        ["run", "m.gguf", "-t", "513"],
+        ["plan", "m.gguf", "-t", "100000"],
         ["run", "m.gguf", "-c", "-1"],
         ["run", "m.gguf", "--offload", "disk"],
         ["run", "m.gguf", "-p", "x", "-f", "y"],

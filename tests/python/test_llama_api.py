@@ -365,6 +365,8 @@ def test_arguments_that_there_are_not() -> None:
         ({"memroy": "1GiB"}, "is 'memory' meant"),
         ({"prefetch_depth": 0}, r"OffloadParams\(prefetch_depth="),
         ({"quite_else": 1}, "no argument 'quite_else'"),
+        ({"n_threads": 513}, "n_threads=513: .* at most 512"),
+        ({"n_threads_batch": -1}, "n_threads_batch=-1"),
     ):
         with pytest.raises(ParameterError, match=says):
             Llama(path, offload="hobbit", verbose=False, **wrong)

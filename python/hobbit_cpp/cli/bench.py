@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List
 
+from .options import threads
 from .output import check_writable, write_json, write_whole
 from .signals import sigterm_exits
 
@@ -59,7 +60,7 @@ def add_parser(commands: Any) -> None:
     start.add_argument("--warm", dest="warm", action="store_true", help="as much of the text before the clock starts")
     add("--routing", metavar="TRACE.npz", type=Path, help="routing of a real model instead of this one's own")
     add("-c", "--ctx-size", metavar="N", type=int, default=0, help="default: as much as the text needs")
-    add("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
+    add("-t", "--threads", metavar="N", type=threads, help="threads (default: all cores)")
     add("-b", "--batch-size", metavar="N", type=int, default=512, help="default: 512")
     add("-ub", "--ubatch-size", metavar="N", type=int, default=512, help="default: 512")
     add("--patience", metavar="S", type=float, default=120.0, help="seconds of decoding after which a run ends (120)")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_cpp._batches import COMMON, COMMON_NOT_LENT
+from hobbit_cpp._memory import MOST_THREADS
 
 from .output import check_writable
 
@@ -27,6 +28,7 @@ __all__ = [
     "offload_of",
     "positive",
     "sampling_of",
+    "threads",
     "whole",
 ]
 
@@ -81,8 +83,8 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument("--no-yield", action="store_true", help="keep the expert pool when memory gets short on this machine")
     context = f"default: {ctx_size}; 0: the model's"
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
-    group.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
-    group.add_argument("-tb", "--threads-batch", metavar="N", type=positive, help="threads for the prompt")
+    group.add_argument("-t", "--threads", metavar="N", type=threads, help="threads")
+    group.add_argument("-tb", "--threads-batch", metavar="N", type=threads, help="threads for the prompt")
     add_batch_flags(group)
     group.add_argument(
         "-fa",
@@ -234,6 +236,14 @@ def positive(text: str) -> int:
     n = int(text)
     if n < 1:
         raise argparse.ArgumentTypeError(f"{n} is not a positive number")
+    return n
+
+
+def threads(text: str) -> int:
+    """For argparse: as many as ggml takes, which ends the process for more."""
+    n = positive(text)
+    if n > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{n} is more than llama.cpp's {MOST_THREADS}: as many as there are cores is best")
     return n
 
 

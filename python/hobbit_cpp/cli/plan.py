@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_batch_flags, batch_sizes, positive, whole
+from .options import add_batch_flags, batch_sizes, threads, whole
 from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     add("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     add("--memory", metavar="SIZE", help="budget of the process: 8GiB, 50%%, or bytes (default: as hobbit run)")
     add("-c", "--ctx-size", metavar="N", type=whole, nargs="+", default=[4096], help="contexts (default: 4096)")
-    add("-t", "--threads", metavar="N", type=positive, help="threads (default: all cores)")
+    add("-t", "--threads", metavar="N", type=threads, help="threads (default: all cores)")
     add_batch_flags(parser)
     add("--fresh", action="store_true", help="probe disk and cores again")
     add("--json", metavar="FILE", type=Path, help="write the plan as JSON; - for stdout")

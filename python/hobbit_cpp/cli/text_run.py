@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import _size, positive
+from .options import _size, threads
 from .output import check_writable
 
 __all__ = ["add_text_run_flags", "check_text_run", "read_text"]
@@ -16,7 +16,7 @@ def add_text_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
     """The budget, and what happens to the new file; `out`: its name in the help."""
     parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
     parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
-    parser.add_argument("-t", "--threads", metavar="N", type=positive, help="threads")
+    parser.add_argument("-t", "--threads", metavar="N", type=threads, help="threads")
     parser.add_argument("-f", "--force", action="store_true", help=f"replace {out} if it exists")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
     parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
