@@ -27,9 +27,11 @@ def replacing(path: Union[str, os.PathLike[str]]) -> Iterator[Path]:
         os.close(fd)
         yield Path(name)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(e, OSError) and e.filename in (None, name) and e.errno is not None:
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from e  # a full disk says not what was written
         raise
 
 

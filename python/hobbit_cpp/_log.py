@@ -15,7 +15,8 @@ import os
 import re
 import sys
 import threading
-from typing import Any, Callable, Iterator, List, Optional
+from types import CodeType
+from typing import Any, Callable, Iterator, List, Optional, Set
 
 from .errors import HobbitError, ModelFormatError, OutOfMemoryError, ReadError
 
@@ -25,6 +26,9 @@ _MOST_KEPT = 20
 
 _thread = threading.local()  # .level: of the line before; since errors_explained() was entered .errors: lines; .interrupted
 _callback: Any = None  # kept alive for llama.cpp
+
+CALLBACKS: Set[CodeType] = set()
+"""What llama.cpp calls: an exception that begins in these, before anything in them can keep it, is printed and gone."""
 
 
 def install(c: Any) -> None:
@@ -46,6 +50,7 @@ def install(c: Any) -> None:
         if _thread.level == logging.ERROR and len(errors) < _MOST_KEPT:
             errors.append(text.decode("utf-8", "replace"))
 
+    CALLBACKS.add(log.__code__)
     _callback = c.llama_log_callback(log)
     c.llama_log_set(_callback, ctypes.c_void_p(0))
 
@@ -72,6 +77,7 @@ def stoppable(progress: Optional[Callable[[float], bool]]) -> Callable[[float, A
             more = progress is None or bool(progress(done))
         return more and not _interrupted()
 
+    CALLBACKS.add(go_on.__code__)
     return go_on
 
 

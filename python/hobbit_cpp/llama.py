@@ -9,7 +9,7 @@ import ctypes
 import os
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 
@@ -34,6 +34,23 @@ if TYPE_CHECKING:
     from llama_cpp import Llama as _Llama
 else:
     _Llama = llama_cpp.Llama
+
+
+_log_softmax = _Llama.logits_to_logprobs
+
+
+def _logits_to_logprobs(logits: Any, axis: int = -1) -> Any:
+    """Upstream's, some rows at a time: of a whole context it holds the logits three times over, which no budget knows of."""
+    if np.ndim(logits) != 2 or axis not in (-1, 1):
+        return _log_softmax(logits, axis)
+    out = np.empty(np.shape(logits), np.single)
+    for i in range(0, len(out), 16):
+        out[i : i + 16] = _log_softmax(logits[i : i + 16])
+    return out
+
+
+# Upstream calls it by the name of its class.
+_Llama.logits_to_logprobs = staticmethod(_logits_to_logprobs)  # type: ignore[method-assign]
 
 
 # With offload, and not closed yet.
@@ -155,6 +172,8 @@ class Llama(OffloadMethods, _Llama):
         self._session = None
         self._calls = Calls(self._stop_decoding, self._clear_stop)
         self._no_alloc = False
+        self._sampling = 0  # calls of `sample`, of which a logits processor may begin another
+        self._retired: List[Any] = []  # samplers that are to be freed when these have ended
         self._progress = _c.llama_progress_callback(stoppable(progress))  # kept as long as llama.cpp may call it
 
     # llama_cpp.Llama makes these two structs in its constructor, fills them in and hands them to llama.cpp. As properties
@@ -205,7 +224,12 @@ class Llama(OffloadMethods, _Llama):
         before = self._sampler
         self.__dict__["_sampler_in_use"] = value
         if before is not None and before is not value:
-            before.close()
+            self._retired.append(before)
+        self._free_samplers()
+
+    def _free_samplers(self) -> None:
+        while self._retired and not self._sampling:
+            self._retired.pop().close()
 
     def _fit_arrays(self) -> None:
         """Room for the tokens and the logits of the whole context.
@@ -229,7 +253,9 @@ class Llama(OffloadMethods, _Llama):
         n_vocab, n_batch = self.n_vocab(), self.n_batch
         rows = 0
         if self._logits_all:
-            rows = self.n_ctx() + n_batch  # `scores`, and llama.cpp's output buffer
+            rows = (
+                2 * self.n_ctx() + n_batch + 32
+            )  # `scores`, their logprobs (and a row as Python's numbers), llama.cpp's output buffer
         return n_vocab * (64 + 4 * rows)
 
     def _n_ubatch(self) -> int:
@@ -337,15 +363,35 @@ class Llama(OffloadMethods, _Llama):
         return self._calls.stream(super().generate(*args, **kwargs))
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        for token in kwargs.get("logit_bias") or ():
+            if not 0 <= int(token) < self.n_vocab():  # in the middle of sampling nobody would hear of it
+                raise ValueError(f"logit_bias: there is no token {token}: a vocabulary of {self.n_vocab()}")
         return self._calls.stream(super()._create_completion(*args, **kwargs))
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         with self._calls.alone():
-            return super().sample(*args, **kwargs)
+            self._sampling += 1
+            try:
+                return super().sample(*args, **kwargs)
+            finally:
+                self._sampling -= 1
+                self._free_samplers()
 
     def reset(self) -> None:
         with self._calls.running():
             super().reset()  # type: ignore[no-untyped-call]
+
+    def n_ctx(self) -> int:
+        self._calls.check_open()
+        return int(super().n_ctx())
+
+    def n_embd(self) -> int:
+        self._calls.check_open()
+        return int(super().n_embd())
+
+    def n_vocab(self) -> int:
+        self._calls.check_open()
+        return int(super().n_vocab())
 
     def tokenize(self, *args: Any, **kwargs: Any) -> Any:
         self._calls.check_open()

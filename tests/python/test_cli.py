@@ -63,6 +63,37 @@ def test_errors_are_one_line(tmp_path: Path, capsys: Captured, monkeypatch: pyte
         assert err.startswith("hobbit: ") and err.count("\n") == 1 and message in err
 
 
+LOST = """
+import ctypes, os, signal, time
+from hobbit_cpp._log import CALLBACKS
+from hobbit_cpp.cli.signals import sigint_is_heard
+
+def callback():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+CALLBACKS.add(callback.__code__)
+with sigint_is_heard():
+    for lose in (ctypes.CFUNCTYPE(None)(callback), lambda: Dying().__class__):
+        try:
+            lose()
+            time.sleep(30)
+        except KeyboardInterrupt:
+            print("heard")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+
+
+def test_an_interrupt_is_heard_where_python_would_lose_it() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["heard", "heard"] and not done.stderr, done.stderr
+
+
 def test_version(capsys: Captured) -> None:
     assert main(["--version"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -61,6 +61,12 @@ def memory_cgroup(limit: Optional[int], root: Path = _CGROUPS) -> Iterator[Cap]:
         return
     v1 = root / "memory"
     version, base = (1, v1) if (v1 / "memory.limit_in_bytes").exists() or v1.is_dir() else (2, root)
+    for old in base.glob(
+        "hobbit-bench-*-*"
+    ):  # of one that was killed; what still runs keeps its own, since nobody may remove that
+        if not Path("/proc", old.name.split("-")[2]).exists():
+            with contextlib.suppress(OSError):
+                old.rmdir()
     folder = base / f"hobbit-bench-{os.getpid()}-{time.monotonic_ns()}"
     try:
         if version == 2 and "memory" not in (base / "cgroup.subtree_control").read_text().split():

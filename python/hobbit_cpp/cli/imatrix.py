@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = imatrix_path(args.model) if args.output is None else args.output
     check_text_run(args, out)
-    text = read_text(args.text)
+    text = read_text(args.text, args.tokens)
     begin = time.monotonic()
     progress = make_progress("collecting", "tokens", show=not args.quiet)
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from . import bench, calibrate, chat, convert, evaluate, imatrix, inspect, plan, replay, report, run, serve, trace
 from .output import one_line
+from .signals import sigint_is_heard
 
 __all__ = ["build_parser", "main"]
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command: Callable[[argparse.Namespace], int] = args.function
     try:
-        with warnings.catch_warnings():
+        with sigint_is_heard(), warnings.catch_warnings():
             warnings.showwarning = _warn
             code = command(args)
         sys.stdout.flush()

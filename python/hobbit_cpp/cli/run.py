@@ -85,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt, from wherever it comes."""
     if args.file is not None:
-        text = _without_newline(args.file.read_text(encoding="utf-8"))
+        try:
+            text = _without_newline(args.file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{args.file} is not UTF-8 text (byte {e.start})") from e
     elif args.prompt is not None and args.prompt != "-":
         text = args.prompt
     elif args.prompt is None and sys.stdin.isatty():

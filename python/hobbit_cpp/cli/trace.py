@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Records."""
     check_text_run(args, args.output)
-    text = read_text(args.text)
+    text = read_text(args.text, args.tokens)
     from hobbit_cpp.trace import record
 
     from .progress import make_progress

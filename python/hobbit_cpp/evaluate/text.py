@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,15 @@ class Passage:
         return sum(len(w) - 1 for w in self.windows)
 
 
+def _part(path: Path, n_bytes: Optional[int], from_end: bool) -> str:
+    """The beginning of a text, or its end; all of it for None. What is read is in no budget."""
+    with open(path, "rb") as file:
+        if from_end and n_bytes is not None:
+            file.seek(-min(n_bytes, path.stat().st_size), os.SEEK_END)
+        text = file.read(n_bytes).decode("utf-8", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_passage(
     scorer: Scorer, path: Path, n_tokens: int, warmup: int, window: int, skip: int, from_end: bool = False
 ) -> Passage:
@@ -56,14 +66,12 @@ def read_passage(
     """
     if skip >= window - 1:
         raise ParameterError(f"in windows of {window} tokens nothing is left to score after the first {skip}")
-    text = path.read_text(encoding="utf-8", errors="replace")
     first = scorer.words("", True)
     n_windows = -(-n_tokens // (window - 1 - skip))
     wanted = warmup + n_tokens + n_windows * (1 + skip - len(first))
-    n_characters = 16 * wanted + 4096
-    tokens = scorer.words(text[-n_characters:] if from_end else text[:n_characters], False)
+    tokens = scorer.words(_part(path, 16 * wanted + 4096, from_end), False)
     if len(tokens) <= wanted:  # one more, since the cut may go through a token
-        tokens = scorer.words(text, False)
+        tokens = scorer.words(_part(path, None, from_end), False)
     if not tokens:
         raise ParameterError(f"{path} is empty: there is nothing to score")
     windows: List[List[int]] = []

@@ -29,7 +29,7 @@ import llama_cpp.server.model
 import llama_cpp.server.settings
 import numpy as np
 import uvicorn
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -53,6 +53,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 SHUTTING_DOWN = 503
 # How long a running answer may take to end after Ctrl-C; it is cancelled, so this is for what hangs.
 _SHUTDOWN_SECONDS = 10
+_BYTES, _BYTES_A_TOKEN, _EMBEDDED_BYTES = 64 << 10, 64, 8 << 20
 
 
 def _plain(value: Any) -> Any:
@@ -80,6 +81,9 @@ class App:
         self._requests = Requests()
         self._owners: set[Owner] = set()
         self._stopping = False
+        # Of a body, whose tokens no budget knows of: more is more than the context takes. Several texts may be embedded at once.
+        self._most_bytes = _BYTES + (_EMBEDDED_BYTES if llm.context_params.embeddings else _BYTES_A_TOKEN * llm.n_ctx())
+        self._too_large = f"the request has more than {self._most_bytes} bytes: more than a context of {llm.n_ctx()} tokens takes"
         self._app = _upstream_app(llm, name, api_key)
         self._app.router.routes[:0] = self._routes(name).routes
 
@@ -128,11 +132,18 @@ class App:
         read, gone = asyncio.Event(), asyncio.Event()  # the whole body was read; the client went away
         code, answered = 0, False
 
+        n_body = 0
+
         async def receive_body() -> Any:
+            nonlocal n_body
             if not read.is_set():
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     gone.set()
+                n_body += len(message.get("body") or b"")
+                if n_body > self._most_bytes:
+                    read.set()
+                    raise HTTPException(413, self._too_large)
                 if gone.is_set() or not message.get("more_body"):
                     read.set()
                 return message
@@ -155,6 +166,12 @@ class App:
             answered = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most_bytes:
+            answer = JSONResponse({"error": _error("invalid_request_error", self._too_large)}, 413, {"Connection": "close"})
+            await answer(scope, receive, send)
+            self._requests.by_code[413] = self._requests.by_code.get(413, 0) + 1
+            return
         token = OWNER.set(owner)
         self._owners.add(owner)
         if self._stopping:

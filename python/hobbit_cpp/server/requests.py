@@ -40,6 +40,8 @@ class ChatRequest(_ChatRequest):  # type: ignore[misc]
         _check_request(data)
         if not data.get("messages"):
             raise ValueError("there are no messages")
+        if isinstance(data["messages"], list):
+            data = {**data, "messages": [_in_one_text(message) for message in data["messages"]]}
         data = {**data, **_tools_with_parameters(data)}
         form = data.get("response_format")
         if not isinstance(form, dict) or form.get("type") != "json_schema":
@@ -67,6 +69,26 @@ class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
         if isinstance(prompt, list) and len(prompt) != 1:
             raise ValueError("prompt must be one text: a request has one answer")
         return data
+
+
+def _in_one_text(message: Any) -> Any:
+    """Chat formats put texts together: the parts of one become a text, and nothing beside calls of tools an empty one."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if content is None:
+        if not message.get("tool_calls") and not message.get("function_call"):
+            raise ValueError(f"the message of {message.get('role')!r} has no content")
+        return {**message, "content": ""}
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"a part of type {kind!r}: this server takes text")
+        texts.append(part["text"])
+    return {**message, "content": "\n".join(texts)}
 
 
 def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,8 @@ def save(path: Path, conversation: Conversation, model: str) -> None:
         raise ValueError(f"{path} is a folder: name a file")
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent} is not a folder: make it first")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
     if path.exists() and not _is_ours(path):
         raise ValueError(f"{path} exists and is not a saved conversation: choose another name")
     messages = list(conversation.messages)
