@@ -253,9 +253,10 @@ class Llama(OffloadMethods, _Llama):
         n_vocab, n_batch = self.n_vocab(), self.n_batch
         rows = 0
         if self._logits_all:
-            rows = (
-                2 * self.n_ctx() + n_batch + 32
-            )  # `scores`, their logprobs (and a row as Python's numbers), llama.cpp's output buffer
+            # `scores`, their logprobs and a row of these as Python's numbers, llama.cpp's output buffer
+            rows = 2 * self.n_ctx() + n_batch + 32
+        elif self.context_params.embeddings:
+            rows = n_batch  # llama.cpp's output buffer has logits all the same
         return n_vocab * (64 + 4 * rows)
 
     def _n_ubatch(self) -> int:

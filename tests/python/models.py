@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import gguf
 
@@ -51,6 +51,13 @@ def tiny(shape: str, expert_type: str = "F16") -> Path:
     """A random model of a few MB with the routing of `shape`."""
     path = cache_dir() / f"{shape}-{expert_type.lower()}.gguf"
     return _once(path, lambda partial: tiny_models.write_tiny(partial, shape, expert_type=expert_type))
+
+
+@functools.cache
+def tiny_wordy() -> Path:
+    """A vocabulary of 50,000, and 200 MB of experts."""
+    sizes: Any = {"n_unused": 50_000, "n_layer": 8, "n_expert": 32, "n_ff_exp": 512}
+    return _once(cache_dir() / "wordy-f16.gguf", lambda partial: tiny_models.write_tiny(partial, "mixtral", **sizes))
 
 
 @functools.cache

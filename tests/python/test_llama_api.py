@@ -15,7 +15,7 @@ import pytest
 
 import hobbit_cpp._lib as _lib
 from decode import TEXT, logits, words
-from hobbit_cpp import HobbitError, Llama, ModelFormatError, OffloadParams, ParameterError
+from hobbit_cpp import HobbitError, Llama, ModelFormatError, OffloadParams, ParameterError, StateError
 from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main as cli
 from models import tiny, tiny_dual
@@ -372,6 +372,36 @@ def test_arguments_that_there_are_not() -> None:
             Llama(path, offload="hobbit", verbose=False, **wrong)
 
 
+@pytest.mark.parametrize("new", [make, offloaded], ids=["stock", "offloaded"])
+def test_a_completion_in_a_logits_processor(new: Any) -> None:
+    llm, texts = new(), []
+
+    def within(ids: Any, scores: Any) -> Any:
+        texts.append(llm.create_completion("x", max_tokens=2, temperature=0)["choices"][0]["text"])
+        return scores
+
+    processors = llama_cpp.LogitsProcessorList([within])
+    llm.create_completion("the fox runs", max_tokens=3, temperature=0, logits_processor=processors)
+    assert texts and not llm._retired, "samplers are freed when nobody samples"
+    llm.close()
+
+
+def test_logprobs_are_upstreams_whatever_is_made_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((37, 100)).astype(np.single)
+    by_row = np.stack([llama_cpp.Llama.logits_to_logprobs(row) for row in logits])
+    assert np.array_equal(llama_cpp.Llama.logits_to_logprobs(logits), by_row)
+    assert np.allclose(np.exp(by_row).sum(-1), 1, atol=1e-5)
+
+
+def test_a_closed_model_says_so() -> None:
+    llm = offloaded()
+    llm.close()
+    for ask in (llm.n_ctx, llm.n_embd, llm.n_vocab, lambda: llm.tokenize(b"x")):
+        with pytest.raises(StateError, match="closed"):
+            ask()
+
+
 def test_a_grammar_and_tokens_that_are_none() -> None:
     llm = offloaded()
     grammar = llama_cpp.LlamaGrammar.from_string("bad ::", verbose=False)
@@ -381,4 +411,7 @@ def test_a_grammar_and_tokens_that_are_none() -> None:
         with pytest.raises(ValueError, match="no token"):
             llm.detokenize([token])
     assert llm.detokenize([]) == b""
+    for bias in ({llm.n_vocab(): 1.0}, {"-1": 1.0, 5: 2.0}):
+        with pytest.raises(ValueError, match="logit_bias: there is no token"):
+            llm.create_completion("x", max_tokens=2, logit_bias=bias)
     llm.close()

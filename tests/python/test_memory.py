@@ -13,6 +13,7 @@ import pytest
 
 from cgroups import entering, memory_cgroup, oom_kills
 from hobbit_cpp._memory import available, cgroup_limits, peak_resident, resident, total
+from models import tiny_wordy
 
 BUDGET = 260 << 20
 
@@ -72,6 +73,33 @@ def test_the_process_stays_under_its_budget(large_model: Path, mode: str) -> Non
     assert out["pool"] > 0.25 * BUDGET, out
     assert out["tokens"] == 610 and out["read"] > out["pool"]
     assert out["written"] < 1 << 20, "only reads: no weights go to the disk"
+
+
+WHOLE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from hobbit_cpp import Llama
+path, memory, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+llm = Llama(path, offload="lru", memory=memory, n_ctx=512, flash_attn=True, verbose=False, n_threads=2, **{what: True})
+text = "the expert of the layer and the token in the wood " * 40
+for i in range(3):
+    if what == "embedding":
+        llm.create_embedding([text[:1700], text[:200], text[:50]])
+    else:
+        llm.create_completion(text[:1500], max_tokens=30, logprobs=5)
+s = llm.offload_stats()
+print(json.dumps({"peak": s.peak_memory, "pool": s.pool_bytes}))
+"""
+
+
+@pytest.mark.parametrize("what,budget", [("embedding", 440 << 20), ("logits_all", 580 << 20)])
+def test_embeddings_and_logprobs_stay_under_the_budget(what: str, budget: int) -> None:
+    """With a vocabulary of 50,000, whose logits are kept for each token."""
+    command = [sys.executable, "-c", WHOLE, str(tiny_wordy()), str(budget), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["peak"] <= budget, out
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])

@@ -162,6 +162,31 @@ def test_answers_whole_and_streamed_are_the_same(server: Server) -> None:
     assert status == 200 and answer["choices"][0]["message"]["content"].lstrip().startswith("{")
 
 
+def test_messages_in_parts(server: Server) -> None:
+    status, whole = server.ask(CHAT, chat("the fox\nand a dog"))
+    parts = [{"type": "text", "text": text} for text in ("the fox", "and a dog")]
+    status, answer = server.ask(CHAT, {**chat(""), "messages": [{"role": "user", "content": parts}]})
+    assert status == 200 and answer["choices"] == whole["choices"]
+    image = {"type": "image_url", "image_url": {"url": "http://x"}}
+    for content, says in (([*parts, image], "image_url"), (None, "no content"), ([None], "takes text")):
+        status, answer = server.ask(CHAT, {**chat(""), "messages": [{"role": "user", "content": content}]})
+        assert status == 400 and says in answer["error"]["message"]
+
+
+def test_a_request_that_is_larger_than_the_context_is_not_read(server: Server) -> None:
+    large = {"prompt": "a b " * 200_000, "max_tokens": 3}
+    before = server.metrics()["hobbit_memory_peak_bytes"]
+    status, answer = server.ask(COMPLETIONS, large)
+    assert status == 413 and "a context of 6144 tokens" in answer["error"]["message"]
+    connection = server.connect()
+    pieces = (b" " * 65536 for _ in range(100))  # without a length
+    connection.request("POST", COMPLETIONS, pieces, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert server.metrics()["hobbit_memory_peak_bytes"] < before + (16 << 20)
+    assert server.ask(CHAT, chat("the fox"))[0] == 200
+
+
 @pytest.mark.parametrize(
     "path,body", [(CHAT, chat("the fox")), (COMPLETIONS, {"prompt": "the fox", "max_tokens": 9, "temperature": 0})]
 )

@@ -43,8 +43,8 @@ class Tensor:
     scale: float = 1.0
 
 
-def vocabulary() -> tuple[List[str], List[float], List[int]]:
-    """SentencePiece-like tokens, scores and types that can spell any text."""
+def vocabulary(n_unused: int = 0) -> tuple[List[str], List[float], List[int]]:
+    """SentencePiece-like tokens, scores and types that can spell any text, and some that no text has."""
     kinds = gguf.TokenType
     rows = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
     rows += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
@@ -55,6 +55,7 @@ def vocabulary() -> tuple[List[str], List[float], List[int]]:
         known = {text for text, _ in rows}
         prefixes = [space + word[:end] for end in range(1, len(word) + 1)]
         rows += [(p, kinds.NORMAL) for p in prefixes if p not in known]
+    rows += [(f"{space}unused{i}", kinds.NORMAL) for i in range(n_unused)]
     texts, types = [text for text, _ in rows], [int(kind) for _, kind in rows]
     scores = [-float(i) if kind == kinds.NORMAL else 0.0 for i, kind in enumerate(types)]
     return texts, scores, types
@@ -117,9 +118,9 @@ def add_metadata(writer: gguf.GGUFWriter, prefix: str, metadata: Metadata) -> No
             writer.add_array(name, value)
 
 
-def add_vocabulary(writer: gguf.GGUFWriter) -> int:
+def add_vocabulary(writer: gguf.GGUFWriter, n_unused: int = 0) -> int:
     """The tokenizer's metadata. Returns the number of tokens."""
-    tokens, scores, types = vocabulary()
+    tokens, scores, types = vocabulary(n_unused)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

@@ -38,6 +38,7 @@ def _write(
     dense_type: str,
     seed: int,
     twice: bool = False,
+    n_unused: int = 0,
 ) -> None:
     """`tensors`: prefix (`blk.N.`) and tensor, in the order of the file."""
     kind_of = gguf.GGMLQuantizationType
@@ -45,7 +46,7 @@ def _write(
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name(f"tiny {name}")
-    n_vocab = add_vocabulary(writer)
+    n_vocab = add_vocabulary(writer, n_unused)
     add_metadata(writer, arch, {"vocab_size": n_vocab, **metadata})
     for prefix, tensor in tensors:
         values, kind = random_values(tensor, rng), types.get(tensor.role, kind_of.F32)
@@ -68,6 +69,7 @@ def write_tiny(
     n_expert_used: int = 2,
     n_embd: int = 256,
     n_ff_exp: int = 256,
+    n_unused: int = 0,
     seed: int = 0,
 ) -> None:
     """Write a random expert model of a few MB that llama.cpp loads.
@@ -81,6 +83,7 @@ def write_tiny(
         n_expert_used: experts per token
         n_embd: model width; a multiple of 256 lets K-quants fit
         n_ff_exp: neurons of an expert; likewise
+        n_unused: tokens of the vocabulary beside those that texts have
         seed: the same seed gives the same file
     """
     family = SHAPES[shape](Sizes(n_layer, n_expert, n_expert_used, n_embd, n_ff_exp))
@@ -95,12 +98,12 @@ def write_tiny(
         "expert_used_count": n_expert_used,
         **family.metadata,
     }
-    n_vocab = len(vocabulary()[0])
+    n_vocab = len(vocabulary(n_unused)[0])
     # Embeddings have size one per element, unlike the other matrices.
     tensors = [("", Tensor("token_embd.weight", (n_vocab, n_embd), scale=n_embd**0.5))]
     tensors += [(f"blk.{i}.", part) for i in range(n_layer) for part in family.layer(i)]
     tensors += [("", Tensor("output_norm.weight", (n_embd,), "norm")), ("", Tensor("output.weight", (n_vocab, n_embd)))]
-    _write(path, shape, family.arch, metadata, tensors, expert_type, "F16", seed)
+    _write(path, shape, family.arch, metadata, tensors, expert_type, "F16", seed, n_unused=n_unused)
 
 
 def _role(name: str, shape: Tuple[int, ...]) -> Tensor:
@@ -129,9 +132,7 @@ def _tensors(row: Architecture, metadata: Path) -> List[Tuple[str, Tensor]]:
     return out
 
 
-def write_architecture(
-    path: Path, name: str, *, expert_type: str = "F16", seed: int = 0, twice: bool = False
-) -> None:
+def write_architecture(path: Path, name: str, *, expert_type: str = "F16", seed: int = 0, twice: bool = False) -> None:
     """Write the tiny model of a row of ``ARCHITECTURES``.
 
     Args:
