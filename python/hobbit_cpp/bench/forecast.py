@@ -47,7 +47,7 @@ _ASSUMED_DISK, _ASSUMED_RATE = 500e6, 8e9
 _WASTE = 0.05
 # Of what is missing, read ahead; and how much of a token's computing that is read under, at most: measured on two cores, which
 # the reads disturb.
-_AHEAD, _UNDER = 0.8, 0.5
+_AHEAD, _UNDER = 0.8, 0.25
 _DISK_SPREAD = 0.15
 _LOW_COST = 0.55
 
