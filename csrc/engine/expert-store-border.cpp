@@ -97,10 +97,16 @@ uint64_t expert_store::add_slots(int p, uint64_t most) {
 void expert_store::move_border() {
     shrink_to_limit();
     const cache_shape & shape = cache_->shape();
+    if (resizing_) {
+        return;
+    }
+    try {
+        // What was in use when the pool was resized.
+        holds_all_high_ ? (void) fill_with_high() : restore_low_slots();
+    } catch (const error &) {
+        // No memory to grow into: it stays as it is.
+    }
     if (holds_all_high_) {
-        if (shape.n_slots[1] > 0) {
-            fill_with_high();  // what was in use when the pool grew
-        }
         return;
     }
     if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token - border_seen_ < BORDER_TOKENS ||
@@ -155,18 +161,31 @@ bool expert_store::shrink_to_limit() {
     if (cache_->used_bytes() > cache_->limit()) {
         return false;
     }
-    // Where every expert had a slot in high precision until now there are no low ones yet.
-    while (with_low_ && !holds_all_high_ && shape.n_slots[1] < index_.n_expert_used && (add_slot(1) || take_slot(0))) {
-    }
-    give_back_pages();
+    restore_low_slots();
     return false;
 }
 
-// Where every expert has a slot in high precision nobody asks for low copies; true if there is more to be done.
-bool expert_store::fill_with_high() {
-    while (take_slot(1)) {
+// Where every expert had a slot in high precision there are no low ones yet: as many as a layer needs.
+void expert_store::restore_low_slots() {
+    while (with_low_ && !holds_all_high_ && cache_->shape().n_slots[1] < index_.n_expert_used &&
+           (add_slot(1) || take_slot(0))) {
     }
-    return add_slots(0, AT_A_TIME) > 0;
+    give_back_pages();
+}
+
+// Where every expert has a slot in high precision nobody asks for low copies. They go last: until then they are of use. True if there is
+// more to be done.
+bool expert_store::fill_with_high() {
+    const cache_shape & shape = cache_->shape();
+    uint64_t            moved = add_slots(0, AT_A_TIME);
+    if (moved == 0 && shape.n_slots[1] > 0) {
+        while (moved < AT_A_TIME && take_slot(1)) {
+            moved += shape.slot_bytes[1];
+        }
+        give_back_pages();
+        add_slots(0, AT_A_TIME);
+    }
+    return moved > 0;
 }
 
 void expert_store::resize(uint64_t pool_bytes) {
@@ -198,19 +217,23 @@ void expert_store::resize(uint64_t pool_bytes) {
     };
     cache_->set_limit(plan.cache_bytes());
     holds_all_high_ = plan.holds_all_high && plan.cache.n_slots[1] == 0;
-    if (cache_->limit() <= before) {
-        return shrink();
-    }
+    resizing_       = true;
     try {
-        while (some_more()) {
-            step_aside(lock);
+        if (cache_->limit() <= before) {
+            shrink();
+        } else {
+            while (some_more()) {
+                step_aside(lock);
+            }
         }
     } catch (...) {
         cache_->set_limit(before);
         holds_all_high_ = all;
         shrink();
+        resizing_ = false;
         throw;
     }
+    resizing_ = false;
 }
 
 // Whoever waits for the lock has it now: one that gives it up and takes it again at once would mostly be first.

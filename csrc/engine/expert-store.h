@@ -150,6 +150,7 @@ class expert_store {
     void        move_border();
     bool        shrink_to_limit();
     bool        fill_with_high();
+    void        restore_low_slots();
     bool        take_slot(int precision);
     void        give_back_pages(bool whole_only = false);
     bool        add_slot(int precision);
@@ -200,6 +201,7 @@ class expert_store {
     int                           border_to_      = -1;     // whom the last look gave slots to; -1: nobody
     uint32_t                      border_run_     = 0;      // looks in a row that said so
     uint32_t                      border_seen_    = 0;      // token of the last look
+    bool                          resizing_       = false;  // between two looks of resize() under the lock
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

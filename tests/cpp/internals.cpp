@@ -51,9 +51,10 @@ EXPORT void * t_cache_new(uint32_t n_layer, uint32_t n_expert, uint32_t high, ui
 EXPORT void t_cache_free(void * c) { delete (cache *) c; }
 
 EXPORT void t_cache_now(void * c, uint32_t token, uint32_t layer, uint64_t pass) {
-    ((cache *) c)->now.token = token;
-    ((cache *) c)->now.layer = layer;
-    core(c).pass             = pass;
+    ((cache *) c)->now.token        = token;
+    ((cache *) c)->now.token_before = token - (token > 0);
+    ((cache *) c)->now.layer        = layer;
+    core(c).pass                    = pass;
 }
 
 // 0 absent, 1 in flight, 2 resident.
@@ -111,11 +112,12 @@ EXPORT uint32_t t_cache_resident(void * c, int p) { return core(c).resident(p); 
 // `use`: last_token, uses, high_uses, low_uses. `now`: token, layer, n_layer.
 EXPORT float t_priority(int rule, const uint32_t * use, uint32_t layer, const uint32_t * now, const float * w, float cost) {
     eviction_context context;
-    context.token    = now[0];
-    context.layer    = now[1];
-    context.n_layer  = now[2];
-    context.low_cost = cost;
-    context.weights  = { w[0], w[1], w[2], w[3] };
+    context.token        = now[0];
+    context.token_before = now[0] - (now[0] > 0);  // a token at a time
+    context.layer        = now[1];
+    context.n_layer      = now[2];
+    context.low_cost     = cost;
+    context.weights      = { w[0], w[1], w[2], w[3] };
     return find_eviction_rule(rule)->priority({ use[0], use[1], use[2], use[3] }, layer, context);
 }
 

@@ -181,8 +181,11 @@ def test_a_request_that_is_larger_than_the_context_is_not_read(server: Server) -
     connection = server.connect()
     pieces = (b" " * 65536 for _ in range(100))  # without a length
     connection.request("POST", COMPLETIONS, pieces, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
-    assert connection.getresponse().status == 413
+    response = connection.getresponse()
+    assert response.status == 413 and "a context of 6144 tokens" in json.loads(response.read())["error"]["message"]
     connection.close()
+    assert server.ask("/extras/tokenize", {"input": "a b " * 200_000})[0] == 413
+    assert server.ask("/v1/embeddings", {"input": ["a b " * 200_000]})[0] == 400  # not started for it, but not too large
     assert server.metrics()["hobbit_memory_peak_bytes"] < before + (16 << 20)
     assert server.ask(CHAT, chat("the fox"))[0] == 200
 

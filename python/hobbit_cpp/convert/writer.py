@@ -6,7 +6,6 @@ chunk, and neither what was read nor what was written stays in the page cache.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -192,9 +191,14 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
                         flush(file.fd)
         finally:
             stop.set()
+            interrupted = False
             while not all(future.done() for future in futures):  # or they would write to what their files' numbers are next
-                with contextlib.suppress(KeyboardInterrupt):
+                try:
                     wait(futures)
+                except KeyboardInterrupt:
+                    interrupted = True
+            if interrupted:
+                raise KeyboardInterrupt
     progress.update(read)
     for file in files:
         flush(file.fd)

@@ -53,6 +53,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
 SHUTTING_DOWN = 503
 # How long a running answer may take to end after Ctrl-C; it is cancelled, so this is for what hangs.
 _SHUTDOWN_SECONDS = 10
+# Of a request, whose text and tokens no budget knows of: what a context can take; several texts to embed go one after another.
 _BYTES, _BYTES_A_TOKEN, _EMBEDDED_BYTES = 64 << 10, 64, 8 << 20
 
 
@@ -81,9 +82,6 @@ class App:
         self._requests = Requests()
         self._owners: set[Owner] = set()
         self._stopping = False
-        # Of a body, whose tokens no budget knows of: more is more than the context takes. Several texts may be embedded at once.
-        self._most_bytes = _BYTES + (_EMBEDDED_BYTES if llm.context_params.embeddings else _BYTES_A_TOKEN * llm.n_ctx())
-        self._too_large = f"the request has more than {self._most_bytes} bytes: more than a context of {llm.n_ctx()} tokens takes"
         self._app = _upstream_app(llm, name, api_key)
         self._app.router.routes[:0] = self._routes(name).routes
 
@@ -118,6 +116,15 @@ class App:
 
         return router
 
+    def _limit(self, path: str) -> tuple[int, str]:
+        """Bytes of a request, and what is said of more."""
+        n_ctx = self._llm.n_ctx()
+        of_context = _BYTES + _BYTES_A_TOKEN * n_ctx
+        if not path.endswith("embeddings"):
+            return of_context, f"a request of more than {of_context} bytes is more than a context of {n_ctx} tokens takes"
+        most = max(of_context, _EMBEDDED_BYTES)
+        return most, f"a request of more than {most} bytes: send fewer texts at once"
+
     def stop(self) -> None:
         """Cancels what runs and what waits. From any thread or signal handler."""
         self._stopping = True
@@ -128,6 +135,7 @@ class App:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most, why = self._limit(scope["path"])
         owner = Owner()
         read, gone = asyncio.Event(), asyncio.Event()  # the whole body was read; the client went away
         code, answered = 0, False
@@ -141,9 +149,10 @@ class App:
                 if message["type"] == "http.disconnect":
                     gone.set()
                 n_body += len(message.get("body") or b"")
-                if n_body > self._most_bytes:
+                if n_body > most:
+                    await _drop_rest(message, receive)
                     read.set()
-                    raise HTTPException(413, self._too_large)
+                    raise _TooLarge(why)
                 if gone.is_set() or not message.get("more_body"):
                     read.set()
                 return message
@@ -167,8 +176,9 @@ class App:
             await send(message)
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._most_bytes:
-            answer = JSONResponse({"error": _error("invalid_request_error", self._too_large)}, 413, {"Connection": "close"})
+        if length.isdigit() and int(length) > most:
+            await _drop_rest({"more_body": True}, receive)
+            answer = await _too_large(Request(scope), _TooLarge(why))
             await answer(scope, receive, send)
             self._requests.by_code[413] = self._requests.by_code.get(413, 0) + 1
             return
@@ -208,7 +218,24 @@ def _upstream_app(llm: Llama, name: str, api_key: str | None) -> Any:
     app = upstream.create_app(server_settings=server, model_settings=[model])
     app.add_exception_handler(json.JSONDecodeError, _not_json)
     app.add_exception_handler(RecursionError, _not_json)
+    app.add_exception_handler(_TooLarge, _too_large)
     return app
+
+
+class _TooLarge(HTTPException):
+    def __init__(self, why: str) -> None:
+        super().__init__(413, why)
+
+
+async def _too_large(request: Request, error: Exception) -> Any:
+    assert isinstance(error, _TooLarge)
+    return JSONResponse({"error": _error("invalid_request_error", error.detail)}, error.status_code)
+
+
+async def _drop_rest(message: Any, receive: Any) -> None:
+    """Of a body: who is still sending does not hear an answer."""
+    while message.get("more_body"):
+        message = await receive()
 
 
 async def _not_json(request: Request, error: Exception) -> Any:
