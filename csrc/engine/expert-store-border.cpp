@@ -216,7 +216,7 @@ void expert_store::resize(uint64_t pool_bytes) {
         return add_slots(1, (uint64_t) std::clamp(wanted, 0.0, (double) AT_A_TIME)) > 0 || add_slots(0, AT_A_TIME) > 0;
     };
     cache_->set_limit(plan.cache_bytes());
-    holds_all_high_ = plan.holds_all_high && plan.cache.n_slots[1] == 0;
+    holds_all_high_ = plan.only_high();
     resizing_       = true;
     try {
         if (cache_->limit() <= before) {

@@ -17,7 +17,7 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     pool_plan plan   = plan_pool(index, params, pool_bytes);
     stream_bytes_    = plan.stream_bytes;
     with_low_        = plan.with_low;
-    holds_all_high_  = plan.holds_all_high && plan.cache.n_slots[1] == 0;
+    holds_all_high_  = plan.only_high();
     plan.cache.bytes = plan.cache_bytes();
     std::byte * room = nullptr;
     if (make_reader) {

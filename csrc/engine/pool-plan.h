@@ -17,6 +17,9 @@ struct pool_plan {
     uint64_t cache_bytes() const { return cache.n_slots[0] * cache.slot_bytes[0] + cache.n_slots[1] * cache.slot_bytes[1]; }
 
     uint64_t bytes() const { return stream_bytes + cache_bytes(); }
+
+    // Every need is served in high precision: nothing is ever evicted.
+    bool only_high() const { return holds_all_high && cache.n_slots[1] == 0; }
 };
 
 // Smallest pool: one token's layer in high precision, and the streaming slots.

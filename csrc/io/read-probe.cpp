@@ -54,7 +54,7 @@ read_probe_result probe_reads(const expert_index & index, precision p, uint32_t 
     // In whole large pages, as the expert pool is: into small ones a disk of 3.3 GB/s gives 1.4.
     const size_t       bytes = align_up(depth * index.max_segment, LARGE_PAGE);
     const region       memory(bytes + LARGE_PAGE, true);
-    std::byte * const  rooms = memory.data() + align_up((size_t) memory.data(), LARGE_PAGE) - (size_t) memory.data();
+    std::byte * const  rooms = (std::byte *) align_up((size_t) memory.data(), LARGE_PAGE);
     read_probe_result  out;
     slice_source       source(index, p);
     std::mutex         mutex;  // guards out, source and failure

@@ -18,6 +18,7 @@ from ._arguments import check_with_offload, check_without_offload
 from ._batches import LEAST
 from ._calls import Calls
 from ._log import errors_explained, stoppable
+from ._logprobs import in_pieces
 from ._memory import Size
 from ._offloaded import OffloadMethods
 from ._session import Session
@@ -36,21 +37,8 @@ else:
     _Llama = llama_cpp.Llama
 
 
-_log_softmax = _Llama.logits_to_logprobs
-
-
-def _logits_to_logprobs(logits: Any, axis: int = -1) -> Any:
-    """Upstream's, some rows at a time: of a whole context it holds the logits three times over, which no budget knows of."""
-    if np.ndim(logits) != 2 or axis not in (-1, 1):
-        return _log_softmax(logits, axis)
-    out = np.empty(np.shape(logits), np.single)
-    for i in range(0, len(out), 16):
-        out[i : i + 16] = _log_softmax(logits[i : i + 16])
-    return out
-
-
 # Upstream calls it by the name of its class.
-_Llama.logits_to_logprobs = staticmethod(_logits_to_logprobs)  # type: ignore[method-assign]
+_Llama.logits_to_logprobs = staticmethod(in_pieces(_Llama.logits_to_logprobs))  # type: ignore[method-assign]
 
 
 # With offload, and not closed yet.

@@ -175,13 +175,6 @@ class App:
             answered = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            await _drop_rest({"more_body": True}, receive)
-            answer = await _too_large(Request(scope), _TooLarge(why))
-            await answer(scope, receive, send)
-            self._requests.by_code[413] = self._requests.by_code.get(413, 0) + 1
-            return
         token = OWNER.set(owner)
         self._owners.add(owner)
         if self._stopping:

@@ -19,25 +19,42 @@ class StreamOptions(pydantic.BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(_ChatRequest):  # type: ignore[misc]
-    """Takes what upstream knows under another name, as OpenAI has it, and refuses what it would ignore.
-
-    {"type": "json_schema", "json_schema": {"schema": ...}} is its json_object with a schema; max_completion_tokens is max_tokens;
-    logprobs without top_logprobs are those of the tokens alone.
-    """
+class _Asked(pydantic.BaseModel):
+    """What both kinds of completions have beside upstream's fields. `stream_options` is not handed on to the model."""
 
     stream_options: Optional[StreamOptions] = pydantic.Field(None, exclude=True)
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _as_openai_has_it(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # which is told
+        return cls._translated(data) if isinstance(data, dict) else data  # what is no object is told
+
+    @classmethod
+    def _translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """As upstream takes it. ValueError: what it would ignore, or fail at."""
+        for name in ("n", "best_of"):
+            if data.get(name) not in (None, 1):
+                raise ValueError(f"{name} must be 1: a request has one answer")
+        most = data.get("max_tokens")
+        if isinstance(most, int) and most < 1 and most != -1:
+            raise ValueError("max_tokens must be at least 1")
+        return data
+
+
+class ChatRequest(_Asked, _ChatRequest):  # type: ignore[misc]
+    """Takes what upstream knows under another name, as OpenAI has it, and refuses what it would ignore.
+
+    {"type": "json_schema", "json_schema": {"schema": ...}} is its json_object with a schema; max_completion_tokens is max_tokens;
+    logprobs without top_logprobs are those of the tokens alone.
+    """
+
+    @classmethod
+    def _translated(cls, data: dict[str, Any]) -> dict[str, Any]:
         if data.get("max_tokens") is None and data.get("max_completion_tokens") is not None:
             data = {**data, "max_tokens": data["max_completion_tokens"]}
         if data.get("logprobs") and data.get("top_logprobs") is None:
             data = {**data, "top_logprobs": 0}
-        _check_request(data)
+        data = super()._translated(data)
         if not data.get("messages"):
             raise ValueError("there are no messages")
         if isinstance(data["messages"], list):
@@ -52,17 +69,12 @@ class ChatRequest(_ChatRequest):  # type: ignore[misc]
         return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
 
 
-class CompletionRequest(_CompletionRequest):  # type: ignore[misc]
+class CompletionRequest(_Asked, _CompletionRequest):  # type: ignore[misc]
     """Refuses what upstream would ignore or fail at."""
 
-    stream_options: Optional[StreamOptions] = pydantic.Field(None, exclude=True)
-
-    @pydantic.model_validator(mode="before")
     @classmethod
-    def _one_answer(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data  # which is told
-        _check_request(data)
+    def _translated(cls, data: dict[str, Any]) -> dict[str, Any]:
+        data = super()._translated(data)
         prompt = data.get("prompt")
         if not prompt or prompt == [""]:
             raise ValueError("there is no prompt")
@@ -103,13 +115,3 @@ def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:
         return {**tool, "function": {"parameters": none, **function}} if isinstance(function, dict) else tool
 
     return {"tools": [whole(tool) for tool in tools]}
-
-
-def _check_request(data: dict[str, Any]) -> None:
-    """Of both kinds of completions."""
-    for name in ("n", "best_of"):
-        if data.get(name) not in (None, 1):
-            raise ValueError(f"{name} must be 1: a request has one answer")
-    most = data.get("max_tokens")
-    if isinstance(most, int) and most < 1 and most != -1:
-        raise ValueError("max_tokens must be at least 1")
