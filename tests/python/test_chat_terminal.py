@@ -84,6 +84,9 @@ def test_what_fails_in_a_pipe(tmp_path: Path) -> None:
     done = piped(b"the\n\xff\xfe\nof\n", "-n", "4")
     assert done.returncode == 1
     assert b"hobbit: line 2 of the input is not UTF-8\n" in done.stderr
+    (tmp_path / "first.txt").write_bytes(b"caf\xe9")
+    done = piped("", "-f", str(tmp_path / "first.txt"))
+    assert done.returncode == 1 and b"first.txt is not UTF-8 text (byte 3)" in done.stderr
     # one that is too long leaves its line empty, and the others are answered
     done = piped("the\n" + "x" * 600 + "\nof\n", "-n", "1")
     lines = done.stdout.split(b"\n")

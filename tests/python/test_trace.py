@@ -344,6 +344,14 @@ def test_the_command_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--force" in capsys.readouterr().err and out.read_bytes() == before
 
 
+def test_documents_longer_than_the_context_do_not_end_the_text_early(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.npz"
+    text.write_text("\n\n".join("word " * 20_000 for _ in range(6)))
+    argv = ["trace", str(tiny("mixtral")), "--text", str(text), "-o", str(out), "-n", "180", "-c", "32", "--documents", "-q"]
+    assert main([*argv, "-t", "1"]) == 0
+    assert Trace.load(out).lens.tolist() == [32, 32, 32, 32, 32, 20]
+
+
 @pytest.mark.parametrize(
     "change,says",
     [

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
+from hobbit_cpp._texts import enough_bytes
 from hobbit_cpp.errors import ParameterError
 
 __all__ = ["Tokens", "bundled_text", "tokens_of"]
 
 # Of the bundled text; enough for any sensible run.
 _BUNDLED_BYTES = 1 << 19
-_BYTES_A_TOKEN = 8
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,9 @@ def tokens_of(model: Path, n: int, text: Optional[Path]) -> Tokens:
     with contextlib.redirect_stderr(io.StringIO()):  # a context without a model is something that llama.cpp warns of
         vocabulary = Llama(str(model), vocab_only=True, verbose=False)
     try:
-        part = len(data)
-        if part > n * _BYTES_A_TOKEN:
-            part = n * _BYTES_A_TOKEN  # long texts are slow to tokenise
+        part = enough_bytes(n)  # long texts are slow to tokenise
         ids = vocabulary.tokenize(data[:part])
-        if len(ids) < n and part < len(data):
+        if len(ids) <= n and part < len(data):  # one more, since the cut may go through a token
             ids = vocabulary.tokenize(data)
     finally:
         vocabulary.close()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .._texts import read_utf8
 from .options import (
     add_json_stats_flag,
     add_model_flags,
@@ -85,10 +86,7 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt, from wherever it comes."""
     if args.file is not None:
-        try:
-            text = _without_newline(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{args.file} is not UTF-8 text (byte {e.start})") from e
+        text = _without_newline(read_utf8(args.file))
     elif args.prompt is not None and args.prompt != "-":
         text = args.prompt
     elif args.prompt is None and sys.stdin.isatty():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import sys
 from pathlib import Path
 
+from .._texts import decoded, enough_bytes
 from .options import _size, threads
 from .output import check_writable
 
@@ -49,22 +49,16 @@ def text_name(path: Path) -> str:
     return "stdin" if str(path) == "-" else path.name
 
 
-# Of a text for each token that is wanted: what is read of it is in no budget. A token is three or four in most languages.
-_BYTES = 64
-
-
 def read_text(path: Path, n_tokens: int | None = None) -> str:
     """The text of a file, of stdin for "-", or as much of its beginning as `n_tokens` can need; ValueError when it is none."""
-    most = -1 if n_tokens is None else _BYTES * (n_tokens + 1024)
+    # Four times, since a pipe cannot be asked again.
+    most = -1 if n_tokens is None else 4 * enough_bytes(n_tokens)
     if str(path) == "-":
         data = sys.stdin.buffer.read(most)
     else:
         with open(path, "rb") as file:
             data = file.read(most)
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) != most)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from e
+    text = decoded(data, path, whole=len(data) != most)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -47,7 +47,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Records."""
     check_text_run(args, args.output)
-    text = read_text(args.text, args.tokens)
+    # Of a document no more than --ctx tokens are taken, of however many.
+    text = read_text(args.text, None if args.documents else args.tokens)
     from hobbit_cpp.trace import record
 
     from .progress import make_progress

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .._texts import enough_bytes
 from ..errors import ParameterError
 from .scorer import Scorer
 from .statistics import Estimate, FloatArray, kl_divergence, log_softmax, mean_of_blocks, quantile_of_blocks, wilson
@@ -69,7 +70,7 @@ def read_passage(
     first = scorer.words("", True)
     n_windows = -(-n_tokens // (window - 1 - skip))
     wanted = warmup + n_tokens + n_windows * (1 + skip - len(first))
-    tokens = scorer.words(_part(path, 16 * wanted + 4096, from_end), False)
+    tokens = scorer.words(_part(path, enough_bytes(wanted), from_end), False)
     if len(tokens) <= wanted:  # one more, since the cut may go through a token
         tokens = scorer.words(_part(path, None, from_end), False)
     if not tokens:

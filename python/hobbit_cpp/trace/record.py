@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Optional, Sequence, Union
 import numpy as np
 
 from .._memory import Size
+from .._texts import enough_bytes
 from ..errors import ParameterError
 from ..params import OffloadParams
 from .format import Trace
@@ -48,13 +49,9 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
     return pieces
 
 
-# Characters of a text for each token that is wanted: several times what they take in most languages.
-_CHARACTERS = 16
-
-
 def _first_tokens(llm: Any, text: str, n: Optional[int]) -> Sequence[int]:
     """Those of the text, or of a beginning that has n and more: a list of all of a long text would take more than any budget."""
-    length = len(text) if n is None else min(len(text), _CHARACTERS * (n + 256))
+    length = len(text) if n is None else min(len(text), enough_bytes(n))
     while True:
         tokens: Sequence[int] = llm.tokenize(text[:length].encode("utf-8"), add_bos=False, special=False)
         if length == len(text) or n is None or len(tokens) > n:

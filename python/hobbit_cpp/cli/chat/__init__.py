@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..._texts import read_utf8
 from ..options import (
     add_json_stats_flag,
     add_model_flags,
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.no_conversation and (args.system_prompt or args.load):
         flag = "--system-prompt" if args.system_prompt else "--load"
         raise ValueError(f"{flag} needs the chat template, which --no-conversation leaves out")
-    first = args.prompt if args.file is None else args.file.read_text(encoding="utf-8")
+    first = args.prompt if args.file is None else read_utf8(args.file)
     if first is not None and not first.strip():
         raise ValueError("the first message is empty")
     talk = load(args.load) if args.load is not None else Conversation()
