@@ -25,7 +25,7 @@ def check_without_offload(**ours: Any) -> None:
         ParameterError: some are.
     """
     may_be_none = ("low_model", "calibration")
-    given = [k for k, v in ours.items() if v is not None and not (k in may_be_none and v in (False, "none"))]
+    given = [k for k, v in ours.items() if v is not None and v is not False and not (k in may_be_none and v == "none")]
     if given:
         raise ParameterError(f"{', '.join(given)} needs an offload: 'hobbit', 'fate' or 'lru'")
 
@@ -53,6 +53,12 @@ def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callabl
             raise ParameterError(f"{name}={n}: llama.cpp takes at most {MOST_THREADS} threads; one a core is best")
     if not os.path.exists(path):
         raise ModelFileError(f"there is no file {path}")
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ModelFileError(
+            f"{path!r}: llama.cpp opens files by names in UTF-8 alone: rename it, or make a link to it"
+        ) from None
     if kwargs.get("lora_path"):
         _check_lora(kwargs["lora_path"])
 

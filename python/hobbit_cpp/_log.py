@@ -91,9 +91,7 @@ def _load_error(message: str, reason: str) -> HobbitError:
     """By what the reason says: llama.cpp has no error codes."""
     for number in errno.errorcode:
         if reason.endswith(f"error: {os.strerror(number)}"):
-            out = ReadError(message, number)
-            out.errno, out.strerror = number, os.strerror(number)
-            return out
+            return ReadError(message, number)
     if "end of file" in reason:
         return ReadError(message)
     return OutOfMemoryError(message) if "failed to allocate" in reason else ModelFormatError(message)
@@ -116,4 +114,5 @@ def errors_explained(path: str) -> Iterator[None]:
             raise
         if "Failed to load model" in str(e):
             raise _load_error(f"{path}: llama.cpp cannot load it: {_reason(errors)}", _reason(errors)) from e
-        raise type(e)(f"{e}: {_reason(errors)}") from e
+        kind = RuntimeError if isinstance(e, RuntimeError) else ValueError  # not of its subclass: who knows what that is made of
+        raise kind(f"{e}: {_reason(errors)}") from e

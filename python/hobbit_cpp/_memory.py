@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import numbers
 import os
@@ -32,7 +33,7 @@ def parse_size(size: Size, *, of: Optional[int] = None) -> int:
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ParameterError(f"a size is a number of bytes or a text like '4GiB', not {size!r}")
     if isinstance(size, int):
-        value = float(size)
+        value = float(min(size, _NO_LIMIT))
     else:
         text = size.strip()
         percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
@@ -64,11 +65,23 @@ MOST_THREADS = 512
 """GGML_MAX_N_THREADS: for more ggml ends the process."""
 
 
+def processors() -> List[int]:
+    """Numbers of those that this process may use; of a core with hyper-threads each."""
+    return sorted(os.sched_getaffinity(0))
+
+
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
 def cores() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """That this process may use: as many threads are best for a model. Hyper-threads of one core would share what it has."""
+    found = set()
+    for cpu in processors():
+        try:
+            found.add(Path(_TOPOLOGY.format(cpu)).read_text(encoding="ascii"))
+        except OSError:
+            found.add(f"{cpu}")  # one by itself
+    return len(found)
 
 
 def _field(path: str, name: str) -> int:
@@ -110,6 +123,12 @@ def large_blocks_apart() -> None:
 def peak_resident() -> int:
     """The most this process ever held."""
     return _field("/proc/self/status", "VmHWM")
+
+
+def forget_peak() -> None:
+    """From now on `peak_resident` is of what is held from now on, where the kernel can forget."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 class CgroupLimit(NamedTuple):

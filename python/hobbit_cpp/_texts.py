@@ -1,11 +1,38 @@
-"""Text files: as much of them as some tokens can need, and an error that names the file."""
+"""Text files: the same characters to each command, as many of them as some tokens can need, and an error that names the file."""
 
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
+from typing import BinaryIO, Callable, Optional, Sequence, Tuple
 
-__all__ = ["decoded", "enough_bytes", "read_utf8"]
+__all__ = ["beginning_of", "checked", "decoded", "enough_bytes", "first_tokens", "read_part", "read_text"]
+
+_CONTINUATION = bytes(range(0x80, 0xC0))
+
+
+def decoded(data: bytes, name: object, whole: bool = True) -> str:
+    """UTF-8 without a byte order mark, and with newlines as "\\n"; `whole`: False where the data may end within a character.
+
+    Raises:
+        ValueError: it is something else; names the text and the byte.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{name} is not UTF-8 text (byte {e.start})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: Path) -> str:
+    """All of a file; ValueError as by `decoded`."""
+    return decoded(path.read_bytes(), path)
+
+
+def checked(text: str, name: object) -> str:
+    """An argument of the command line, where Python keeps what is not UTF-8 as it is; ValueError when something is."""
+    return decoded(text.encode("utf-8", "surrogateescape"), name)
 
 
 def enough_bytes(n_tokens: int) -> int:
@@ -17,18 +44,34 @@ def enough_bytes(n_tokens: int) -> int:
     return 16 * (n_tokens + 256)
 
 
-def decoded(data: bytes, name: object, whole: bool = True) -> str:
-    """UTF-8, with newlines as they are; `whole`: False where the data may end within a character.
+def read_part(file: BinaryIO, name: object, n_bytes: Optional[int], from_end: bool = False) -> Tuple[str, bool]:
+    """The beginning of an open file, or its end, cut between characters; all of it for None. And whether it is all."""
+    size = os.fstat(file.fileno()).st_size if from_end else 0
+    cut = max(0, size - n_bytes) if from_end and n_bytes is not None else 0
+    if cut:
+        file.seek(cut)
+    data = file.read(-1 if n_bytes is None else n_bytes)
+    if cut:
+        data = data.lstrip(_CONTINUATION)
+    whole = not cut if from_end else n_bytes is None or len(data) < n_bytes
+    return decoded(data, name, whole or from_end), whole
 
-    Raises:
-        ValueError: it is something else; names the text and the byte.
+
+def beginning_of(text: str) -> Callable[[int], Tuple[str, bool]]:
+    """Of a text that is in memory, for `first_tokens`."""
+    return lambda size: (text[:size], size >= len(text))
+
+
+def first_tokens(tokenize: Callable[[str], Sequence[int]], part: Callable[[int], Tuple[str, bool]], n: int) -> Sequence[int]:
+    """More than `n` tokens of a text, since the last of them may be of a character's half, or all that it has.
+
+    Args:
+        part: of so many bytes or characters, and whether that is all of the text.
     """
-    try:
-        return codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text (byte {e.start})") from e
-
-
-def read_utf8(path: Path) -> str:
-    """All of a file, with newlines as "\\n"; ValueError as by `decoded`."""
-    return decoded(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+    size = enough_bytes(n)
+    while True:
+        text, whole = part(size)
+        tokens = tokenize(text)
+        if whole or len(tokens) > n:
+            return tokens
+        size *= 4

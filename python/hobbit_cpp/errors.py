@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 
 class HobbitError(Exception):
@@ -17,6 +17,12 @@ class HobbitError(Exception):
         super().__init__(message)
         self.message = message
         self.os_errno = os_errno
+        if os_errno is not None and isinstance(self, OSError):
+            for name, value in (("errno", os_errno), ("strerror", os.strerror(os_errno))):
+                setattr(self, name, value)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), (self.message, self.os_errno)
 
     def __str__(self) -> str:
         return self.message  # an OSError with errno would print that alone
@@ -104,9 +110,4 @@ def from_c(ffi: Any, lib: Any, error: Any) -> HobbitError:
     message = ffi.string(error.message).decode("utf-8", "replace")
     by_number = {int(getattr(lib, name)): cls for name, cls in STATUS_TO_EXCEPTION.items()}
     cls = by_number.get(int(error.status), InternalError)
-    os_errno = int(error.os_errno) or None
-    out = cls(message, os_errno)
-    if os_errno is not None and isinstance(out, OSError):
-        out.errno = os_errno
-        out.strerror = os.strerror(os_errno)
-    return out
+    return cls(message, int(error.os_errno) or None)

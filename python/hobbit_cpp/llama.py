@@ -25,7 +25,7 @@ from ._session import Session
 from ._sidecar import LowModel
 from .calibrate import dial
 from .calibrate.quality import CalibrationFile
-from .errors import HobbitWarning, NotMoeError
+from .errors import HobbitWarning, NotMoeError, StateError
 from .params import OffloadParams
 
 llama_cpp: Any = _lib.load_bindings()
@@ -160,6 +160,7 @@ class Llama(OffloadMethods, _Llama):
         self._session = None
         self._calls = Calls(self._stop_decoding, self._clear_stop)
         self._no_alloc = False
+        self._n_logits = 0  # tokens at the end of the context whose logits llama.cpp has, unless `_requires_eval`
         self._sampling = 0  # calls of `sample`, of which a logits processor may begin another
         self._retired: List[Any] = []  # samplers that are to be freed when these have ended
         self._progress = _c.llama_progress_callback(stoppable(progress))  # kept as long as llama.cpp may call it
@@ -304,7 +305,13 @@ class Llama(OffloadMethods, _Llama):
         window_begin = max(0, self.n_tokens - n_swa)
         whole = n_swa == 0 or int(_c.llama_memory_seq_pos_min(memory, 0)) <= window_begin
         if self._is_recurrent or self._is_hybrid or not whole or not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            self.reset()
+            self._forget()
+
+    def _forget(self) -> None:
+        """As before the first token."""
+        self.reset()
+        memory = _c.llama_get_memory(self._ctx.ctx)
+        if memory is not None:
             _c.llama_memory_clear(memory, True)
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -319,6 +326,7 @@ class Llama(OffloadMethods, _Llama):
                 self._calls.check()
                 with self._decoding(n):
                     super().eval(tokens[:n])
+                self._n_logits = n if self._logits_all else 1
                 tokens = tokens[n:]
                 if not tokens:
                     return
@@ -327,7 +335,8 @@ class Llama(OffloadMethods, _Llama):
         with self._calls.running():
             if not self.context_params.embeddings:
                 return super().embed(*args, **kwargs)  # says that embedding=True is needed
-            texts = args[0] if args else kwargs.get("input")
+            texts: Any = args[0] if args else kwargs.pop("input", None)
+            texts = texts if texts is None or isinstance(texts, str) else list(texts)
             given = [texts] if isinstance(texts, str) else texts
             if not given or ("" in given and not self.tokenize(b"")):
                 raise ValueError("there is no embedding of an empty text")  # llama_cpp would write before its arrays
@@ -344,7 +353,7 @@ class Llama(OffloadMethods, _Llama):
 
             context.decode = decode
             try:
-                return super().embed(*args, **kwargs)
+                return super().embed(texts, *args[1:], **kwargs)
             finally:
                 del context.decode
 
@@ -359,12 +368,20 @@ class Llama(OffloadMethods, _Llama):
 
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         with self._calls.alone():
+            self._check_logits(kwargs.get("idx"))
             self._sampling += 1
             try:
                 return super().sample(*args, **kwargs)
             finally:
                 self._sampling -= 1
                 self._free_samplers()
+
+    def _check_logits(self, idx: Optional[int]) -> None:
+        """That there are some of token `idx` (None: the last): llama.cpp would end the process."""
+        if self._requires_eval:
+            raise StateError("there are no logits to sample from: eval() comes first, also after load_state()")
+        if idx is not None and not 1 <= self.n_tokens - idx <= self._n_logits:
+            raise ValueError(f"there are no logits of token {idx}: logits_all=True keeps those of a whole batch, else the last's")
 
     def reset(self) -> None:
         with self._calls.running():
@@ -390,10 +407,11 @@ class Llama(OffloadMethods, _Llama):
         self._calls.check_open()
         # llama.cpp would end the process
         n_vocab = self.n_vocab()
+        tokens = list(tokens)
         strange = [t for t in tokens if not 0 <= t < n_vocab]
         if strange:
             raise ValueError(f"there is no token {strange[0]}: a vocabulary of {n_vocab}")
-        return super().detokenize(list(tokens), *args, **kwargs)
+        return super().detokenize(tokens, *args, **kwargs)
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         grammar = kwargs.get("grammar")
@@ -418,7 +436,12 @@ class Llama(OffloadMethods, _Llama):
             if len(state.scores) != rows:  # of an object with other logits_all or n_batch
                 state = copy.copy(state)
                 state.scores = np.zeros((rows, self.n_vocab()), np.single)
-            super().load_state(state)
+            try:
+                super().load_state(state)
+            except BaseException:
+                self._forget()  # the tokens of the state are there already, what llama.cpp computed of them is not
+                raise
+            self._fit_arrays()  # of an object with another n_ctx
             _memory.give_back()
 
     def __getstate__(self) -> Any:

@@ -47,7 +47,24 @@ class OffloadCounts:
     @property
     def hit_rate(self) -> float:
         """Share of the selections that were there when they were asked for: in the cache, or read ahead in time."""
-        return (self.hits_high + self.hits_low - self.prefetches_late) / self.selections if self.selections else 0.0
+        return self._share(self.hits_high + self.hits_low - self.prefetches_late)
+
+    @property
+    def share_high(self) -> float:
+        """Of the selections, served in high precision."""
+        return self._share(self.hits_high + self.loads_high)
+
+    @property
+    def share_low(self) -> float:
+        """Of the selections, served in low precision."""
+        return self._share(self.hits_low + self.loads_low)
+
+    @property
+    def share_skipped(self) -> float:
+        return self._share(self.skips)
+
+    def _share(self, n: int) -> float:
+        return n / self.selections if self.selections else 0.0
 
 
 @dataclass(frozen=True)

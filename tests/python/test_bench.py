@@ -165,6 +165,28 @@ def test_ratios_are_to_the_first_contender_or_there_are_none() -> None:
     assert [r.get("ratio") for r in rows] == [1.0, 1.5, None, None, None]
 
 
+def test_a_table_of_which_the_first_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from hobbit_cpp.bench.report import _print_speed
+
+    good = {"memory": 1, "contender": "b", "tok_s": 3.0, "tok_s_min": 2.5, "tok_s_max": 3.5}
+    _print_speed(build_rows([{"memory": 1, "contender": "a", "error": "x"}, good]), Console(width=180))
+    out = capsys.readouterr().out
+    assert "failed" in out and "3.00" in out
+
+
+def test_a_table_that_cannot_be_printed_loses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(document: Any) -> None:
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr("hobbit_cpp.bench.report.print_report", fails)
+    argv = ["bench", str(tiny("mixtral")), "--against", "lru", "--sweep", "memory=120MiB..130MiB", *QUICK, "--rounds", "1"]
+    out = ["--json", str(tmp_path / "a.json"), "--out", str(tmp_path / "sweep")]
+    assert main([*argv, *out]) == 1
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] and (tmp_path / "sweep.csv").read_text().count("\n") > 1
+
+
 # ---- under which conditions ----
 
 

@@ -83,7 +83,7 @@ def test_commands_in_a_pipe(tmp_path: Path) -> None:
 def test_what_fails_in_a_pipe(tmp_path: Path) -> None:
     done = piped(b"the\n\xff\xfe\nof\n", "-n", "4")
     assert done.returncode == 1
-    assert b"hobbit: line 2 of the input is not UTF-8\n" in done.stderr
+    assert b"hobbit: line 2 of the input is not UTF-8 text (byte 0)\n" in done.stderr
     (tmp_path / "first.txt").write_bytes(b"caf\xe9")
     done = piped("", "-f", str(tmp_path / "first.txt"))
     assert done.returncode == 1 and b"first.txt is not UTF-8 text (byte 3)" in done.stderr

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hobbit_cpp.cli import main
+from models import tiny, tiny_dual
 
 Captured = pytest.CaptureFixture[str]
 
@@ -57,6 +58,12 @@ def test_errors_are_one_line(tmp_path: Path, capsys: Captured, monkeypatch: pyte
         (["run", str(not_gguf), "-p", "x", "--exact", "--precision-rule", "miss"], "--exact"),
         (["run", str(not_gguf), "-f", str(tmp_path / "none.txt")], "No such file"),
         (["run", str(not_gguf), "-p", "x", "--json-stats", str(tmp_path / "no" / "s.json")], "is not a folder"),
+        (["run", str(tiny("mixtral")), "-p", "x", "--json-stats", str(tiny("mixtral"))], "is read, and would be replaced"),
+        (["run", str(not_gguf), "-p", "x", "--json-stats", str(tiny_dual("mixtral"))], "is not text, and would be replaced"),
+        (["run", str(tiny("mixtral")), "-p", "caf\udce9"], "-p is not UTF-8 text (byte 3)"),
+        (["run", str(tiny("mixtral")), "-p", "x", "-sys", "caf\udce9"], "-sys is not UTF-8 text (byte 3)"),
+        (["eval", str(tiny("mixtral")), "--text", str(not_gguf), "--target-mb", "0"], "--target-mb"),
+        (["calibrate", str(tiny("mixtral")), "--text", str(not_gguf), "--tokens", "2"], "--tokens"),
     ]:
         assert main(argv) == 1
         err = capsys.readouterr().err

@@ -332,6 +332,7 @@ def test_tuning_a_fraction_finds_the_bytes(target: float) -> None:
 def test_tuning_stops_where_there_is_nothing_to_find() -> None:
     assert tune_fraction(lambda f: 1 / 0, 100.0, 4.0, 120.0).value == 0  # reads more than exact mode: drop nothing
     assert tune_fraction(lambda f: 100 - f, 100.0, 4.0, 10.0).value == 4  # cannot be reached: the largest
+    assert tune_fraction(lambda f: 100 - f, 100.0, 4.0, 0.0).value == 4
 
 
 @pytest.mark.parametrize(("target", "want"), [(100.0, 8), (98.0, 8), (90.0, 7), (51.0, 4), (20.0, 2), (1.0, 1)])

@@ -269,7 +269,7 @@ def test_force_replaces_neither_what_is_read_nor_what_is_no_file(tmp_path: Path,
     model.write_bytes(tiny("mixtral").read_bytes())
     text.write_text("a text")
     before = model.read_bytes()
-    read, folder, device = "is what is read", "is a folder", "not a file"
+    read, folder, device = "is read, and would be replaced", "is a folder", "not a file"
     for output, says in ((model, read), (text, read), (tmp_path, folder), ("/dev/null", device)):
         assert main(["imatrix", str(model), "--text", str(text), "-o", str(output), "-f"]) == 1
         assert says in capsys.readouterr().err

@@ -118,38 +118,6 @@ def test_grammar_and_seed(pair: List[Any]) -> None:
     assert texts[0] == texts[1] and all(t[:7] in ("the fox", "the dog", "the cat") for t in texts[0])
 
 
-def test_states_and_caches(tmp_path: Path) -> None:
-    stock, llm = make(), offloaded()
-    tokens = words(llm, 90)
-    for model in (stock, llm):
-        model.eval(tokens)
-    state = llm.save_state()
-    # A batch of logits that nobody asked for is no part of it.
-    assert state.scores.nbytes <= 4 * llm.n_vocab()
-    want = [t for t, _ in zip(stock.generate(tokens, temp=0), range(6))]
-    llm.reset()
-    llm.eval(tokens[::-1])
-    for from_ in (state, pickle.loads(pickle.dumps(state)), stock.save_state()):
-        llm.load_state(from_)
-        llm.n_tokens = min(llm.n_tokens, len(tokens))
-        assert [t for t, _ in zip(llm.generate(tokens, temp=0), range(6))] == want
-    stock.load_state(make_state(llm, tokens))
-    assert [t for t, _ in zip(stock.generate(tokens, temp=0), range(6))] == want
-    for cache in (llama_cpp.LlamaRAMCache(1 << 24), llama_cpp.LlamaDiskCache(str(tmp_path))):
-        llm.set_cache(cache)
-        for prompt in (tokens[:50], tokens[20:], tokens[:50]):
-            got = llm.create_completion(prompt, max_tokens=5, temperature=0)["choices"][0]["text"]
-            assert got == stock.create_completion(prompt, max_tokens=5, temperature=0)["choices"][0]["text"]
-    stock.close()
-    llm.close()
-
-
-def make_state(llm: Any, tokens: List[int]) -> Any:
-    llm.reset()
-    llm.eval(tokens)
-    return llm.save_state()
-
-
 @pytest.mark.parametrize("pooling", [0, 1, 3])
 def test_embeddings(pooling: int) -> None:
     # llama.cpp pools within a ubatch, and aborts when it is smaller than the batch.
@@ -411,6 +379,7 @@ def test_a_grammar_and_tokens_that_are_none() -> None:
         with pytest.raises(ValueError, match="no token"):
             llm.detokenize([token])
     assert llm.detokenize([]) == b""
+    assert llm.detokenize(t for t in [5, 6]) == llm.detokenize([5, 6]) != b""
     for bias in ({llm.n_vocab(): 1.0}, {"-1": 1.0, 5: 2.0}):
         with pytest.raises(ValueError, match="logit_bias: there is no token"):
             llm.create_completion("x", max_tokens=2, logit_bias=bias)

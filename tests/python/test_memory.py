@@ -12,7 +12,8 @@ from typing import Any, Dict, Optional
 import pytest
 
 from cgroups import entering, memory_cgroup, oom_kills
-from hobbit_cpp._memory import available, cgroup_limits, peak_resident, resident, total
+from hobbit_cpp import _memory
+from hobbit_cpp._memory import available, cgroup_limits, forget_peak, parse_size, peak_resident, resident, total
 from models import tiny_wordy
 
 BUDGET = 260 << 20
@@ -160,3 +161,26 @@ def test_large_blocks_are_given_back_when_they_are_freed() -> None:
     """Or the second model of a process would be short of what the loading of the first has left in pieces."""
     done = subprocess.run([sys.executable, "-c", LARGE_BLOCK], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.95
+
+
+def test_threads_of_one_core_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpu, siblings in enumerate(["0,4", "1,5", "2", "3", "0,4", "1,5"]):
+        (tmp_path / str(cpu)).write_text(siblings + "\n")
+    monkeypatch.setattr(_memory, "_TOPOLOGY", str(tmp_path) + "/{}")
+    for allowed, n in ((range(6), 4), ([0, 4], 1), ([0, 1, 5], 2), ([7, 8], 2), ([2, 9], 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: set(allowed))
+        assert _memory.cores() == n
+    monkeypatch.undo()
+    assert 1 <= _memory.cores() <= len(_memory.processors())
+
+
+def test_peaks_can_be_forgotten() -> None:
+    held = bytearray(64 << 20)
+    before = peak_resident()
+    del held
+    forget_peak()
+    assert peak_resident() < before - (48 << 20)
+
+
+def test_sizes_beyond_all_numbers() -> None:
+    assert parse_size(10**400) == parse_size(1 << 60)

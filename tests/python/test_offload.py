@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -406,6 +408,10 @@ def test_errors_and_statuses_are_one_to_one() -> None:
     assert statuses == set(STATUS_TO_EXCEPTION)
     assert len(set(STATUS_TO_EXCEPTION.values())) == len(statuses)
     assert all(issubclass(cls, HobbitError) for cls in STATUS_TO_EXCEPTION.values())
+    for cls in STATUS_TO_EXCEPTION.values():  # what a pool of processes hands on
+        e = pickle.loads(pickle.dumps(cls("why", errno.EIO)))
+        assert type(e) is cls and str(e) == "why" and e.os_errno == errno.EIO
+        assert not isinstance(e, OSError) or e.errno == errno.EIO
 
 
 def test_offload_none_loads_no_engine() -> None:

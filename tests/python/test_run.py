@@ -241,7 +241,7 @@ def test_a_system_prompt_needs_a_template(use: Any, capsys: Captured) -> None:
 def test_the_prompt_can_be_piped_in(use: Any, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
     model = FakeModel(["a"], template=False)
     use(model)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n")))
     assert main(["run", "m.gguf", *flags]) == 0
     assert model.calls[0][1] == "two\nlines"
 
@@ -256,7 +256,7 @@ def test_the_prompt_can_be_a_file(use: Any, tmp_path: Path) -> None:
 
 def test_no_prompt_is_an_error(use: Any, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     use(FakeModel(["a"]))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert main(["run", "m.gguf"]) == 1
     assert capsys.readouterr().err == "hobbit: the prompt is empty\n"
 

@@ -232,6 +232,10 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
         (COMPLETIONS, {"prompt": "x", "n": 2}, "n must be 1"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
         (CHAT, {**chat("x"), "n": 2}, "n must be 1"),
+        (CHAT, chat("x", stop=["y", ""]), "stop"),
+        (COMPLETIONS, {"prompt": "x", "stop": ""}, "stop"),
+        (CHAT, chat("x", response_format={"type": "json_object", "schema": {"type": "objectx"}}), "schema"),
+        (CHAT, chat("x", tools=[], tool_choice="required"), "one tool"),
         (CHAT, 5, ""),
         ("/extras/detokenize", {"tokens": [999999]}, "no token 999999"),
         ("/extras/detokenize", {"tokens": [-5]}, "no token -5"),
@@ -290,6 +294,17 @@ def test_a_tool_is_called(server: Server, stream: bool) -> None:
         assert call["function"]["name"] == "feed"
         arguments = call["function"]["arguments"]
     assert json.loads(arguments)["kind"] in ("fox", "dog")
+    if not stream:
+        (again,) = server.ask(CHAT, {**body, "tool_choice": "required"})[1]["choices"][0]["message"]["tool_calls"]
+        assert again["function"]["name"] == "feed"
+
+
+def test_developers_are_systems(server: Server) -> None:
+    texts = []
+    for role in ("system", "developer"):
+        messages = [{"role": role, "content": "be short"}, {"role": "user", "content": "the fox"}]
+        texts.append(server.ask(CHAT, {"messages": messages, "max_tokens": 4, "temperature": 0})[1]["choices"])
+    assert texts[0] == texts[1]
 
 
 def test_many_clients_are_all_served(server: Server) -> None:

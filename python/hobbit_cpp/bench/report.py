@@ -173,7 +173,8 @@ def _print_speed(rows: Sequence[Row], console: Any) -> None:
         low_high = f"{row['tok_s_min']:.2f} - {row['tok_s_max']:.2f}"
         mb = _text(row, "mb_token") or _text(row, "disk_mb_token")
         table.add_row(
-            _memory_text(row), name, f"{row['tok_s']:.2f}", low_high, f"{row['ratio']:.2f}", _text(row, "prompt_tok_s"),
+            _memory_text(row), name, f"{row['tok_s']:.2f}", low_high, _text(row, "ratio", "{:.2f}"),
+            _text(row, "prompt_tok_s"),
             _text(row, "first_token_s", "{:.2f}"), mb, _text(row, "perplexity", "{:.2f}"), _peak_text(row), _plan_text(row),
         )  # fmt: skip
     console.print(table)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
-from hobbit_cpp._texts import enough_bytes
+from hobbit_cpp._texts import beginning_of, decoded, first_tokens
 from hobbit_cpp.errors import ParameterError
 
 __all__ = ["Tokens", "bundled_text", "tokens_of"]
@@ -54,10 +54,7 @@ def tokens_of(model: Path, n: int, text: Optional[Path]) -> Tokens:
     with contextlib.redirect_stderr(io.StringIO()):  # a context without a model is something that llama.cpp warns of
         vocabulary = Llama(str(model), vocab_only=True, verbose=False)
     try:
-        part = enough_bytes(n)  # long texts are slow to tokenise
-        ids = vocabulary.tokenize(data[:part])
-        if len(ids) <= n and part < len(data):  # one more, since the cut may go through a token
-            ids = vocabulary.tokenize(data)
+        ids = first_tokens(lambda part: vocabulary.tokenize(part.encode()), beginning_of(decoded(data, source)), n)
     finally:
         vocabulary.close()
     if len(ids) < n:

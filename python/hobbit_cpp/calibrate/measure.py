@@ -114,13 +114,12 @@ def _point(low: float, skipped: float, t1: float, t2: float, exact: t.TextScores
     loss = mean_of_blocks(exact.log_likelihood - scores.log_likelihood, scores.group)
     spread = (loss.high - loss.low) / (2 * _Z95)
     c = scores.counts
-    n = max(c.selections, 1)
     return cv.Point(
         low=low,
         skipped=skipped,
         t1=t1,
         t2=t2,
-        served=((c.hits_high + c.loads_high) / n, (c.hits_low + c.loads_low) / n, c.skips / n),
+        served=(c.share_high, c.share_low, c.share_skipped),
         loss=loss.value,
         loss_se=spread if np.isfinite(spread) else 1.0,
         kl=float(scores.kl.mean()),

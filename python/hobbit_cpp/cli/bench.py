@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List
 
-from .options import threads
+from .options import add_threads_flag
 from .output import check_writable, write_json, write_whole
 from .signals import sigterm_exits
 
@@ -60,7 +61,7 @@ def add_parser(commands: Any) -> None:
     start.add_argument("--warm", dest="warm", action="store_true", help="as much of the text before the clock starts")
     add("--routing", metavar="TRACE.npz", type=Path, help="routing of a real model instead of this one's own")
     add("-c", "--ctx-size", metavar="N", type=int, default=0, help="default: as much as the text needs")
-    add("-t", "--threads", metavar="N", type=threads, help="threads (default: all cores)")
+    add_threads_flag(parser)
     add("-b", "--batch-size", metavar="N", type=int, default=512, help="default: 512")
     add("-ub", "--ubatch-size", metavar="N", type=int, default=512, help="default: 512")
     add("--patience", metavar="S", type=float, default=120.0, help="seconds of decoding after which a run ends (120)")
@@ -73,14 +74,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures. Exit code 1 when no contender gave a figure, or one went over its budget."""
-    from hobbit_cpp._memory import cores
     from hobbit_cpp.bench.measure import Request, measure
     from hobbit_cpp.bench.report import print_report
 
     _check(args)
     csv, picture = (args.out.with_name(args.out.name + suffix) for suffix in (".csv", ".png"))
     for path in (args.json, *((csv, picture) if args.sweep else ())):
-        check_writable(path)
+        check_writable(path, args.model, args.stock_model, args.text, args.routing, text=path != picture)
     contenders = _contenders(args)
     whole = _model_bytes(args.model, contenders)
     request = Request(
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         n_prompt=args.prompt_tokens,
         rounds=args.rounds,
         warm=args.warm,
-        threads=args.threads or cores(),
+        threads=args.threads,
         text=args.text,
         routing=args.routing,
         n_ctx=args.ctx_size,
@@ -105,14 +105,14 @@ def run(args: argparse.Namespace) -> int:
     # ended by a batch system, it leaves no process, no cgroup and no changed setting behind either
     with sigterm_exits():
         document = measure(request)
-    try:
-        if args.json is not None:
-            write_json(args.json, document)
-    finally:
+    # What hours of measuring gave: the one that fails keeps none of the others.
+    with contextlib.ExitStack() as outputs:
+        if args.sweep:
+            outputs.callback(_write_sweep, document, whole, csv, picture)
         if str(args.json) != "-":
-            print_report(document)
-    if args.sweep:
-        _write_sweep(document, whole, csv, picture)
+            outputs.callback(print_report, document)
+        if args.json is not None:
+            outputs.callback(write_json, args.json, document)
     rows = document["rows"]
     return 0 if any("error" not in r for r in rows) and all(r.get("within_budget", True) for r in rows) else 1
 
@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.model, args.stock_model, args.text, args.routing):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
-    least = {"tokens": 2, "prompt_tokens": 0, "rounds": 1, "ctx_size": 0, "threads": 1, "batch_size": 1, "ubatch_size": 1}
+    least = {"tokens": 2, "prompt_tokens": 0, "rounds": 1, "ctx_size": 0, "batch_size": 1, "ubatch_size": 1}
     for name, n in least.items():
         if getattr(args, name) is not None and getattr(args, name) < n:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {n}")
@@ -174,7 +174,7 @@ def _memories(args: argparse.Namespace, whole: int) -> List[int]:
     sizes = [part.strip() for part in args.memory.split(",") if part.strip()]
     if not sizes:
         raise ValueError("--memory is empty")
-    return list(dict.fromkeys(parse_size(int(s) if s.isdigit() else s, of=whole) for s in sizes))
+    return list(dict.fromkeys(parse_size(s, of=whole) for s in sizes))
 
 
 def _write_sweep(document: Any, whole: int, csv: Path, picture: Path) -> None:

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     output: Path = args.output or calibration_path(args.model)
     check_text_run(args, output, stdin=False)
+    if args.tokens < 3:  # two thirds are for finding weights, the rest for checking them
+        raise ValueError("--tokens must be 3 at least")
     if args.ctx_size < 2:
         raise ValueError("a window (-c) needs two tokens at least")
     progress = _Progress(not args.quiet)

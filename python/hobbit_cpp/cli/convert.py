@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
         type=_part_bytes,
         help="write parts of at most this size, OUT-00001-of-0000N.gguf: 2G, 500M (powers of 1000, as in llama.cpp), 4GiB",
     )
-    parser.add_argument("-t", "--threads", metavar="N", type=int, help="threads (default: all cores)")
+    parser.add_argument("-t", "--threads", metavar="N", type=int, help="threads (default: all processors)")
     parser.add_argument("-f", "--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
     parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")

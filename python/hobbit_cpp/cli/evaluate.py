@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,11 +51,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures."""
-    check_writable(args.json)
+    check_writable(args.json, args.model, args.text, args.questions)
     if args.text is None and args.questions is None:
         raise ValueError("nothing to measure: give --text FILE, --questions FILE, or both")
     if args.ctx_size < 2:
         raise ValueError("a window (-c) needs two tokens at least")
+    if args.target_mb is not None and args.target_mb <= 0:
+        raise ValueError("--target-mb must be above 0")
     options.check_model_flags(args)
     for path in (args.model, args.text, args.questions):
         if path is not None and not path.exists():
@@ -118,6 +119,7 @@ def settings_of(args: argparse.Namespace) -> list[Any]:
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """What is not the model's to say."""
     import hobbit_cpp
+    from hobbit_cpp._memory import processors
 
     return {
         "hobbit": hobbit_cpp.__version__,
@@ -125,7 +127,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "model_bytes": args.model.stat().st_size,
         "memory": args.memory,
         "threads": args.threads,
-        "processors": len(os.sched_getaffinity(0)),
+        "processors": len(processors()),
     }
 
 

@@ -209,7 +209,7 @@ def _stats(model: Model, offload: bool) -> dict[str, Any] | None:
         return None
     stats = model.offload_stats()
     out = dataclasses.asdict(stats)
-    for name in ("hit_rate", "bytes_read", "bytes_per_token", "compute_seconds"):
+    for name in ("hit_rate", "share_high", "share_low", "share_skipped", "bytes_read", "bytes_per_token", "compute_seconds"):
         out[name] = getattr(stats, name)
     return out
 
@@ -264,13 +264,11 @@ def _speed(name: str, phase: Mapping[str, Any]) -> str:
 
 
 def _offload_lines(stats: Mapping[str, Any]) -> list[str]:
-    n = max(stats["selections"], 1)
-    high = (stats["hits_high"] + stats["loads_high"]) / n
-    low = (stats["hits_low"] + stats["loads_low"]) / n
     return [
         f"cache      hit rate {stats['hit_rate']:.1%}, {stats['bytes_per_token'] / 1e6:.1f} MB read a token, "
         f"{stats['stall_seconds']:.2f} s waited",
-        f"experts    {high:.1%} high precision, {low:.1%} low, {stats['skips'] / n:.1%} skipped",
+        f"experts    {stats['share_high']:.1%} high precision, {stats['share_low']:.1%} low, "
+        f"{stats['share_skipped']:.1%} skipped",
     ]
 
 

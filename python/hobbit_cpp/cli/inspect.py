@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from .output import check_writable, write_whole
+from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -40,8 +39,6 @@ def run(args: argparse.Namespace) -> int:
     if args.file is None:
         print("hobbit inspect: the name of a file is missing", file=sys.stderr)
         return 2
-    if args.json not in (None, "-") and _is_gguf(Path(args.json)):
-        raise ValueError(f"{args.json} is a GGUF: it would be replaced by JSON; name another file")
     if args.json is not None:
         check_writable(Path(args.json))
     from hobbit_cpp.inspection import inspect_file
@@ -50,15 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is None:
         print_table(facts)
         return 0
-    write_whole(Path(args.json), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(Path(args.json), facts)
     return 0
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def print_table(facts: dict[str, Any]) -> None:
@@ -72,8 +62,13 @@ def print_table(facts: dict[str, Any]) -> None:
         table.add_row(Text(name, style="bold"), Text(value))
     # a pipe has no width: nothing is folded then
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(Text(facts["files"][0], style="bold"))
+    console.print(Text(_printable(facts["files"][0]), style="bold"))
     console.print(table)
+
+
+def _printable(name: str) -> str:
+    """A name of a file whose bytes are not UTF-8 cannot be printed as it is."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -106,7 +101,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     sidecar = facts["sidecar"]
     if sidecar is not None:
-        rows.append(("sidecar", sidecar["path"] + ("" if sidecar["belongs"] else f": refused: {sidecar['reason']}")))
+        rows.append(("sidecar", _printable(sidecar["path"]) + ("" if sidecar["belongs"] else f": refused: {sidecar['reason']}")))
     calibration = facts["calibration"]
     if calibration is not None:
         why = "" if calibration["belongs"] else f": not used: {calibration['reason']}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_cpp._batches import COMMON, COMMON_NOT_LENT
-from hobbit_cpp._memory import MOST_THREADS
+from hobbit_cpp._memory import MOST_THREADS, cores
 
 from .output import check_writable
 
@@ -21,6 +21,7 @@ __all__ = [
     "add_json_stats_flag",
     "add_model_flags",
     "add_sampling_flags",
+    "add_threads_flag",
     "batch_sizes",
     "check_json_stats",
     "check_model_flags",
@@ -51,8 +52,8 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     group = parser.add_argument_group("model")
     group.add_argument("--offload", choices=["hobbit", "fate", "lru", "none"], default="hobbit", help="default: hobbit")
-    group.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
-    group.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
+    group.add_argument("--memory", metavar="SIZE", help="budget of the process: 4GiB, 50%%, or bytes")
+    group.add_argument("--expert-cache", metavar="SIZE", help="of that for experts (default: what is left)")
     group.add_argument("--exact", action="store_true", help="every expert in high precision: the same text as llama.cpp")
     group.add_argument(
         "--precision-rule",
@@ -83,8 +84,8 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
     group.add_argument("--no-yield", action="store_true", help="keep the expert pool when memory gets short on this machine")
     context = f"default: {ctx_size}; 0: the model's"
     group.add_argument("-c", "--ctx-size", metavar="N", type=whole, default=ctx_size, help=context)
-    group.add_argument("-t", "--threads", metavar="N", type=threads, help="threads")
-    group.add_argument("-tb", "--threads-batch", metavar="N", type=threads, help="threads for the prompt")
+    add_threads_flag(group)
+    group.add_argument("-tb", "--threads-batch", metavar="N", type=threads, help="threads for the prompt (default: as -t)")
     add_batch_flags(group)
     group.add_argument(
         "-fa",
@@ -94,6 +95,12 @@ def add_model_flags(parser: argparse.ArgumentParser, ctx_size: int = 4096) -> No
         help="attention by tiles (default: on): with a long context it leaves more memory for experts, and is faster",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log; a traceback when something fails")
+
+
+def add_threads_flag(group: Any) -> None:
+    """-t, of which there is always a value."""
+    n = cores()
+    group.add_argument("-t", "--threads", metavar="N", type=threads, default=n, help=f"threads (default: one a core: {n})")
 
 
 def add_batch_flags(group: Any) -> None:
@@ -140,7 +147,7 @@ def add_json_stats_flag(parser: argparse.ArgumentParser) -> None:
 
 def check_json_stats(args: argparse.Namespace) -> None:
     """An hour of work must not end in a file that cannot be written."""
-    check_writable(args.json_stats)
+    check_writable(args.json_stats, args.model, getattr(args, "file", None))
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
@@ -195,7 +202,7 @@ def load_model(args: argparse.Namespace, model_class: Any = None, **more: Any) -
         "memory": args.memory,
         "n_ctx": args.ctx_size,
         "n_threads": args.threads,
-        "n_threads_batch": args.threads_batch,
+        "n_threads_batch": args.threads_batch or args.threads,
         "n_batch": n_batch,
         "n_ubatch": n_ubatch,
         "flash_attn": args.flash_attn == "on",
@@ -218,10 +225,6 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
         "repeat_penalty": args.repeat_penalty,
         "seed": args.seed if args.seed >= 0 else random.SystemRandom().getrandbits(31),
     }
-
-
-def _size(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
 
 
 def _most_tokens(text: str) -> int:

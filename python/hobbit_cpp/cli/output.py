@@ -23,11 +23,16 @@ def write_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
-def check_writable(path: Optional[Path]) -> None:
-    """An hour of work must not end in a file that cannot be written. None and "-" (stdout) can.
+def check_writable(path: Optional[Path], *inputs: Optional[Path], text: bool = True) -> None:
+    """An hour of work must not end in a file that cannot be written, nor in the loss of another. None and "-" (stdout) can be.
+
+    Args:
+        inputs: what is read; None: nothing.
+        text: what will be written is text, which replaces text alone: no model, and no trace.
 
     Raises:
-        ValueError: there is no such folder, nothing may be written in it, or the path is a folder.
+        ValueError: there is no such folder, nothing may be written in it, the path is a folder, one of the inputs, or a file of
+            another kind.
     """
     if path is None or str(path) == "-":
         return
@@ -40,6 +45,16 @@ def check_writable(path: Optional[Path]) -> None:
         raise ValueError(f"{path} cannot be written: {path.parent} is not a folder: make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written: no files can be made in {folder}")
+    if path.exists():
+        if any(given is not None and given.exists() and given.samefile(path) for given in inputs):
+            raise ValueError(f"{path} is read, and would be replaced: name another file")
+        if text and _is_binary(path):
+            raise ValueError(f"{path} is not text, and would be replaced: name another file")
+
+
+def _is_binary(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"\0" in file.read(1024)
 
 
 def write_json(path: Path, data: Any) -> None:

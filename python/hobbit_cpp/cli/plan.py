@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import add_batch_flags, batch_sizes, threads, whole
+from .options import add_batch_flags, add_threads_flag, batch_sizes, whole
 from .output import check_writable, write_json
 
 __all__ = ["add_parser", "run"]
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     add("model", metavar="MODEL", type=Path, help="a GGUF; of a split one the first part")
     add("--memory", metavar="SIZE", help="budget of the process: 8GiB, 50%%, or bytes (default: as hobbit run)")
     add("-c", "--ctx-size", metavar="N", type=whole, nargs="+", default=[4096], help="contexts (default: 4096)")
-    add("-t", "--threads", metavar="N", type=threads, help="threads (default: all cores)")
+    add_threads_flag(parser)
     add_batch_flags(parser)
     add("--fresh", action="store_true", help="probe disk and cores again")
     add("--json", metavar="FILE", type=Path, help="write the plan as JSON; - for stdout")
@@ -35,18 +35,16 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans. Exit code 1 when it does not fit."""
-    from hobbit_cpp._memory import cores, parse_size
+    from hobbit_cpp._memory import parse_size
     from hobbit_cpp.bench.plan import make_plan, print_plans, to_json
 
-    check_writable(args.json)
+    check_writable(args.json, args.model)
     if not args.model.exists():
         raise FileNotFoundError(f"{args.model}: no such file")
-    memory = int(args.memory) if args.memory and args.memory.isdigit() else args.memory
-    if memory is not None:
-        parse_size(memory, of=1 << 60)
-    threads = args.threads or cores()
+    if args.memory is not None:
+        parse_size(args.memory, of=1 << 60)
     plans = [
-        make_plan(args.model, memory, n_ctx, *batch_sizes(args), threads, args.fresh and i == 0)
+        make_plan(args.model, args.memory, n_ctx, *batch_sizes(args), args.threads, args.fresh and i == 0)
         for i, n_ctx in enumerate(args.ctx_size)
     ]
     if args.json is None or str(args.json) != "-":

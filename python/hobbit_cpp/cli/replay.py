@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .progress import make_progress
 
-    check_writable(args.json)
+    check_writable(args.json, args.trace, args.model)
     caches = [parse_cache(part.strip()) for part in args.cache.split(",")]
     policies = [name.strip() for name in args.policy.split(",") if name.strip()]
     settings = ReplaySettings(

@@ -32,12 +32,10 @@ def run(args: argparse.Namespace) -> int:
     for path in args.inputs:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-    check_writable(args.output)
-    if any(args.output.exists() and args.output.samefile(path) for path in args.inputs):
-        raise ValueError(f"{args.output} is an input too: give the page another name")
+    check_writable(args.output, *args.inputs)
     from hobbit_cpp.report import page, read
 
     text = page(read(args.inputs))
     write_whole(args.output, text)
-    print(f"{args.output}: {len(text.encode()) / 1e6:.2f} MB, open it in a browser", file=sys.stderr)
+    print(f"{args.output}: {len(text.encode('utf-8', 'backslashreplace')) / 1e6:.2f} MB, open it in a browser", file=sys.stderr)
     return 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .._texts import read_utf8
+from .._texts import checked, decoded, read_text
 from .options import (
     add_json_stats_flag,
     add_model_flags,
@@ -86,15 +86,17 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt, from wherever it comes."""
     if args.file is not None:
-        text = _without_newline(read_utf8(args.file))
+        text = _without_newline(read_text(args.file))
     elif args.prompt is not None and args.prompt != "-":
-        text = args.prompt
+        text = checked(args.prompt, "-p")
     elif args.prompt is None and sys.stdin.isatty():
         raise ValueError("no prompt: give one with -p or -f, or pipe it in")
     else:
-        text = _without_newline(sys.stdin.read())
+        text = _without_newline(decoded(sys.stdin.buffer.read(), "stdin"))
     if not text:
         raise ValueError("the prompt is empty")
+    if args.system_prompt is not None:
+        checked(args.system_prompt, "-sys")
     return str(text)
 
 

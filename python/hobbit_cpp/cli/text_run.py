@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
-from .._texts import decoded, enough_bytes
-from .options import _size, threads
+from .._texts import enough_bytes, read_part
+from .options import add_threads_flag
 from .output import check_writable
 
 __all__ = ["add_text_run_flags", "check_text_run", "read_text"]
@@ -15,9 +16,9 @@ __all__ = ["add_text_run_flags", "check_text_run", "read_text"]
 
 def add_text_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
     """The budget, and what happens to the new file; `out`: its name in the help."""
-    parser.add_argument("--memory", metavar="SIZE", type=_size, help="budget of the process: 4GiB, 50%%, or bytes")
-    parser.add_argument("--expert-cache", metavar="SIZE", type=_size, help="of that for experts (default: what is left)")
-    parser.add_argument("-t", "--threads", metavar="N", type=threads, help="threads")
+    parser.add_argument("--memory", metavar="SIZE", help="budget of the process: 4GiB, 50%%, or bytes")
+    parser.add_argument("--expert-cache", metavar="SIZE", help="of that for experts (default: what is left)")
+    add_threads_flag(parser)
     parser.add_argument("-f", "--force", action="store_true", help=f"replace {out} if it exists")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
     parser.add_argument("-v", "--verbose", action="store_true", help="a traceback when something fails")
@@ -34,10 +35,8 @@ def check_text_run(args: argparse.Namespace, output: Path, stdin: bool = True) -
     for path in (args.model, args.text):
         if not (path.exists() or (stdin and str(path) == "-")):
             raise FileNotFoundError(f"{path}: no such file")
-    check_writable(output)
+    check_writable(output, args.model, args.text, text=False)
     if output.exists():
-        if any(path.exists() and output.samefile(path) for path in (args.model, args.text)):
-            raise ValueError(f"{output} is what is read: give another name")
         if not output.is_file():
             raise ValueError(f"{output} is not a file")
         if not args.force:
@@ -52,13 +51,10 @@ def text_name(path: Path) -> str:
 def read_text(path: Path, n_tokens: int | None = None) -> str:
     """The text of a file, of stdin for "-", or as much of its beginning as `n_tokens` can need; ValueError when it is none."""
     # Four times, since a pipe cannot be asked again.
-    most = -1 if n_tokens is None else 4 * enough_bytes(n_tokens)
-    if str(path) == "-":
-        data = sys.stdin.buffer.read(most)
-    else:
-        with open(path, "rb") as file:
-            data = file.read(most)
-    text = decoded(data, path, whole=len(data) != most)
+    most = None if n_tokens is None else 4 * enough_bytes(n_tokens)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdin.buffer if str(path) == "-" else stack.enter_context(open(path, "rb"))
+        text, _ = read_part(file, path, most)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import threadpoolctl
 
-from hobbit_cpp._memory import cores
+from hobbit_cpp._memory import processors
 from hobbit_cpp._sidecar import ARCHITECTURE as SIDECAR_ARCHITECTURE
 from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
 
@@ -90,7 +90,7 @@ def convert(
         imatrix: An importance matrix of llama.cpp, used for all experts that are quantised. None: `model.imatrix.gguf` beside
             `model.gguf` (`hobbit imatrix`), if it is there; "none": none.
         split_max_bytes: Write parts of at most this size, `dst-00001-of-0000N.gguf`. A tensor is never divided.
-        threads: How many; all cores by default.
+        threads: How many; all processors by default.
         force: Replace `dst` if it exists.
         progress: True: on stderr; False: none; None: on a terminal.
 
@@ -141,7 +141,7 @@ def convert(
         with writing(paths, layout, force) as files:
             bar = make_progress(progress, bytes_source)
             try:
-                write_data(sources, files, quantiser, threads or cores(), bar)
+                write_data(sources, files, quantiser, threads or len(processors()), bar)
             finally:
                 bar.close()
             # before: what changed is not to be blamed on the disk; after: the samples were taken from what was converted

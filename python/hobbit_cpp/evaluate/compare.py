@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Sequence
 
 from .._handle import ModelInfo
+from .._memory import forget_peak
 from ..errors import ParameterError
 from . import questions as q
 from . import text as t
@@ -133,6 +134,7 @@ class _Run:
     def row(self, setting: Optional[Setting], exact: Optional[Row]) -> Row:
         plan = self.plan
         row = Row(setting)
+        forget_peak()
         model = self.open(setting, self.n_ctx, plan.width, self.pool)
         try:
             if self.passage is not None:
@@ -315,13 +317,12 @@ def _plain(row: Row, exact: Optional[Row]) -> Dict[str, Any]:
     }
     counts = row.counts
     if counts is not None:
-        n = max(counts.selections, 1)
         out["offload"] = {
             "mb_per_token": counts.bytes_per_token / 1e6,
             "hit_rate": counts.hit_rate,
-            "high": (counts.hits_high + counts.loads_high) / n,
-            "low": (counts.hits_low + counts.loads_low) / n,
-            "skipped": counts.skips / n,
+            "high": counts.share_high,
+            "low": counts.share_low,
+            "skipped": counts.share_skipped,
             "tokens": counts.n_tokens,
             "seconds": counts.eval_seconds,
         }

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import numpy.typing as npt
 
+from .._texts import decoded
 from ..errors import ParameterError
 from .scorer import Scorer
 from .statistics import Estimate, log_softmax, mean_of_blocks, wilson
@@ -40,10 +41,11 @@ def read_questions(path: Path, limit: Optional[int] = None) -> List[Question]:
         ParameterError: a line is not such a question; with its number.
     """
     questions: List[Question] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, data in enumerate(lines, 1):
             if limit is not None and len(questions) >= limit:
                 break
+            line = decoded(data, f"{path}, line {number}")
             if line.strip():
                 try:
                     questions.append(_question(json.loads(line)))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .._texts import enough_bytes
+from .._texts import first_tokens, read_part
 from ..errors import ParameterError
 from .scorer import Scorer
 from .statistics import Estimate, FloatArray, kl_divergence, log_softmax, mean_of_blocks, quantile_of_blocks, wilson
@@ -41,15 +40,6 @@ class Passage:
         return sum(len(w) - 1 for w in self.windows)
 
 
-def _part(path: Path, n_bytes: Optional[int], from_end: bool) -> str:
-    """The beginning of a text, or its end; all of it for None. What is read is in no budget."""
-    with open(path, "rb") as file:
-        if from_end and n_bytes is not None:
-            file.seek(-min(n_bytes, path.stat().st_size), os.SEEK_END)
-        text = file.read(n_bytes).decode("utf-8", "replace")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def read_passage(
     scorer: Scorer, path: Path, n_tokens: int, warmup: int, window: int, skip: int, from_end: bool = False
 ) -> Passage:
@@ -70,9 +60,13 @@ def read_passage(
     first = scorer.words("", True)
     n_windows = -(-n_tokens // (window - 1 - skip))
     wanted = warmup + n_tokens + n_windows * (1 + skip - len(first))
-    tokens = scorer.words(_part(path, enough_bytes(wanted), from_end), False)
-    if len(tokens) <= wanted:  # one more, since the cut may go through a token
-        tokens = scorer.words(_part(path, None, from_end), False)
+    with open(path, "rb") as file:
+
+        def part(n_bytes: int) -> Tuple[str, bool]:
+            file.seek(0)
+            return read_part(file, path, n_bytes, from_end)
+
+        tokens = list(first_tokens(lambda text: scorer.words(text, False), part, wanted))
     if not tokens:
         raise ParameterError(f"{path} is empty: there is nothing to score")
     windows: List[List[int]] = []

@@ -39,6 +39,8 @@ def tune_fraction(measure: Callable[[float], float], at_zero: float, largest: fl
     tried = {0.0: at_zero}
     if at_zero <= (1 + _CLOSE) * target:
         return _nearest(tried, target)
+    if target <= 0:  # nothing is less than what reads least
+        return Tuned(largest, measure(largest), target)
 
     def off(found: float) -> float:  # the curve is nearer to a straight line in logarithms
         return math.log(max(found, 1e-3 * target) / target)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Optional
 
+import llama_cpp.llama_grammar
 import llama_cpp.server.types
 import pydantic
 
@@ -35,6 +37,9 @@ class _Asked(pydantic.BaseModel):
         for name in ("n", "best_of"):
             if data.get(name) not in (None, 1):
                 raise ValueError(f"{name} must be 1: a request has one answer")
+        stop = data.get("stop")
+        if "" in (stop if isinstance(stop, list) else [stop]):
+            raise ValueError("stop: an empty text would end every answer before it begins")
         most = data.get("max_tokens")
         if isinstance(most, int) and most < 1 and most != -1:
             raise ValueError("max_tokens must be at least 1")
@@ -60,13 +65,19 @@ class ChatRequest(_Asked, _ChatRequest):  # type: ignore[misc]
         if isinstance(data["messages"], list):
             data = {**data, "messages": [_in_one_text(message) for message in data["messages"]]}
         data = {**data, **_tools_with_parameters(data)}
+        if data.get("tool_choice") == "required":
+            data = {**data, "tool_choice": _only_tool(data)}
         form = data.get("response_format")
-        if not isinstance(form, dict) or form.get("type") != "json_schema":
+        if not isinstance(form, dict):
             return data
-        given = form.get("json_schema")
-        if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
-            raise ValueError("response_format of type json_schema needs a json_schema with a schema")
-        return {**data, "response_format": {"type": "json_object", "schema": given["schema"]}}
+        if form.get("type") == "json_schema":
+            given = form.get("json_schema")
+            if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+                raise ValueError("response_format of type json_schema needs a json_schema with a schema")
+            form = {"type": "json_object", "schema": given["schema"]}
+        if form.get("schema") is not None:
+            _check_schema(form["schema"])
+        return {**data, "response_format": form}
 
 
 class CompletionRequest(_Asked, _CompletionRequest):  # type: ignore[misc]
@@ -87,6 +98,8 @@ def _in_one_text(message: Any) -> Any:
     """Chat formats put texts together: the parts of one become a text, and nothing beside calls of tools an empty one."""
     if not isinstance(message, dict):
         return message
+    if message.get("role") == "developer":  # as OpenAI calls it now
+        message = {**message, "role": "system"}
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls") and not message.get("function_call"):
@@ -101,6 +114,23 @@ def _in_one_text(message: Any) -> Any:
             raise ValueError(f"a part of type {kind!r}: this server takes text")
         texts.append(part["text"])
     return {**message, "content": "\n".join(texts)}
+
+
+def _only_tool(data: dict[str, Any]) -> dict[str, Any]:
+    """What "required" comes to where there is one tool. Upstream ignores it."""
+    tools = data.get("tools")
+    function = tools[0].get("function") if isinstance(tools, list) and len(tools) == 1 and isinstance(tools[0], dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("tool_choice 'required' works with one tool here: name the one that is to be called")
+    return {"type": "function", "function": {"name": function["name"]}}
+
+
+def _check_schema(schema: Any) -> None:
+    """Upstream takes any JSON where it cannot make a grammar of a schema, and does not say so."""
+    try:
+        llama_cpp.llama_grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as e:
+        raise ValueError(f"the schema cannot be made into a grammar: {type(e).__name__}: {e}") from None
 
 
 def _tools_with_parameters(data: dict[str, Any]) -> dict[str, Any]:

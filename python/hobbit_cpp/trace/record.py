@@ -8,7 +8,7 @@ from typing import Any, Callable, List, Optional, Sequence, Union
 import numpy as np
 
 from .._memory import Size
-from .._texts import enough_bytes
+from .._texts import beginning_of, first_tokens
 from ..errors import ParameterError
 from ..params import OffloadParams
 from .format import Trace
@@ -33,10 +33,15 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
     bos = llm.token_bos()
     add_bos = bool(llm._model.add_bos_token()) and bos >= 0
     room = context - add_bos
+
+    def tokenize(part: str) -> Sequence[int]:
+        tokens: Sequence[int] = llm.tokenize(part.encode("utf-8"), add_bos=False, special=False)
+        return tokens
+
     pieces: List[List[int]] = []
     left = n_tokens
     for part in documents_of(text) if documents else [text]:
-        tokens = _first_tokens(llm, part, left)
+        tokens = tokenize(part) if left is None else first_tokens(tokenize, beginning_of(part), left)
         for i in range(0, len(tokens), room):
             piece = ([bos] if add_bos else []) + list(tokens[i : i + room])
             piece = piece if left is None else piece[:left]
@@ -47,16 +52,6 @@ def sequences_of(llm: Any, text: str, context: int, documents: bool, n_tokens: O
             if documents:
                 break  # what does not fit into the context is cut off: the next sequence is another document
     return pieces
-
-
-def _first_tokens(llm: Any, text: str, n: Optional[int]) -> Sequence[int]:
-    """Those of the text, or of a beginning that has n and more: a list of all of a long text would take more than any budget."""
-    length = len(text) if n is None else min(len(text), enough_bytes(n))
-    while True:
-        tokens: Sequence[int] = llm.tokenize(text[:length].encode("utf-8"), add_bos=False, special=False)
-        if length == len(text) or n is None or len(tokens) > n:
-            return tokens
-        length = min(len(text), 4 * length)
 
 
 def record(

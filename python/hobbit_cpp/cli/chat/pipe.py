@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Optional
 
+from ..._texts import decoded
 from ..output import one_line, write_stdout
 from . import commands
 from .session import Chat, TooLongError, Turn
@@ -56,10 +57,7 @@ def converse(chat: Chat, pipe: Pipe, lines: Iterable[bytes], first: str | None) 
     for number, raw in enumerate(lines, 1):
         if pipe.interrupted:
             break
-        try:
-            line = raw.decode("utf-8").rstrip()
-        except UnicodeDecodeError:
-            raise ValueError(f"line {number} of the input is not UTF-8") from None
+        line = decoded(raw, f"line {number} of the input").rstrip()
         if not line:
             continue
         if not commands.is_command(line):
