@@ -27,13 +27,14 @@ struct eviction_weights {
 };
 
 struct eviction_context {
-    uint32_t         token        = 0;     // T: tokens so far in this sequence, with the batch that is running
-    uint32_t         layer        = 0;     // l_i: layer now running
-    uint32_t         n_layer      = 1;     // l_n
-    float            low_cost     = 0.5f;  // bytes_low / bytes_high
-    eviction_weights weights      = { 0.25f, 0.25f, 0.25f, 0.25f };
-    const float *    discount     = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
-    uint32_t         token_before = 0;        // T without the batch that is running
+    uint32_t         token           = 0;     // T: tokens so far in this sequence, with the batch that is running
+    uint32_t         layer           = 0;     // l_i: layer now running
+    uint32_t         n_layer         = 1;     // l_n
+    float            low_cost        = 0.5f;  // bytes_low / bytes_high
+    eviction_weights weights         = { 0.25f, 0.25f, 0.25f, 0.25f };
+    const float *    discount        = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
+    uint32_t         token_before    = 0;        // T without the batch that is running
+    bool             high_serves_low = true;     // policy::high_serves_low(): of two copies the low one is of no use then
 };
 
 // How the high-precision slots are shared among the layers. Low-precision copies compete with one another everywhere.

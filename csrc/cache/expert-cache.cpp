@@ -12,11 +12,14 @@ expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const ev
     room_(std::max(shape.bytes, used_bytes())),
     limit_(room_),
     rule_(rule),
+    n_experts_(shape.layer_experts.empty()
+                   ? (uint64_t) shape.n_layer * shape.n_expert
+                   : std::accumulate(shape.layer_experts.begin(), shape.layer_experts.end(), (uint64_t) 0)),
     table_((size_t) shape.n_layer * shape.n_expert * 2, nullptr),
     uses_((size_t) shape.n_layer * shape.n_expert) {
     for (int p = 0; p < 2; ++p) {
         const uint32_t n    = shape.n_slots[p];
-        const uint64_t most = shape.slot_bytes[p] == 0 ? n : std::min<uint64_t>(uses_.size(), room_ / shape.slot_bytes[p]);
+        const uint64_t most = shape.slot_bytes[p] == 0 ? n : std::min<uint64_t>(n_experts_, room_ / shape.slot_bytes[p]);
         slots_[p]           = std::make_unique<cache_entry[]>(std::max<uint64_t>(n, most));
         shape_.n_slots[p]   = 0;
         for (uint32_t i = 0; i < n; ++i) {
@@ -111,12 +114,14 @@ float expert_cache::priority(const cache_entry & e, const eviction_context & now
     if (!rule_.by_cost || now.low_cost == 0.0f) {
         return p;
     }
-    // What its absence would cost at the next use: a high copy serves every need, a low one the low needs, if no high copy does.
-    const bool twice = table_[index(e.layer, e.expert, 1 - e.precision)] != nullptr;
+    // What its absence would cost at the next use. A low copy serves the low needs, if no high copy does; a high copy the high ones, and
+    // the low ones where the rule lets it and no low copy is there.
+    const bool  twice  = table_[index(e.layer, e.expert, 1 - e.precision)] != nullptr;
+    const float of_low = p * (1.0f - use.high_share) * now.low_cost;
     if (e.precision == 1) {
-        return twice ? 0.0f : p * (1.0f - use.high_share) * now.low_cost;
+        return twice && now.high_serves_low ? 0.0f : of_low;
     }
-    return p * (use.high_share + (twice ? 0.0f : (1.0f - use.high_share) * now.low_cost));
+    return p * use.high_share + (twice || !now.high_serves_low ? 0.0f : of_low);
 }
 
 float expert_cache::margin(int precision, uint32_t n, const eviction_context & now) const {
@@ -167,16 +172,19 @@ cache_entry * expert_cache::victim(uint32_t layer, int precision, const eviction
 }
 
 void expert_cache::make_room(int precision, uint32_t n, const eviction_context & now,
-                             void (*evicted)(void *, const cache_entry &), void * ctx) {
+                             void (*evicted)(void *, const cache_entry &), void * ctx, bool ahead) {
     if (n == 0 || is_split(precision)) {
         return;
     }
     find_lowest(precision, n, -1, now);
     for (const rank & r : lowest_) {
+        if (ahead && r.is_protected) {
+            continue;
+        }
         if (evicted != nullptr) {
             evicted(ctx, *r.entry);
         }
-        drop(r.entry);
+        abandon(r.entry);
     }
 }
 
@@ -189,7 +197,7 @@ cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precisio
         free_[precision].pop_back();
     } else {
         e = victim(layer, precision, now);
-        if (e == nullptr) {
+        if (e == nullptr || (ahead && e->protected_until >= pass)) {
             return nullptr;
         }
         if (evicted != nullptr) {
@@ -235,9 +243,7 @@ void expert_cache::fulfil(cache_entry * e) {
     n_busy_[e->precision] -= e->pins == 0;
 }
 
-void expert_cache::abandon(cache_entry * e) { drop(e); }
-
-void expert_cache::drop(cache_entry * e) {
+void expert_cache::abandon(cache_entry * e) {
     leave(e);
     n_busy_[e->precision] -= e->now == cache_entry::state::in_flight;
     e->now             = cache_entry::state::absent;

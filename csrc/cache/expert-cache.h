@@ -40,7 +40,7 @@ struct cache_entry {
     bool                  prefetched      = false;  // read ahead and not yet asked for
     uint32_t              reading         = 0;      // bit per projection whose read is queued or running
     uint64_t              bytes           = 0;      // read so far for this entry
-    std::atomic<bool>     cancel { false };         // in flight: the read is not wanted any more, or failed
+    std::atomic<bool>     cancel { false };         // in flight: the read is not wanted any more
     std::atomic<bool>     demanded { false };       // in flight: somebody waits
     std::atomic<uint32_t> parts { 0 };              // bit per projection that is whole
 };
@@ -53,7 +53,7 @@ struct cache_shape {
     uint64_t bytes         = 0;  // of the pool; 0: what the slots take
     // For rules that split the slots: experts of a token, and of each layer.
     uint32_t              k = 0;
-    std::vector<uint32_t> layer_experts;
+    std::vector<uint32_t> layer_experts;      // empty: n_expert each
     bool                  simulated = false;  // there is no memory behind the pool: nothing is copied
 };
 
@@ -65,15 +65,17 @@ class expert_cache {
     cache_entry * find(uint32_t layer, uint32_t expert, int precision) { return table_[index(layer, expert, precision)]; }
 
     // Absent -> in flight, in a free slot or in that of the evictable entry of lowest priority. NULL when there is
-    // none. `evicted` (may be NULL): called with the entry before its slot is reused. `ahead`: before its use.
+    // none. `evicted` (may be NULL): called with the entry before its slot is reused. `ahead`: before its use, for which nothing goes that
+    // was predicted as well.
     cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
                          void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr,
                          bool ahead = false);
     // Evicts the `n` entries of lowest priority in one scan, fewer if that is all that may go: for so many calls of insert(). Not for rules
     // that split the slots, whose insert() knows where room has to be.
     void make_room(int precision, uint32_t n, const eviction_context & now,
-                   void (*evicted)(void *, const cache_entry &) = nullptr, void * ctx = nullptr);
+                   void (*evicted)(void *, const cache_entry &) = nullptr, void * ctx = nullptr, bool ahead = false);
     void fulfil(cache_entry * entry);
+    // In flight or resident, not pinned: gives the slot back.
     void abandon(cache_entry * entry);
 
     void pin(cache_entry * entry) {
@@ -85,9 +87,6 @@ class expert_cache {
     }
 
     void touch(cache_entry * entry) { entry->tick = ++clock_; }
-
-    // Resident, not pinned: gives the slot back.
-    void drop(cache_entry * entry);
 
     // The pool may use `bytes` from now on, at most the room it was made with. Slots beyond that go by take_slot().
     void set_limit(uint64_t bytes);
@@ -104,7 +103,7 @@ class expert_cache {
 
     // One slot more, at the border: slot(precision, n_slots). False when there is no room below the limit, or a slot for every expert.
     bool can_add(int precision) const {
-        return used_bytes() + shape_.slot_bytes[precision] <= limit_ && shape_.n_slots[precision] < uses_.size();
+        return used_bytes() + shape_.slot_bytes[precision] <= limit_ && shape_.n_slots[precision] < n_experts_;
     }
 
     bool add_slot(int precision);
@@ -127,7 +126,7 @@ class expert_cache {
 
     // The next insert() evicts: no slot is free, and there are fewer than experts.
     bool full(int precision) const {
-        return shape_.n_slots[precision] > 0 && free_[precision].empty() && shape_.n_slots[precision] < uses_.size();
+        return shape_.n_slots[precision] > 0 && free_[precision].empty() && shape_.n_slots[precision] < n_experts_;
     }
 
     // Mean priority of the `n` entries that would be evicted next.
@@ -187,6 +186,7 @@ class expert_cache {
     uint64_t                         room_;
     uint64_t                         limit_;
     eviction_rule                    rule_;
+    uint64_t                         n_experts_;  // of all layers, which may have different numbers
     std::vector<cache_entry *>       table_;
     std::vector<use_record>          uses_;
     std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot that there can be, for ever; `absent` ones are free

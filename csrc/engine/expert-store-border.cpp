@@ -25,7 +25,7 @@ uint32_t expert_store::fewest(int precision) const {
     if (precision == 0) {
         return k;
     }
-    if (!with_low_ || holds_all_high_ || shape.n_slots[0] >= n_experts_) {
+    if (!with_low_ || all_high_ || high_serves_all()) {
         return 0;
     }
     const uint64_t high = k * shape.slot_bytes[0];
@@ -100,16 +100,17 @@ void expert_store::move_border() {
     if (resizing_) {
         return;
     }
-    try {
-        // What was in use when the pool was resized.
-        holds_all_high_ ? (void) fill_with_high() : restore_low_slots();
-    } catch (const error &) {
-        // No memory to grow into: it stays as it is.
-    }
-    if (holds_all_high_) {
+    // What was in use when the pool was resized.
+    if (all_high_) {
+        try {
+            fill_with_high();
+        } catch (const error &) {
+            // No memory to grow into: it stays as it is.
+        }
         return;
     }
-    if (!border_moves_ || shape.n_slots[0] == n_experts_ || now_.token - border_seen_ < BORDER_TOKENS ||
+    restore_low_slots();
+    if (!border_moves_ || high_serves_all() || now_.token - border_seen_ < BORDER_TOKENS ||
         !(cache_->full(0) || cache_->full(1))) {
         return;
     }
@@ -166,9 +167,13 @@ bool expert_store::shrink_to_limit() {
 }
 
 // Where every expert had a slot in high precision there are no low ones yet: as many as a layer needs.
-void expert_store::restore_low_slots() {
-    while (with_low_ && !holds_all_high_ && cache_->shape().n_slots[1] < index_.n_expert_used &&
-           (add_slot(1) || take_slot(0))) {
+void expert_store::restore_low_slots() noexcept {
+    try {
+        while (with_low_ && !all_high_ && cache_->shape().n_slots[1] < index_.n_expert_used &&
+               (add_slot(1) || take_slot(0))) {
+        }
+    } catch (const error &) {
+        // No memory for them: at the next token.
     }
     give_back_pages();
 }
@@ -199,7 +204,7 @@ void expert_store::resize(uint64_t pool_bytes) {
     std::unique_lock<std::mutex> lock(mutex_);
     const cache_shape &          shape  = cache_->shape();
     const uint64_t               before = cache_->limit();
-    const bool                   all    = holds_all_high_;
+    const bool                   all    = all_high_;
     const double                 low    = (double) (shape.n_slots[1] * shape.slot_bytes[1]);
     const double                 share  = low / (double) std::max<uint64_t>(cache_->used_bytes(), 1);
 
@@ -209,15 +214,24 @@ void expert_store::resize(uint64_t pool_bytes) {
         }
     };
     const auto some_more = [&] {
-        if (holds_all_high_) {
+        if (all_high_) {
             return fill_with_high();
         }
         const double wanted = share * (double) cache_->limit() - (double) (shape.n_slots[1] * shape.slot_bytes[1]);
-        return add_slots(1, (uint64_t) std::clamp(wanted, 0.0, (double) AT_A_TIME)) > 0 || add_slots(0, AT_A_TIME) > 0;
+        return add_slots(1, (uint64_t) std::clamp(wanted, 0.0, (double) AT_A_TIME)) > 0 || add_slots(0, AT_A_TIME) > 0 ||
+               (with_low_ && add_slots(1, AT_A_TIME) > 0);
     };
+    struct under_way {
+        bool & flag;
+
+        explicit under_way(bool & flag) : flag(flag) { flag = true; }
+
+        ~under_way() { flag = false; }
+    };
+
+    const under_way mark(resizing_);
     cache_->set_limit(plan.cache_bytes());
-    holds_all_high_ = plan.only_high();
-    resizing_       = true;
+    all_high_ = plan.all_high();
     try {
         if (cache_->limit() <= before) {
             shrink();
@@ -228,12 +242,10 @@ void expert_store::resize(uint64_t pool_bytes) {
         }
     } catch (...) {
         cache_->set_limit(before);
-        holds_all_high_ = all;
+        all_high_ = all;
         shrink();
-        resizing_ = false;
         throw;
     }
-    resizing_ = false;
 }
 
 // Whoever waits for the lock has it now: one that gives it up and takes it again at once would mostly be first.

@@ -50,46 +50,54 @@ bool expert_store::given_up(const cache_entry & entry) {
 }
 
 uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std::vector<expert_want> & predicted) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<cache_entry *>  started;
-    uint32_t                    n_missing    = 0;
-    const auto                  rule         = (policy::precision_rule) params_.precision_rule;
-    const bool                  high_for_low = only_high(rule);
-    const bool                  by_weight    = rule == policy::precision_rule::weight;
-    // Never more than half of what could be evicted: the running layer and the next one need room too.
-    uint32_t room[2] = { cache_->available(0) / 2, cache_->available(1) / 2 };
+    std::lock_guard<std::mutex>      lock(mutex_);
+    std::vector<cache_entry *>       started;
+    std::vector<const expert_want *> absent;
+    uint32_t                         room[N_PRECISION] = { 0, 0 };
+    const auto slot_of = [this](const expert_want & w) { return w.need == policy::need::low && !high_serves_all() ? 1 : 0; };
+    uint32_t   n_missing = 0;
+    // First protect all that is there, so that making room for the rest cannot evict it.
     for (const expert_want & w : predicted) {
         if (w.need <= policy::need::skip) {
             continue;
         }
-        cache_entry * high = cache_->find(layer, w.expert, 0);
-        cache_entry * low  = cache_->find(layer, w.expert, 1);
-        // By weight a low need is served low, whatever is cached.
-        cache_entry * have = w.need == policy::need::low && (by_weight || high == nullptr) ? low : high;
-        if (have != nullptr) {
-            have->protected_until = cache_->pass + passes_ahead;
-            if (given_up(*have)) {
-                n_missing++;
-                have->cancel.store(false, std::memory_order_relaxed);
-                have->bytes = 0;  // what was read before is counted as wasted
-                begin_prefetch(*have);
-                started.push_back(have);
-            }
+        cache_entry * high    = cache_->find(layer, w.expert, 0);
+        cache_entry * low     = cache_->find(layer, w.expert, 1);
+        const bool    is_low  = w.need == policy::need::low;
+        const bool    by_high = !is_low || (high_serves_low_ && high != nullptr);
+        cache_entry * have    = by_high ? high : low;
+        if (have == nullptr) {
+            n_missing++;
+            absent.push_back(&w);
+            room[slot_of(w)]++;
             continue;
         }
-        n_missing++;
-        const int p = w.need == policy::need::low && !high_for_low ? 1 : 0;
+        have->protected_until = cache_->pass + passes_ahead;
+        if (given_up(*have)) {
+            n_missing++;
+            have->cancel.store(false, std::memory_order_relaxed);
+            have->bytes = 0;  // what was read before is counted as wasted
+            begin_prefetch(*have);
+            started.push_back(have);
+        }
+    }
+    for (int p = 0; p < N_PRECISION; ++p) {
+        // Never more than half of what could be evicted: the running layer and the next one need room too.
+        room[p] = std::min(room[p], cache_->available(p) / 2);
+        cache_->make_room(p, room[p] - std::min(room[p], cache_->n_free(p)), now_, on_evicted, this, true);
+    }
+    for (const expert_want * w : absent) {
+        const int p = slot_of(*w);
         if (room[p] == 0) {
             continue;
         }
         room[p]--;
-        cache_entry * e = cache_->insert(layer, w.expert, p, now_, on_evicted, this, true);
-        if (e == nullptr) {
-            continue;
+        cache_entry * e = cache_->insert(layer, w->expert, p, now_, on_evicted, this, true);
+        if (e != nullptr) {
+            e->protected_until = cache_->pass + passes_ahead;
+            begin_prefetch(*e);
+            started.push_back(e);
         }
-        e->protected_until = cache_->pass + passes_ahead;
-        begin_prefetch(*e);
-        started.push_back(e);
     }
     note_asked(false, layer);
     std::vector<io_request> requests;

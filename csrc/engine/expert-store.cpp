@@ -17,7 +17,8 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     pool_plan plan   = plan_pool(index, params, pool_bytes);
     stream_bytes_    = plan.stream_bytes;
     with_low_        = plan.with_low;
-    holds_all_high_  = plan.only_high();
+    all_high_        = plan.all_high();
+    high_serves_low_ = policy::high_serves_low((policy::precision_rule) params.precision_rule);
     plan.cache.bytes = plan.cache_bytes();
     std::byte * room = nullptr;
     if (make_reader) {
@@ -63,8 +64,9 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
         }
         now_.discount = discount_.data();
     }
-    now_.weights  = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
-    now_.low_cost = index.has_low ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    now_.weights         = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost        = with_low_ ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    now_.high_serves_low = high_serves_low_;
 
     const auto on_end = [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); };
     io_               = make_reader ? make_reader(params, on_end)
@@ -149,11 +151,8 @@ void expert_store::resume(cache_entry & entry) {
     io_->demand(requests);
 }
 
-// Where every expert has a slot in high precision there are no low slots: a low copy would have to be read again each time.
-bool expert_store::only_high(policy::precision_rule rule) const {
-    return cache_->shape().n_slots[0] == n_experts_ &&
-           (rule == policy::precision_rule::miss || rule == policy::precision_rule::demand);
-}
+// Every expert has a slot in high precision, which serves low needs too: a low copy would have to be read again each time.
+bool expert_store::high_serves_all() const { return high_serves_low_ && cache_->shape().n_slots[0] == n_experts_; }
 
 void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
     if (foresight_) {
@@ -199,7 +198,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         cache_entry * high = cache_->find(layer, w.expert, 0);
         cache_entry * low  = cache_->find(layer, w.expert, 1);
         w.action           = policy::resolve(rule, w.need, state_of(high), state_of(low));
-        w.action           = w.action == action::load_low && only_high(rule) ? action::load_high : w.action;
+        w.action           = w.action == action::load_low && high_serves_all() ? action::load_high : w.action;
         w.entry            = w.action == action::use_high ? high : w.action == action::use_low ? low : nullptr;
         use_record & use   = cache_->use(layer, w.expert);
         if (w.need != policy::need::never) {

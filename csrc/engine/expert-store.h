@@ -137,7 +137,7 @@ class expert_store {
     void        on_read_end(const io_request & request, io_outcome outcome, std::exception_ptr why);
     io_request  read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const;
     void        request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out);
-    bool        only_high(policy::precision_rule rule) const;
+    bool        high_serves_all() const;
     static bool missing(const cache_entry & entry, uint32_t part);
     static bool given_up(const cache_entry & entry);
     void        begin_prefetch(cache_entry & entry);
@@ -150,7 +150,7 @@ class expert_store {
     void        move_border();
     bool        shrink_to_limit();
     bool        fill_with_high();
-    void        restore_low_slots();
+    void        restore_low_slots() noexcept;
     bool        take_slot(int precision);
     void        give_back_pages(bool whole_only = false);
     bool        add_slot(int precision);
@@ -193,15 +193,16 @@ class expert_store {
     uint64_t                      n_warmed_     = 0;
     uint64_t                      bytes_warmed_ = 0;
     eviction_context              now_;
-    uint64_t                      n_tokens_       = 0;
-    uint32_t                      n_experts_      = 0;
-    bool                          with_low_       = false;  // pool_plan::with_low
-    bool                          holds_all_high_ = false;  // as far as the limit goes; then low slots are of no use
-    bool                          border_moves_   = false;  // with what high and low copies are worth
-    int                           border_to_      = -1;     // whom the last look gave slots to; -1: nobody
-    uint32_t                      border_run_     = 0;      // looks in a row that said so
-    uint32_t                      border_seen_    = 0;      // token of the last look
-    bool                          resizing_       = false;  // between two looks of resize() under the lock
+    uint64_t                      n_tokens_        = 0;
+    uint32_t                      n_experts_       = 0;
+    bool                          with_low_        = false;  // pool_plan::with_low
+    bool                          all_high_        = false;  // pool_plan::all_high, as far as the limit goes
+    bool                          high_serves_low_ = false;  // policy::high_serves_low
+    bool                          border_moves_    = false;  // with what high and low copies are worth
+    int                           border_to_       = -1;     // whom the last look gave slots to; -1: nobody
+    uint32_t                      border_run_      = 0;      // looks in a row that said so
+    uint32_t                      border_seen_     = 0;      // token of the last look
+    bool                          resizing_        = false;  // between two looks of resize() under the lock
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

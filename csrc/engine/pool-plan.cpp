@@ -2,6 +2,8 @@
 
 #include "../base/error.h"
 
+#include "../policy/precision.h"
+
 #include <algorithm>
 
 namespace hobbit {
@@ -24,8 +26,8 @@ uint64_t pool_min(const expert_index & index) {
 }
 
 uint64_t pool_max(const expert_index & index, const hobbit_params & params) {
-    // With every expert resident in high precision no low copy is ever asked for, except by the weight rule.
-    const bool low = index.has_low && params.precision_rule == HOBBIT_PRECISION_WEIGHT;
+    const auto rule = (policy::precision_rule) params.precision_rule;
+    const bool low  = index.has_low && policy::uses_low(rule) && !policy::high_serves_low(rule);
     return all_experts(index) * (index.max_slot[0] + (low ? index.max_slot[1] : 0)) +
            streaming_slots(index) * index.max_segment;
 }
@@ -51,17 +53,16 @@ pool_plan plan_pool(const expert_index & index, const hobbit_params & params, ui
     const uint64_t k         = index.n_expert_used;
     uint64_t       high      = std::min(n_experts, bytes / index.max_slot[0]);
     uint64_t       low       = 0;
-    // Rules that serve low needs from high copies need no low slots where every expert has a high one.
-    const bool high_serves_low =
-        params.precision_rule == HOBBIT_PRECISION_MISS || params.precision_rule == HOBBIT_PRECISION_DEMAND;
-    const bool low_rule = high_serves_low || params.precision_rule == HOBBIT_PRECISION_WEIGHT;
-    const bool with_low = index.has_low && low_rule && params.low_share > 0.0f;
-    if (with_low && !(high == n_experts && high_serves_low)) {
+    const auto     rule      = (policy::precision_rule) params.precision_rule;
+    const bool     with_low  = index.has_low && policy::uses_low(rule) && params.low_share > 0.0f;
+    if (with_low && !(high == n_experts && policy::high_serves_low(rule))) {
         // The share that was asked for, but enough for a layer's k low copies, which would be streamed otherwise; and always
         // room for a layer's k experts in high precision.
         low  = std::max<uint64_t>((uint64_t) ((double) bytes * params.low_share) / index.max_slot[1], k);
         low  = std::min({ low, n_experts, (bytes - k * index.max_slot[0]) / index.max_slot[1] });
         high = std::min(n_experts, (bytes - low * index.max_slot[1]) / index.max_slot[0]);
+        // What is left where every expert has a high slot.
+        low = high == n_experts ? std::min(n_experts, (bytes - high * index.max_slot[0]) / index.max_slot[1]) : low;
     }
     plan.cache.n_slots[0] = (uint32_t) high;
     plan.cache.n_slots[1] = (uint32_t) low;

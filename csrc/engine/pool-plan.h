@@ -12,14 +12,14 @@ struct pool_plan {
     uint64_t    stream_bytes = 0;
     cache_shape cache;
     bool        holds_all_high = false;  // every expert has a high-precision slot
-    bool        with_low       = false;  // low copies are of use as long as not every expert has a high-precision slot
+    bool        with_low       = false;  // there are low copies and a rule that uses them
 
     uint64_t cache_bytes() const { return cache.n_slots[0] * cache.slot_bytes[0] + cache.n_slots[1] * cache.slot_bytes[1]; }
 
     uint64_t bytes() const { return stream_bytes + cache_bytes(); }
 
-    // Every need is served in high precision: nothing is ever evicted.
-    bool only_high() const { return holds_all_high && cache.n_slots[1] == 0; }
+    // All slots are for high precision, one for each expert: nothing is ever evicted.
+    bool all_high() const { return holds_all_high && cache.n_slots[1] == 0; }
 };
 
 // Smallest pool: one token's layer in high precision, and the streaming slots.

@@ -34,8 +34,8 @@ void expert_store::warm(const hobbit_heat * heat) {
     }
     std::lock_guard<std::mutex> lock(mutex_);
     to_warm_.clear();
-    for (uint32_t layer = 0; layer < index_.layers().size(); ++layer) {
-        for (uint32_t e = 0; e < index_.layers()[layer].n_expert; ++e) {
+    for (auto layer = (uint32_t) index_.layers().size(); layer-- > 0;) {
+        for (uint32_t e = index_.layers()[layer].n_expert; e-- > 0;) {
             const hobbit_heat & h   = heat[(size_t) layer * index_.n_expert + e];
             use_record &        use = cache_->use(layer, e);
             use.rate = use.recent = h.rate;

@@ -16,6 +16,14 @@ constexpr int N_NEED = 4;
 
 enum class precision_rule { exact = 0, miss = 1, weight = 2, drop = 3, demand = 4 };
 
+// Whether some needs are served in low precision; and whether a high copy that is there serves these too, so that with one of every expert
+// no low copy is ever asked for.
+constexpr bool uses_low(precision_rule r) {
+    return r == precision_rule::miss || r == precision_rule::weight || r == precision_rule::demand;
+}
+
+constexpr bool high_serves_low(precision_rule r) { return r == precision_rule::miss || r == precision_rule::demand; }
+
 // State of one copy of an expert in the cache.
 enum class copy_state : uint8_t { absent, in_flight, resident };
 

@@ -89,7 +89,7 @@ EXPORT void t_cache_do(void * c, int what, uint32_t layer, uint32_t expert, int 
         case 4:
             return core(c).touch(e);
         case 5:
-            return core(c).drop(e);
+            return core(c).abandon(e);
         default:
             e->protected_until = value;
     }

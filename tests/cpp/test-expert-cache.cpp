@@ -91,7 +91,7 @@ TEST("a read that was given up, and a dropped expert, leave the slot free") {
     s.cache.abandon(s.insert(3));
     CHECK(!s.has(3));
     CHECK_EQ(s.cache.available(HIGH), 1u);
-    s.cache.drop(s.load(5));
+    s.cache.abandon(s.load(5));
     CHECK(!s.has(5));
     CHECK(s.load(4) != nullptr && s.evicted.empty());
 }
@@ -171,6 +171,59 @@ TEST("a protected expert goes only when nothing else can") {
     CHECK(!s.has(1) && s.has(3));
 }
 
+TEST("what was predicted does not go for what is only predicted as well") {
+    cache_story s(2);
+    s.load(1)->protected_until = s.cache.pass;
+    s.load(2)->protected_until = s.cache.pass;
+    CHECK(s.cache.insert(0, 3, HIGH, s.now, nullptr, nullptr, true) == nullptr);
+    s.cache.make_room(HIGH, 1, s.now, nullptr, nullptr, true);
+    CHECK(s.has(1) && s.has(2));
+    s.cache.pass++;
+    CHECK(s.cache.insert(0, 3, HIGH, s.now, nullptr, nullptr, true) != nullptr);
+}
+
+TEST("of two copies the low one is worth what no high one serves") {
+    const eviction_rule rule { by_uses, slot_split::none, nullptr, true };
+    cache_shape         shape;
+    shape.n_layer    = 1;
+    shape.n_expert   = 4;
+    shape.n_slots[0] = shape.n_slots[1] = 2;
+    shape.slot_bytes[0] = shape.slot_bytes[1] = 64;
+    for (const bool serves : { true, false }) {
+        std::vector<std::byte> pool(4 * 64);
+        expert_cache           cache(shape, pool.data(), rule);
+        eviction_context       now;
+        now.high_serves_low = serves;
+        for (const uint16_t e : { 0, 1 }) {  // 0 is used more, and mostly low
+            cache.use(0, e).uses       = e == 0 ? 10 : 1;
+            cache.use(0, e).high_share = 0.2f;
+            cache.fulfil(cache.insert(0, e, LOW, now));
+        }
+        cache.fulfil(cache.insert(0, 0, HIGH, now));
+        cache.fulfil(cache.insert(0, 2, LOW, now));
+        CHECK_EQ(cache.find(0, 0, LOW) == nullptr, serves);
+        CHECK_EQ(cache.find(0, 1, LOW) == nullptr, !serves);
+    }
+}
+
+TEST("layers of different sizes: no slots for experts that there are not") {
+    cache_shape shape;
+    shape.n_layer       = 2;
+    shape.n_expert      = 8;
+    shape.layer_experts = { 8, 2 };
+    shape.n_slots[0]    = 9;
+    shape.slot_bytes[0] = 64;
+    shape.bytes         = 16 * 64;
+    std::vector<std::byte> pool(shape.bytes);
+    expert_cache           cache(shape, pool.data(), { by_uses });
+    CHECK(cache.add_slot(HIGH));
+    CHECK(!cache.add_slot(HIGH));
+    for (uint16_t i = 0; i < 10; ++i) {
+        CHECK(cache.insert(i / 8, i % 8, HIGH, {}) != nullptr);
+    }
+    CHECK(!cache.full(HIGH));
+}
+
 TEST("protection ends when its layer has passed") {
     cache_story s(2);
     s.load(1)->protected_until = s.cache.pass;
@@ -242,7 +295,7 @@ TEST("with slots of its own for each layer, a layer evicts its own experts only"
     CHECK(cache.find(1, 1, HIGH) == nullptr && cache.resident(HIGH) == 4);
     cache.pin(cache.find(1, 2, HIGH)), cache.pin(cache.find(1, 3, HIGH));
     CHECK(load(1, 4) == nullptr);
-    cache.drop(cache.find(0, 2, HIGH));
+    cache.abandon(cache.find(0, 2, HIGH));
     CHECK(load(1, 4) == nullptr && load(0, 5) != nullptr);            // what became free is layer 0's
     CHECK(load(1, 1, LOW) != nullptr && load(0, 1, LOW) != nullptr);  // low copies compete everywhere
     CHECK(cache.find(1, 1, LOW) == nullptr);
@@ -425,7 +478,7 @@ class random_run {
     }
 
     void take_out(const copy_key & key) {
-        model_[key].resident ? cache_.drop(entry(key)) : cache_.abandon(entry(key));
+        cache_.abandon(entry(key));
         model_.erase(key);
     }
 

@@ -372,6 +372,49 @@ TEST("a predicted expert that is there is protected until its layer has passed")
     CHECK(loaded(s.pass(0, { want(1) })[0]));
 }
 
+TEST("what is predicted and there does not make room for what is predicted and missing") {
+    for (const wants & predicted : { wants { want(5), want(0) }, wants { want(0), want(5) } }) {
+        tiny_store s(slots(2));
+        s.pass(0, { want(0) });
+        s.pass(1, { want(1) });  // used later, but not predicted
+        CHECK_EQ(s.store().prefetch(0, 1, predicted), 1u);
+        CHECK(hit(s.pass(0, { want(0), want(5) })[0]));
+        CHECK(s.total().loads_high == 2 && s.total().prefetches == 1);
+    }
+}
+
+TEST("a guess more does not evict what is predicted") {
+    tiny_store s(slots(2));
+    s.pass(0, { want(0), want(1) });
+    CHECK_EQ(s.store().prefetch(0, 1, { want(0), want(1), want(2) }), 1u);
+    const wants got = s.pass(0, { want(0), want(1) });
+    CHECK(hit(got[0]) && hit(got[1]) && s.total().prefetches == 0);
+}
+
+TEST("by weight the pool that holds everything reads everything once") {
+    store_setup setup           = slots(24, 24);
+    setup.params.precision_rule = HOBBIT_PRECISION_WEIGHT;
+    setup.params.eviction_rule  = HOBBIT_EVICT_FORESIGHT;
+    setup.moving_border         = true;
+    tiny_store s(setup);
+    const auto all_of_it = [&] {
+        for (uint32_t i = 0; i < 40; ++i) {
+            for (uint32_t layer = 0; layer < 3; ++layer) {
+                s.pass(layer, { want((uint16_t) (i % 8), i % 3 == 0 ? need::low : need::high) }, precision_rule::weight);
+            }
+        }
+    };
+    all_of_it();
+    const hobbit_counts c = s.total();
+    CHECK(c.loads_low == 3 * 8 && c.loads_high == 3 * 8);
+    const uint64_t full = s.stats().pool_bytes;
+    CHECK_EQ(full, hobbit::align_up(pool_max(s.index(), setup.params), hobbit::PAGE));
+    s.store().resize(full / 2);
+    s.store().resize(full);
+    s.pass(0, { want(0) }, precision_rule::weight);
+    CHECK(s.stats().slots_high == 24 && s.stats().slots_low == 24);
+}
+
 TEST("a new sequence keeps the contents, a reset of the statistics too") {
     tiny_store s;
     s.pass(0, { want(0) });

@@ -66,6 +66,17 @@ TEST("nothing is evicted for it, and what is there is not read again") {
     CHECK(hit(s.pass(1, { want(7) })[0]));
 }
 
+TEST("of equally hot experts those of the first layers come first") {
+    tiny_store                     s(warm_slots(10));
+    const std::vector<hobbit_heat> heat(3 * s.index().n_expert, { 0.0f, 1.0f });
+    s.store().warm(heat.data());
+    s.wait_until([&] { return s.stats().warmed == 10; });
+    for (uint16_t e = 0; e < 8; ++e) {
+        CHECK(hit(s.pass(0, { want(e) })[0]));
+    }
+    CHECK(hit(s.pass(1, { want(0) })[0]) && hit(s.pass(1, { want(1) })[0]));
+}
+
 TEST("what is next hottest goes into the low slots") {
     tiny_store s(warm_slots(4, 8));
     s.store().warm(some_heat(s).data());
