@@ -254,7 +254,7 @@ typedef struct hobbit_counts {
     uint64_t bytes_demand;
     uint64_t bytes_prefetch;
     uint64_t bytes_wasted;   /* of bytes_prefetch */
-    double   stall_seconds;  /* compute threads had nothing to do but wait for a read */
+    double   stall_seconds;  /* the first compute thread had nothing to do but wait for a read */
     double   expert_seconds; /* in the expert products, stalls taken off */
 } hobbit_counts;
 

@@ -32,6 +32,13 @@ std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 std::string human_bytes(unsigned long long bytes);
 
 [[noreturn]] void fail(hobbit_status status, const std::string & message);
+// Of what a caller gives.
+inline void require(bool ok, const std::string & message) {
+    if (!ok) {
+        fail(HOBBIT_ERR_INVALID_ARGUMENT, message);
+    }
+}
+
 // Appends strerror(os_errno).
 [[noreturn]] void fail_os(hobbit_status status, int os_errno, const std::string & message);
 

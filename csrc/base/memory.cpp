@@ -64,7 +64,17 @@ region::region(size_t bytes, bool fault_in) : data_(map(align_up(bytes, PAGE), 0
 region region::reserve(size_t bytes) {
     region r;
     r.size_ = align_up(bytes, PAGE);
-    r.data_ = map(r.size_, MAP_NORESERVE);
+    if (r.size_ < LARGE_PAGE) {
+        r.data_ = map(r.size_, MAP_NORESERVE);
+        return r;
+    }
+    std::byte * const all = map(r.size_ + LARGE_PAGE, MAP_NORESERVE);
+    r.data_               = (std::byte *) align_up((size_t) all, LARGE_PAGE);
+    const auto before     = (size_t) (r.data_ - all);
+    if (before > 0) {
+        munmap(all, before);
+    }
+    munmap(r.data_ + r.size_, LARGE_PAGE - before);
     return r;
 }
 
@@ -76,7 +86,7 @@ void region::populate(size_t offset, size_t bytes) {
     }
     const int err = errno;
     if (err != EINVAL && err != ENOSYS) {  // these two: a kernel before 5.14
-        fail_os(HOBBIT_ERR_NO_MEMORY, err, "cannot get " + human_bytes(bytes) + " for the expert pool");
+        fail_os(HOBBIT_ERR_NO_MEMORY, err, "cannot get " + human_bytes(bytes) + " of memory");
     }
     touch_pages(data_ + begin, end - begin);
 }

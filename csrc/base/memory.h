@@ -19,7 +19,7 @@ class region {
     // Maps `bytes` (rounded up to pages). With `fault_in` every page is made present now: first touch by a direct read is slow,
     // and a budget that cannot be met must fail here and not in the middle of a token. Throws HOBBIT_ERR_NO_MEMORY.
     region(size_t bytes, bool fault_in);
-    // Maps `bytes` that are not counted as used before populate(): room to grow into.
+    // Maps `bytes` that are not counted as used before populate(): room to grow into. Begins with a large page, if it has one.
     static region reserve(size_t bytes);
     // Makes the pages of [offset, offset + bytes) present. Throws HOBBIT_ERR_NO_MEMORY.
     void populate(size_t offset, size_t bytes);

@@ -10,6 +10,7 @@
 #include "../policy/mode.h"
 #include "common.h"
 
+using hobbit::copy_in;
 using hobbit::copy_out;
 using hobbit::guarded;
 using hobbit::params_of;
@@ -55,9 +56,7 @@ bool abort_on_failure(void * data) { return ((hobbit_session *) data)->core->fai
 }  // namespace
 
 hobbit_params hobbit::params_of(const hobbit_params * params) {
-    hobbit_params p = defaults(*hobbit::policy::find_mode("hobbit"));
-    memcpy(&p, params, std::min<size_t>(params->struct_size, sizeof(p)));
-    return p;
+    return copy_in(params, defaults(*hobbit::policy::find_mode("hobbit")));
 }
 
 const char * hobbit_version(void) { return HOBBIT_VERSION; }
@@ -101,7 +100,7 @@ hobbit_session * hobbit_session_init(const char * path, const char * low_path, c
                              hobbit_loaded_patches() + "', this library needs '" + hobbit_patches() +
                              "'): import hobbit_cpp before llama_cpp, and install one version of hobbit-cpp only");
         }
-        require(path != nullptr && params != nullptr, "path and params are needed");
+        require(path != nullptr, "path is needed");
         const hobbit_params p = params_of(params);
         hobbit::register_expert_buffers();
         auto core = std::make_shared<session>(path, low_path == nullptr ? "" : low_path, p);
@@ -136,7 +135,7 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         i.bytes_expert_high     = index.max_expert[0];
         i.bytes_expert_low      = index.max_expert[1];
         for (const auto & layer : index.layers()) {
-            i.bytes_cycle += index.n_expert_used * layer.expert_bytes(hobbit::precision::high);
+            i.bytes_cycle += layer.n_used * layer.expert_bytes(hobbit::precision::high);
         }
         i.slot_high                          = index.max_slot[0];
         i.slot_low                           = index.max_slot[1];
@@ -182,7 +181,9 @@ hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * b
 }
 
 uint64_t hobbit_context_resident_bytes(const void * context) {
-    return hobbit::resident_bytes((const llama_context *) context);
+    uint64_t n = 0;
+    guarded(nullptr, [&] { n = hobbit::resident_bytes((const llama_context *) context); });
+    return n;
 }
 
 hobbit_status hobbit_session_start(hobbit_session * s, uint64_t pool_bytes, hobbit_error * error) {
@@ -338,8 +339,8 @@ hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, ui
 hobbit_status hobbit_session_set_routing(hobbit_session * s, const hobbit_routing * routing, hobbit_error * error) {
     return guarded(error, [&] {
         require(s != nullptr, "no session");
-        require(routing == nullptr || routing->struct_size >= sizeof(*routing), "struct_size is not set");
-        s->core->set_routing(routing);
+        const hobbit_routing given = routing == nullptr ? hobbit_routing {} : copy_in(routing);
+        s->core->set_routing(routing == nullptr ? nullptr : &given);
     });
 }
 

@@ -16,10 +16,12 @@ struct hobbit_session {
 
 namespace hobbit {
 
-inline void require(bool ok, const char * message) {
-    if (!ok) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT, message);
-    }
+// The caller's struct that begins with struct_size; what its version of it does not have yet is as in `defaults`.
+template <typename T>
+T copy_in(const T * from, T defaults = {}) {
+    require(from != nullptr && from->struct_size >= sizeof(uint32_t), "a struct is missing, or its struct_size is not set");
+    memcpy(&defaults, from, std::min<size_t>(from->struct_size, sizeof(T)));
+    return defaults;
 }
 
 // Copies a struct that begins with struct_size to a caller whose version of it may be shorter.
@@ -31,7 +33,6 @@ void copy_out(T * to, T from) {
     memcpy(to, &from, std::min<size_t>(size, sizeof(T)));
 }
 
-// The caller's parameters; what its version of the struct does not have yet is the default.
 hobbit_params params_of(const hobbit_params * params);
 
 }  // namespace hobbit

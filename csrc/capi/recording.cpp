@@ -6,21 +6,27 @@ using hobbit::guarded;
 using hobbit::require;
 
 void hobbit_session_timeline(hobbit_session * s, bool on) {
-    if (s != nullptr) {
-        s->core->times().enable(on);
-    }
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            s->core->times().enable(on);
+        }
+    });
 }
 
 void hobbit_session_decode_begin(hobbit_session * s) {
-    if (s != nullptr) {
-        s->core->decode_begin();
-    }
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            s->core->decode_begin();
+        }
+    });
 }
 
 void hobbit_session_decode_end(hobbit_session * s) {
-    if (s != nullptr) {
-        s->core->decode_end();
-    }
+    guarded(nullptr, [&] {
+        if (s != nullptr) {
+            s->core->decode_end();
+        }
+    });
 }
 
 uint64_t hobbit_session_timeline_read(hobbit_session * s, bool slowest, uint64_t max_events, hobbit_event * events) {

@@ -3,6 +3,7 @@
 
 #include "common.h"
 
+using hobbit::copy_in;
 using hobbit::copy_out;
 using hobbit::guarded;
 using hobbit::params_of;
@@ -17,17 +18,17 @@ hobbit_replay * hobbit_replay_init(const hobbit_replay_model * model, const hobb
                                    uint64_t n_lens, hobbit_error * error) {
     hobbit_replay * out = nullptr;
     guarded(error, [&] {
-        require(model != nullptr && model->struct_size >= sizeof(*model), "no model, or struct_size is not set");
-        require(routing != nullptr && routing->struct_size >= sizeof(*routing), "no routing, or struct_size is not set");
+        const hobbit_replay_model of    = copy_in(model);
+        const hobbit_routing      given = copy_in(routing);
         require(lens != nullptr && n_lens > 0, "the lengths of the sequences are missing");
         auto r = std::make_unique<hobbit_replay>();
-        if (model->path != nullptr) {
-            r->index = std::make_unique<hobbit::expert_index>(model->path, "", true);
+        if (of.path != nullptr) {
+            r->index = std::make_unique<hobbit::expert_index>(of.path, "", true);
         } else {
-            r->index = std::make_unique<hobbit::expert_index>(routing->n_layer, model->n_expert, routing->k,
-                                                              model->bytes_high, model->bytes_low);
+            r->index =
+                std::make_unique<hobbit::expert_index>(given.n_layer, of.n_expert, given.k, of.bytes_high, of.bytes_low);
         }
-        r->core = std::make_unique<hobbit::replay>(*r->index, *routing, std::vector<uint32_t>(lens, lens + n_lens));
+        r->core = std::make_unique<hobbit::replay>(*r->index, given, std::vector<uint32_t>(lens, lens + n_lens));
         out     = r.release();
     });
     return out;
@@ -44,21 +45,21 @@ void hobbit_replay_sizes(const hobbit_replay * r, uint64_t * bytes) {
 hobbit_status hobbit_replay_run(hobbit_replay * r, const hobbit_params * params, const hobbit_replay_setup * setup,
                                 hobbit_replay_result * result, hobbit_error * error) {
     return guarded(error, [&] {
-        require(r != nullptr && params != nullptr && setup != nullptr && setup->struct_size >= sizeof(*setup),
-                "replay, params and setup are needed");
-        require(setup->latency >= 0.0 && setup->token_seconds >= 0.0 && setup->bandwidth >= 0.0,
+        require(r != nullptr, "no replay");
+        const hobbit_replay_setup given = copy_in(setup);
+        require(given.latency >= 0.0 && given.token_seconds >= 0.0 && given.bandwidth >= 0.0,
                 "times and the bandwidth must not be negative");
-        require(setup->expert_share >= 0.0 && setup->expert_share <= 1.0, "expert_share must be 0 to 1");
+        require(given.expert_share >= 0.0 && given.expert_share <= 1.0, "expert_share must be 0 to 1");
         hobbit::replay_setup s;
         s.params = params_of(params);
         hobbit::check_params(s.params);
-        s.pool_bytes     = hobbit::replay_pool(*r->index, s.params, setup->cache_share, setup->pool_bytes);
-        s.by_selection   = setup->by_selection != 0;
-        s.keep_uses      = setup->keep_uses != 0;
-        s.disk.latency   = setup->latency;
-        s.disk.bandwidth = setup->bandwidth > 0.0 ? setup->bandwidth : s.disk.bandwidth;
-        s.layer_seconds  = setup->token_seconds / (double) r->index->layers().size();
-        s.expert_share   = setup->expert_share;
+        s.pool_bytes     = hobbit::replay_pool(*r->index, s.params, given.cache_share, given.pool_bytes);
+        s.by_selection   = given.by_selection != 0;
+        s.keep_uses      = given.keep_uses != 0;
+        s.disk.latency   = given.latency;
+        s.disk.bandwidth = given.bandwidth > 0.0 ? given.bandwidth : s.disk.bandwidth;
+        s.layer_seconds  = given.token_seconds / (double) r->index->layers().size();
+        s.expert_share   = given.expert_share;
 
         const hobbit::replay_result got = r->core->run(s);
         hobbit_replay_result        out = {};
@@ -74,11 +75,11 @@ hobbit_status hobbit_replay_run(hobbit_replay * r, const hobbit_params * params,
 hobbit_status hobbit_replay_bound(hobbit_replay * r, const hobbit_params * params, const hobbit_replay_setup * setup,
                                   hobbit_replay_result * result, hobbit_error * error) {
     return guarded(error, [&] {
-        require(r != nullptr && params != nullptr && setup != nullptr && setup->struct_size >= sizeof(*setup),
-                "replay, params and setup are needed");
-        const hobbit_params p = params_of(params);
+        require(r != nullptr, "no replay");
+        const hobbit_replay_setup given = copy_in(setup);
+        const hobbit_params       p     = params_of(params);
         hobbit::check_params(p);
-        const auto got = r->core->bound(p, hobbit::replay_pool(*r->index, p, setup->cache_share, setup->pool_bytes));
+        const auto got = r->core->bound(p, hobbit::replay_pool(*r->index, p, given.cache_share, given.pool_bytes));
 
         hobbit_replay_result out     = {};
         out.stats.struct_size        = sizeof(out.stats);

@@ -46,7 +46,7 @@ void dispatcher::make_prefetcher() {
         return;
     }
     try {
-        prefetcher_ = std::make_unique<prefetcher>(store_, index_, params_, *routers, threads_);
+        prefetcher_ = std::make_unique<prefetcher>(store_, index_, params_, *routers, threads_, routing_ == nullptr);
     } catch (const std::system_error & e) {
         fail_os(HOBBIT_ERR_NO_MEMORY, e.code().value(), "cannot start the prefetch thread");
     }
@@ -99,8 +99,8 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
         replace(layer, sel, ids);
     }
     // Thresholds that are not given follow the model's own distribution of scores, as long as the cache may have a say at
-    // all: the weight rule promises the same text for the same prompt.
-    const bool adaptive = !thresholds_given_ && how_.rule == policy::precision_rule::miss;
+    // all: the weight rule promises the same text for the same prompt. By cost T1 and T2 are of two scores (classify_by_cost).
+    const bool adaptive = !thresholds_given_ && !how_.sensitivity && how_.rule == policy::precision_rule::miss;
     if (adaptive && layer == 0) {
         how_.t = profile_.at_quantiles(how_.t);
     }

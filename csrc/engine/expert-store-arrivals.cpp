@@ -40,7 +40,8 @@ void expert_store::settle(cache_entry & entry) {
     if (entry.parts.load(std::memory_order_relaxed) == all) {
         cache_->fulfil(&entry);
     } else if (entry.pins == 0) {
-        cache_->abandon(&entry);  // cancelled, or a read failed
+        on_evicted(this, entry);  // cancelled, which is counted already, or a read failed
+        cache_->abandon(&entry);
     }
 }
 
@@ -52,8 +53,9 @@ void expert_store::on_read_end(const io_request & r, io_outcome outcome, std::ex
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            counts_[slot->layer].bytes_demand += r.bytes;
-            note_arrival(HOBBIT_EVENT_READ, slot->layer, slot->asked, r.bytes);
+            const uint64_t              bytes = outcome == io_outcome::done ? r.bytes : r.done;
+            counts_[slot->layer].bytes_demand += bytes;
+            note_arrival(HOBBIT_EVENT_READ, slot->layer, slot->asked, bytes);
             if (outcome == io_outcome::failed) {
                 error_ = error_ ? error_ : why;
                 failed_.store(true, std::memory_order_release);

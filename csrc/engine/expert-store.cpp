@@ -90,20 +90,13 @@ std::byte * expert_store::slice(const cache_entry & entry, uint32_t part) const 
     const moe_layer &  layer = index_.layers()[entry.layer];
     const projection & proj  = layer.projections[part];
     const extent       x     = proj.source[entry.precision].expert(entry.expert);
-    const uint64_t     begin = index_.source(x.file).aligned_begin(x.offset);
+    const uint64_t     begin = index_.source(x.file).around(x.offset, x.bytes).begin;
     return entry.data + proj.slot_offset[entry.precision] + (x.offset - begin);
 }
 
 io_request expert_store::read_of(uint32_t layer, uint32_t expert, precision p, uint32_t part, std::byte * room) const {
     const extent x = index_.layers()[layer].projections[part].source[(int) p].expert(expert);
-    const file & f = index_.source(x.file);
-    io_request   r;
-    r.src       = &f;
-    r.offset    = f.aligned_begin(x.offset);
-    r.bytes     = f.aligned_end(x.offset + x.bytes) - r.offset;
-    r.must_have = x.offset + x.bytes - r.offset;
-    r.dst       = room;
-    return r;
+    return request_of(index_.source(x.file), x, room);
 }
 
 void expert_store::request_part(cache_entry & entry, uint32_t part, std::vector<io_request> & out) {

@@ -40,10 +40,10 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         }
     }
 
+    const auto id = [&](size_t s) { return sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k]; };
     if (by_weight && how.by_popularity(sel.n_tokens)) {
         popularity_.assign(n_expert, 0);
         by_expert_.resize(n_expert);
-        const auto id = [&](size_t s) { return sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k]; };
         for (size_t s = 0; s < n_sel; ++s) {
             popularity_[(size_t) id(s)] += needs_[s] != need::never;
         }
@@ -62,16 +62,15 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
     const bool split = by_weight && how.rule == policy::precision_rule::weight;
     want_of_.assign((size_t) n_expert * policy::N_NEED, -1);
     const auto want_index = [&](size_t s) -> int32_t & {
-        const int32_t id   = sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
-        const need    kind = split || needs_[s] == need::never ? needs_[s] : need::high;
-        return want_of_[(size_t) id * policy::N_NEED + (size_t) kind];
+        const need kind = split || needs_[s] == need::never ? needs_[s] : need::high;
+        return want_of_[(size_t) id(s) * policy::N_NEED + (size_t) kind];
     };
     for (size_t s = 0; s < n_sel; ++s) {
         int32_t & at = want_index(s);
         if (at < 0) {
             at = (int32_t) wants_.size();
             expert_want w;
-            w.expert = (uint16_t) sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
+            w.expert = (uint16_t) id(s);
             w.need   = needs_[s];
             w.count  = 0;
             wants_.push_back(w);

@@ -23,7 +23,7 @@ static void for_each_corrected(const expert_index & index, const hobbit_params &
 }
 
 prefetcher::prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params,
-                       router_source & routers, bool threaded) :
+                       router_source & routers, bool threaded, bool learns) :
     store_(store), index_(index), params_(params), routers_(routers) {
     for (auto & per_layer : last_) {
         per_layer.resize(index.layers().size());
@@ -31,8 +31,8 @@ prefetcher::prefetcher(expert_store & store, const expert_index & index, const h
     for (auto & per_layer : corrections_) {
         per_layer.resize(index.layers().size());
     }
-    // Now, since where they are used nobody could say that there is no memory. Replayed routing has no logits to learn from.
-    if (threaded) {
+    // Now, since where they are used nobody could say that there is no memory.
+    if (learns) {
         for_each_corrected(index, params, [&](uint32_t d, uint32_t to, uint32_t n_from, uint32_t n_to) {
             corrections_[d - 1][to] = std::make_unique<gate_correction>(n_from, n_to);
             learns_                 = true;

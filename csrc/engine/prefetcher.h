@@ -51,9 +51,9 @@ class router_source {
 
 class prefetcher {
   public:
-    // Not `threaded`: post() predicts and queues before it returns.
+    // Not `threaded`: post() predicts and queues before it returns. `learns`: the routers have logits, from which corrections are learned.
     prefetcher(expert_store & store, const expert_index & index, const hobbit_params & params, router_source & routers,
-               bool threaded = true);
+               bool threaded = true, bool learns = true);
     ~prefetcher();
 
     // The pass of `layer` was built and has to read `n_loads` experts: whether its router input is worth predicting from. For every

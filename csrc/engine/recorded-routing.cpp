@@ -7,12 +7,6 @@
 
 namespace hobbit {
 
-static void require(bool ok, const std::string & what) {
-    if (!ok) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
-    }
-}
-
 static void check_distinct(const std::vector<uint16_t> & ids, uint32_t k) {
     for (size_t row = 0; row < ids.size(); row += k) {
         for (size_t i = row; i < row + k; ++i) {

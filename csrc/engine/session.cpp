@@ -13,11 +13,6 @@
 namespace hobbit {
 
 void check_params(const hobbit_params & p) {
-    const auto require = [](bool ok, const char * what) {
-        if (!ok) {
-            fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
-        }
-    };
     require(p.precision_rule >= HOBBIT_PRECISION_EXACT && p.precision_rule <= HOBBIT_PRECISION_DEMAND,
             "unknown precision rule");
     require(find_eviction_rule(p.eviction_rule) != nullptr, "unknown eviction rule");
@@ -26,7 +21,7 @@ void check_params(const hobbit_params & p) {
     require(p.prefetch_extra <= UINT16_MAX, "prefetch_extra is at most 65535");
     require(p.io_threads >= 1 && p.io_threads <= 256, "io_threads must be 1 to 256");
     require(p.io_block >= 4096, "io_block must be at least 4096");
-    require(p.drop_fraction >= 0.0f && p.drop_fraction <= 65536.0f, "drop_fraction must not be negative");
+    require(p.drop_fraction >= 0.0f && p.drop_fraction <= 65536.0f, "drop_fraction must be 0 to 65536");
     require(p.prefill_low >= 0.0f && p.prefill_low <= 1.0f, "prefill_low must be 0 to 1");
     require(p.low_share >= 0.0f && p.low_share <= 0.9f, "low_share must be 0 to 0.9");
     const float sum = p.w_lru + p.w_lfu + p.w_lhu + p.w_fld;

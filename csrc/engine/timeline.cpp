@@ -10,9 +10,12 @@ static double seconds(timeline::clock::time_point from, timeline::clock::time_po
 
 void timeline::enable(bool on) {
     std::lock_guard<std::mutex> lock(mutex_);
-    now_     = {};
-    last_    = {};
-    slowest_ = {};
+    for (token * t : { &now_, &last_, &slowest_ }) {
+        *t = {};
+        if (on) {
+            t->events.reserve(MAX_EVENTS + 1);  // now: the threads that add to it cannot say that there is no memory
+        }
+    }
     running_ = bracketed_ = false;
     on_.store(on, std::memory_order_relaxed);
 }

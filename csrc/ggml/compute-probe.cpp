@@ -67,11 +67,6 @@ std::vector<char> make_matrix(ggml_type type, int64_t n_in, int64_t n_out) {
 }  // namespace
 
 double probe_compute(int32_t type_number, int64_t n_in, int64_t n_out, uint32_t n_threads, double seconds) {
-    const auto require = [](bool ok, const char * what) {
-        if (!ok) {
-            fail(HOBBIT_ERR_INVALID_ARGUMENT, what);
-        }
-    };
     require(type_number >= 0 && type_number < GGML_TYPE_COUNT, "unknown type");
     const auto type = (ggml_type) type_number;
     require(ggml_blck_size(type) > 0 && ggml_get_type_traits_cpu(type)->vec_dot != nullptr,

@@ -48,6 +48,17 @@ bool parse_name(const std::string & name, uint32_t & block, std::string & what) 
 
 bool is_low_copy(const std::string & name) { return name.compare(0, strlen(LOW_PREFIX), LOW_PREFIX) == 0; }
 
+// Where there is a value per block; empty where it is one for all.
+std::vector<uint32_t> read_per_block(const gguf_context * g, const std::string & key) {
+    const int64_t id = gguf_find_key(g, key.c_str());
+    if (id < 0 || gguf_get_kv_type(g, id) != GGUF_TYPE_ARRAY ||
+        (gguf_get_arr_type(g, id) != GGUF_TYPE_UINT32 && gguf_get_arr_type(g, id) != GGUF_TYPE_INT32)) {
+        return {};
+    }
+    const auto * v = (const uint32_t *) gguf_get_arr_data(g, id);
+    return { v, v + gguf_get_arr_n(g, id) };
+}
+
 uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t otherwise) {
     const int64_t id = gguf_find_key(g, key.c_str());
     if (id < 0) {
@@ -63,13 +74,8 @@ uint32_t read_u32(const gguf_context * g, const std::string & key, uint32_t othe
         case GGUF_TYPE_UINT64:
             return (uint32_t) gguf_get_val_u64(g, id);
         case GGUF_TYPE_ARRAY: {  // a value per layer: the largest serves for sizes
-            const size_t    n    = gguf_get_arr_n(g, id);
-            const gguf_type type = gguf_get_arr_type(g, id);
-            if (type != GGUF_TYPE_UINT32 && type != GGUF_TYPE_INT32) {
-                return otherwise;
-            }
-            const auto * v = (const uint32_t *) gguf_get_arr_data(g, id);
-            return n == 0 ? otherwise : *std::max_element(v, v + n);
+            const std::vector<uint32_t> values = read_per_block(g, key);
+            return values.empty() ? otherwise : *std::max_element(values.begin(), values.end());
         }
         default:
             return otherwise;
@@ -116,6 +122,7 @@ void expert_index::read_model(const std::string & path, bool direct) {
             n_block       = read_u32(g, arch + ".block_count", 0);
             n_nextn       = read_u32(g, arch + ".nextn_predict_layers", 0);
             n_expert_used = read_u32(g, arch + ".expert_used_count", 0);
+            used_         = read_per_block(g, arch + ".expert_used_count");
             n_group       = read_u32(g, arch + ".expert_group_count", 0);
             n_group_used  = read_u32(g, arch + ".expert_group_used_count", 0);
             expected      = read_u32(g, "split.tensors.count", 0);

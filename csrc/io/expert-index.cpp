@@ -112,7 +112,8 @@ void expert_index::check_layers() {
         // The down projection is needed last: it is read last.
         std::stable_sort(layer.projections.begin(), layer.projections.end(),
                          [](const projection & a, const projection & b) { return a.is_down < b.is_down; });
-        n_expert = std::max(n_expert, layer.n_expert);
+        n_expert     = std::max(n_expert, layer.n_expert);
+        layer.n_used = layer.block < used_.size() && used_[layer.block] > 0 ? used_[layer.block] : n_expert_used;
         for (const auto & p : layer.projections) {
             if (p.source[0].type < 0) {
                 fail(HOBBIT_ERR_FORMAT, path_ + " has a low-precision copy of " + p.name + " but not the tensor itself");
@@ -138,7 +139,7 @@ void expert_index::lay_out_slots() {
                 const file & f = *files_[src.file];
                 for (uint32_t e = 0; e < layer.n_expert; ++e) {
                     const extent   x    = src.expert(e);
-                    const uint64_t span = f.aligned_end(x.offset + x.bytes) - f.aligned_begin(x.offset);
+                    const uint64_t span = f.around(x.offset, x.bytes).bytes;
                     proj.slot_bytes[p]  = std::max<uint64_t>(proj.slot_bytes[p], align_up(span, PAGE));
                 }
                 at += proj.slot_bytes[p];

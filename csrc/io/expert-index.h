@@ -52,6 +52,7 @@ bool is_chunked(const std::string & name);
 struct moe_layer {
     uint32_t                block    = 0;  // N of blk.N
     uint32_t                n_expert = 0;
+    uint32_t                n_used   = 0;  // of them by a token
     std::vector<projection> projections;
 
     bool     chunked() const;
@@ -98,7 +99,7 @@ class expert_index {
     bool is_nextn(uint32_t block) const { return block < n_block && block + n_nextn >= n_block; }
 
     uint32_t n_expert                 = 0;  // most of a layer
-    uint32_t n_expert_used            = 0;
+    uint32_t n_expert_used            = 0;  // most of a layer
     uint32_t n_group                  = 0;  // expert groups (DeepSeek), 0: none
     uint32_t n_group_used             = 0;
     bool     has_low                  = false;  // complete
@@ -128,6 +129,7 @@ class expert_index {
     std::string                        path_;
     std::vector<std::unique_ptr<file>> files_;
     std::vector<moe_layer>             layers_;
+    std::vector<uint32_t>              used_;  // moe_layer::n_used of each block; empty: all the same
     embedding_table                    embeddings_;
 };
 

@@ -86,13 +86,12 @@ void file::read(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_
 }
 
 const std::byte * file::read_any(uint64_t offset, uint64_t bytes, region & staging) const {
-    const uint64_t begin = aligned_begin(offset);
-    const uint64_t end   = aligned_end(offset + bytes);
-    if (staging.size() < end - begin) {
-        staging = region(end - begin, false);
+    const range r = around(offset, bytes);
+    if (staging.size() < r.bytes) {
+        staging = region(r.bytes, false);
     }
-    read(staging.data(), begin, end - begin, offset + bytes - begin);
-    return staging.data() + (offset - begin);
+    read(staging.data(), r.begin, r.bytes, r.must_have);
+    return staging.data() + (offset - r.begin);
 }
 
 void file::read_range(std::byte * dst, uint64_t offset, uint64_t bytes, uint64_t must_have) const {
@@ -158,7 +157,7 @@ bool file::is_same(uint64_t size, bool learn) const {
         if (at + n > size) {
             continue;  // cut off: whoever reads there is told
         }
-        read_range(staging.data(), at, aligned_end(n), n);
+        read_range(staging.data(), at, around(at, n).bytes, n);
         const uint64_t hash = hash_of(staging.data(), n);
         if (learn) {
             hashes_[i] = hash;

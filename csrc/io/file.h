@@ -37,10 +37,16 @@ class file {
     // Reads start and end at multiples of this; 1 when buffered.
     uint32_t alignment() const { return alignment_; }
 
-    // Offset and length of the aligned range around an extent; `size` below the file's end may be cut by the end of file.
-    uint64_t aligned_begin(uint64_t offset) const { return align_down(offset, alignment_); }
+    struct range {
+        uint64_t begin, bytes;  // aligned
+        uint64_t must_have;     // of these from the beginning: the rest may be cut by the end of file
+    };
 
-    uint64_t aligned_end(uint64_t end) const { return align_up(end, alignment_); }
+    // What is read to have [offset, offset + bytes).
+    range around(uint64_t offset, uint64_t bytes) const {
+        const uint64_t begin = align_down(offset, alignment_);
+        return { begin, align_up(offset + bytes, alignment_) - begin, offset + bytes - begin };
+    }
 
     // Reads [offset, offset + bytes), both multiples of alignment(), into `dst` (page-aligned). Bytes past the end of file are left
     // as they are, but `must_have` bytes have to exist. Throws HOBBIT_ERR_READ with file, offset and errno; a file that

@@ -62,7 +62,7 @@ std::string fingerprint(const expert_index & index) {
     std::sort(all.begin(), all.end(), [](const auto & a, const auto & b) { return a.first->name < b.first->name; });
 
     sha256 hash;
-    region staging(align_up(SAMPLE_BYTES + 2 * index.alignment(), PAGE), false);
+    region staging;
     for (const auto & [p, layer] : all) {
         const tensor_source & src = p->source[0];
         hash.add(p->name.size());
@@ -77,9 +77,7 @@ std::string fingerprint(const expert_index & index) {
         const uint64_t count = bytes <= N_SAMPLES * SAMPLE_BYTES ? (bytes + n - 1) / n : N_SAMPLES;
         for (uint64_t i = 0; i < count; ++i) {
             const uint64_t offset = src.offset + (count == 1 ? 0 : (bytes - n) * i / (count - 1));
-            const uint64_t begin  = f.aligned_begin(offset);
-            f.read(staging.data(), begin, f.aligned_end(offset + n) - begin, offset + n - begin);
-            hash.add(staging.data() + (offset - begin), n);
+            hash.add(f.read_any(offset, n, staging), n);
         }
     }
     return "sha256:" + hash.hex();

@@ -8,8 +8,6 @@
 
 namespace hobbit {
 
-static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
-
 io_pool::io_pool(uint32_t n_threads, uint64_t block_bytes, uint32_t max_prefetch, handler on_end) :
     block_(align_up(std::max<uint64_t>(block_bytes, PAGE), PAGE)), max_prefetch_(max_prefetch), on_end_(std::move(on_end)) {
     threads_.reserve(n_threads);
@@ -149,12 +147,14 @@ bool io_pool::read_prefetch(io_request & r, io_outcome & outcome) {
 
 bool io_pool::must_stand_back() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return !demand_.empty() || demand_pending() > DEMAND_TAIL || n_draining_ > 0;
+    return !prefetch_may_run();
 }
 
+bool io_pool::prefetch_may_run() const { return demand_.empty() && demand_pending() <= DEMAND_TAIL && n_draining_ == 0; }
+
 bool io_pool::has_work() const {
-    return !demand_.empty() || (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) &&
-                                demand_pending() <= DEMAND_TAIL && n_draining_ == 0);
+    return !demand_.empty() ||
+           (!prefetch_.empty() && n_prefetching_ < max_prefetch_.load(std::memory_order_relaxed) && prefetch_may_run());
 }
 
 void io_pool::run() {

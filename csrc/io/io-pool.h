@@ -62,6 +62,8 @@ class io_pool final : public reader {
     // For a thread that comes now. Whoever takes a request wakes another thread if there is more, and looks again when it is done:
     // so one is woken for what is new, and nobody in vain. Under the mutex.
     bool has_work() const;
+    // No demand request is queued, the last few of them are running, and nobody waits for the end of all reads.
+    bool prefetch_may_run() const;
     // For a running prefetch, between two blocks.
     bool must_stand_back();
     // Reads block by block; false: a demand request came in between, `request.done` says how far it got.
@@ -71,7 +73,7 @@ class io_pool final : public reader {
     std::atomic<uint32_t> max_prefetch_;
     const handler         on_end_;
 
-    std::mutex              mutex_;  // guards the seven below
+    std::mutex              mutex_;  // guards those below, but for n_demand_ and threads_
     std::condition_variable work_;
     std::condition_variable idle_;
     std::deque<queued>      demand_;

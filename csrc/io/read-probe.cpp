@@ -22,14 +22,8 @@ class slice_source {
         const auto & layer  = index_.layers()[draw((uint32_t) index_.layers().size())];
         const auto & source = layer.projections[draw((uint32_t) layer.projections.size())].source[p_];
         const extent e      = source.expert(draw(layer.n_expert));
-        const file & f      = index_.source(e.file);
-        io_request   r;
-        r.src       = &f;
-        r.offset    = f.aligned_begin(e.offset);
-        r.bytes     = f.aligned_end(e.offset + e.bytes) - r.offset;
-        r.must_have = e.offset + e.bytes - r.offset;
-        r.dst       = room;
-        r.part      = slot;
+        io_request   r      = request_of(index_.source(e.file), e, room);
+        r.part              = slot;
         return r;
     }
 
@@ -52,9 +46,10 @@ read_probe_result probe_reads(const expert_index & index, precision p, uint32_t 
         }
     }
     // In whole large pages, as the expert pool is: into small ones a disk of 3.3 GB/s gives 1.4.
-    const size_t       bytes = align_up(depth * index.max_segment, LARGE_PAGE);
-    const region       memory(bytes + LARGE_PAGE, true);
-    std::byte * const  rooms = (std::byte *) align_up((size_t) memory.data(), LARGE_PAGE);
+    const size_t      bytes  = align_up(depth * index.max_segment, LARGE_PAGE);
+    region            memory = region::reserve(bytes);
+    std::byte * const rooms  = memory.data();
+    memory.populate(0, bytes);
     read_probe_result  out;
     slice_source       source(index, p);
     std::mutex         mutex;  // guards out, source and failure

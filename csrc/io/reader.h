@@ -29,6 +29,20 @@ struct io_request {
     uint64_t                  done      = 0;        // bytes already there, of a request that stood back
 };
 
+// Reads what lies at `what` into the room at `dst`, with what has to be read around it.
+inline io_request request_of(const file & src, const extent & what, std::byte * dst) {
+    const file::range r = src.around(what.offset, what.bytes);
+    io_request        out;
+    out.src       = &src;
+    out.offset    = r.begin;
+    out.bytes     = r.bytes;
+    out.must_have = r.must_have;
+    out.dst       = dst;
+    return out;
+}
+
+inline bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
+
 enum class io_outcome { done, cancelled, failed };
 
 // Takes the requests of `owner` out of a queue, the others keep their order.

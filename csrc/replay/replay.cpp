@@ -27,7 +27,6 @@ class replay::runner {
     runner(const expert_index & index, const replay_setup & setup, recorded_routing & routing) :
         index_(index), setup_(setup), dispatcher_(index, setup.params, setup.pool_bytes, parts(setup)) {
         dispatcher_.set_routing(&routing);
-        sel_.ids        = ids_.data();
         sel_.ids_stride = sel_.weights_stride = sel_.k = index.n_expert_used;
         sel_.n_tokens                                  = 1;
         ids_.resize(sel_.k);

@@ -4,8 +4,6 @@
 
 namespace hobbit {
 
-static bool is_set(const std::atomic<bool> * flag) { return flag != nullptr && flag->load(std::memory_order_relaxed); }
-
 void sim_disk::demand(const std::vector<io_request> & requests) {
     demand_.insert(demand_.end(), requests.begin(), requests.end());
     n_demand_ += (uint32_t) requests.size();
@@ -20,9 +18,11 @@ void sim_disk::promote(const void * owner) { demand(take_requests_of(owner, pref
 std::vector<io_request> sim_disk::withdraw(const void * owner) { return take_requests_of(owner, prefetch_); }
 
 void sim_disk::drain() {
-    while (next_event() < std::numeric_limits<double>::infinity() && (n_demand_ > 0 || !running_.empty())) {
+    draining_ = true;
+    while (next_event() < std::numeric_limits<double>::infinity()) {
         advance(running_.top().end);
     }
+    draining_ = false;
 }
 
 // As io_pool::run() takes requests: demand first, prefetch when none is queued and the last few are running.
@@ -31,7 +31,7 @@ void sim_disk::start() {
         if (!demand_.empty()) {
             run(demand_.front(), true);
             demand_.pop_front();
-        } else if (!prefetch_.empty() && n_prefetching_ < max_prefetch_ && n_demand_ <= DEMAND_TAIL) {
+        } else if (!prefetch_.empty() && n_prefetching_ < max_prefetch_ && prefetch_may_run()) {
             n_prefetching_++;
             run(prefetch_.front(), false);
             prefetch_.pop_front();
@@ -94,7 +94,7 @@ void sim_disk::end_of(running r) {
     } else if (is_set(q.urgent)) {
         demand_.push_front(q);
         n_demand_++;
-    } else if (!demand_.empty() || n_demand_ > DEMAND_TAIL) {
+    } else if (!prefetch_may_run()) {
         prefetch_.push_front(q);
     } else {
         n_prefetching_++;

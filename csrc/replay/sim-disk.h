@@ -58,6 +58,9 @@ class sim_disk final : public reader {
         bool operator<(const running & o) const { return end != o.end ? end > o.end : order > o.order; }
     };
 
+    // As io_pool::prefetch_may_run().
+    bool prefetch_may_run() const { return demand_.empty() && n_demand_ <= DEMAND_TAIL && !draining_; }
+
     void start();
     void run(const io_request & request, bool is_demand);
     void end_of(running r);
@@ -71,6 +74,7 @@ class sim_disk final : public reader {
     uint64_t                     order_         = 0;
     uint32_t                     n_demand_      = 0;  // queued or running
     uint32_t                     n_prefetching_ = 0;
+    bool                         draining_      = false;
     std::deque<io_request>       demand_;
     std::deque<io_request>       prefetch_;
     std::priority_queue<running> running_;

@@ -474,6 +474,7 @@ TEST("a prefetch that fails is nobody's error: the expert is simply not there") 
     CHECK(!s.store().failed());
     s.restore_file();
     CHECK(loaded(s.pass(0, { want(2) })[0]));
+    CHECK(s.total().prefetches_wasted == 1 && s.total().bytes_wasted == s.total().bytes_prefetch);
     s.check_counts();
 }
 

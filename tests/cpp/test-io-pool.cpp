@@ -56,14 +56,9 @@ class reading {
         region & room = rooms_[part];
         room          = region(align_up(n, PAGE), true);
         std::fill_n((char *) room.data(), room.size(), UNTOUCHED);
-        io_request r;
-        r.src       = file_.get();
-        r.offset    = file_->aligned_begin(offset);
-        r.bytes     = file_->aligned_end(offset + n) - r.offset;
-        r.must_have = offset + n - r.offset;
-        r.dst       = room.data();
-        r.owner     = (void *) owner;
-        r.part      = part;
+        io_request r = request_of(*file_, { 0, offset, n }, room.data());
+        r.owner      = (void *) owner;
+        r.part       = part;
         return r;
     }
 
