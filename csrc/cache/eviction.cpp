@@ -43,7 +43,9 @@ float priority_foresight(const use_record & use, uint32_t layer, const eviction_
     const auto     ahead    = (uint32_t) layers_ahead(layer, now);
     const uint32_t distance = ahead == 0 ? now.n_layer : ahead;
     const float    seen     = use.seen[layer > now.layer ? 0 : 1];
-    return now.discount[distance] * (RECENT_TOTAL * use.recent + SEEN * seen + RATE_TOTAL * use.rate);
+    const float    expected = RECENT_TOTAL * use.recent + SEEN * seen + RATE_TOTAL * use.rate;
+    const float    by_age   = now.recency > 0.0f ? FORESIGHT_TOTAL / (float) (1 + now.clock - use.used_at) : 0.0f;
+    return now.discount[distance] * (expected + now.recency * (by_age - expected));
 }
 
 std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> & experts, uint32_t k, uint32_t n_slots) {

@@ -16,9 +16,11 @@ struct use_record {
     uint32_t low_uses   = 0;  // L_t
     // Across sequences: the share of its uses that needed high precision, lately.
     float high_share = 1.0f;
-    // Across sequences, kept by class foresight when that rule is in use: expected uses, by token.
-    float recent  = 0.0f;
-    float rate    = 0.0f;
+    // Across sequences, kept by class foresight when that rule is in use: the token of the last use, from 1 (0: never); expected uses, by
+    // token.
+    uint64_t used_at = 0;
+    float    recent  = 0.0f;
+    float    rate    = 0.0f;
     float seen[2] = { 0.0f, 0.0f };  // discounted by FORESIGHT_GAMMA a token: from the next token on, and from the one after
 };
 
@@ -27,14 +29,16 @@ struct eviction_weights {
 };
 
 struct eviction_context {
-    uint32_t         token           = 0;     // T: tokens so far in this sequence, with the batch that is running
-    uint32_t         layer           = 0;     // l_i: layer now running
-    uint32_t         n_layer         = 1;     // l_n
-    float            low_cost        = 0.5f;  // bytes_low / bytes_high
-    eviction_weights weights         = { 0.25f, 0.25f, 0.25f, 0.25f };
-    const float *    discount        = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
-    uint32_t         token_before    = 0;        // T without the batch that is running
-    bool             high_serves_low = true;     // policy::high_serves_low(): of two copies the low one is of no use then
+    uint32_t         token    = 0;     // T: tokens so far in this sequence, with the batch that is running
+    uint32_t         layer    = 0;     // l_i: layer now running
+    uint32_t         n_layer  = 1;     // l_n
+    float            low_cost = 0.5f;  // bytes_low / bytes_high
+    eviction_weights weights  = { 0.25f, 0.25f, 0.25f, 0.25f };
+    const float *    discount = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
+    float            recency  = 0.0f;  // of priority_foresight: how far it goes by the time since the last use alone, 0 to 1
+    uint64_t         clock    = 0;     // tokens of all sequences, as use_record::used_at
+    uint32_t         token_before    = 0;     // T without the batch that is running
+    bool             high_serves_low = true;  // policy::high_serves_low(): of two copies the low one is of no use then
 };
 
 // How the high-precision slots are shared among the layers. Low-precision copies compete with one another everywhere.
@@ -98,6 +102,7 @@ constexpr float FORESIGHT_TOTAL = 1.0f / (1.0f - FORESIGHT_GAMMA);  // worth of 
 // Ours: the expected uses to come, discounted by their distance in layers. With D the layers until the expert's next chance and h
 // counting the tokens from there,
 //   p = gamma^(D/l_n) sum_h gamma^h (a delta^h recent + b seen_h + (1 - a delta^h - b) rate)
+// and, as far as `recency` says, in place of the sum over h the chance of what was used n tokens ago, 1/n: the order of LRU.
 float priority_foresight(const use_record & use, uint32_t layer, const eviction_context & now);
 
 // ARC (Megiddo and Modha, FAST'03) in each layer: T1 (used once), T2 (used again), the ghosts B1 and B2 of what was evicted from

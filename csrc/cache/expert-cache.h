@@ -53,7 +53,7 @@ struct cache_shape {
     uint64_t bytes         = 0;  // of the pool; 0: what the slots take
     // For rules that split the slots: experts of a token, and of each layer.
     uint32_t              k = 0;
-    std::vector<uint32_t> layer_experts {};      // empty: n_expert each
+    std::vector<uint32_t> layer_experts {};   // empty: n_expert each
     bool                  simulated = false;  // there is no memory behind the pool: nothing is copied
 };
 

@@ -54,20 +54,20 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     cache_                     = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, rule);
     cache_->set_limit(plan.cache_bytes());
     // Only priorities that count the cost of an absence compare between the precisions.
-    border_moves_ = with_low_ && params.fixed_split == 0 && rule.by_cost && rule.split == slot_split::none;
-    now_.n_layer  = plan.cache.n_layer;
+    border_moves_        = with_low_ && params.fixed_split == 0 && rule.by_cost && rule.split == slot_split::none;
+    now_.n_layer         = plan.cache.n_layer;
+    now_.weights         = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
+    now_.low_cost        = with_low_ ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
+    now_.high_serves_low = high_serves_low_;
     if (params.eviction_rule == HOBBIT_EVICT_FORESIGHT) {
         foresight_ = std::make_unique<foresight>(*cache_, plan.cache.n_layer, plan.cache.n_expert,
-                                                 (float) index.n_expert_used / (float) plan.cache.n_expert);
+                                                 (float) index.n_expert_used / (float) plan.cache.n_expert, now_.low_cost,
+                                                 high_serves_low_);
         for (uint32_t d = 0; d <= plan.cache.n_layer; ++d) {
             discount_.push_back(std::pow(FORESIGHT_GAMMA, (float) d / (float) plan.cache.n_layer));
         }
         now_.discount = discount_.data();
     }
-    now_.weights         = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
-    now_.low_cost        = with_low_ ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    now_.high_serves_low = high_serves_low_;
-
     const auto on_end = [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); };
     io_               = make_reader ? make_reader(params, on_end)
                                     : std::make_unique<io_pool>(params.io_threads, params.io_block, params.prefetch_reads, on_end);
@@ -151,6 +151,8 @@ void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, u
     if (foresight_) {
         std::lock_guard<std::mutex> lock(mutex_);
         foresight_->observe(layer, ids, stride, k, n_tokens);
+        now_.clock   = foresight_->clock();
+        now_.recency = foresight_->recency();
     }
 }
 

@@ -129,6 +129,11 @@ TEST("foresight by hand") {
     CHECK(near(priority_foresight(use, 0, now), 0.471086f));
     // The running layer comes again after all the others: 0.65 * 0.650760
     CHECK(near(priority_foresight(use, 1, now), 0.422994f));
+    // Half by the last use, three tokens ago: 0.65 * (0.650760 + 2.857143 / 4) / 2
+    use.used_at = 7;
+    now.clock   = 10;
+    now.recency = 0.5f;
+    CHECK(near(priority_foresight(use, 1, now), 0.443640f));
 }
 
 TEST("every number of hobbit_eviction_rule has its rule, other numbers have none") {

@@ -102,4 +102,42 @@ TEST("a text longer than the history, in batches larger than it too") {
     CHECK(r.seen(1, 0) > r.seen(2, 0) && r.seen(2, 0) > r.seen(0, 0) && r.seen(0, 0) > r.seen(3, 0));
 }
 
+TEST("where LRU would have more, priorities go over to its order, and come back where it would not") {
+    // One layer of 8 experts, of which 4 have a slot. What is asked for goes in, and out goes what this test says.
+    std::vector<std::byte> pool(4);
+    cache_shape            shape { 1, N_EXPERT, { 4, 0 }, { 1, 1 } };
+    expert_cache           cache { shape, pool.data(), priority_foresight };
+    foresight              memory { cache, 1, N_EXPERT, 0.25f };
+    const auto             read = [&](int32_t expert, int32_t out) {
+        memory.observe(0, &expert, 1, 1, 1);
+        if (cache.find(0, (uint32_t) expert, 0) == nullptr) {
+            if (out >= 0) {
+                cache.abandon(cache.find(0, (uint32_t) out, 0));
+            }
+            cache.fulfil(cache.insert(0, (uint32_t) expert, 0, {}));
+        }
+        memory.refresh();
+    };
+    for (int32_t e = 0; e < 4; ++e) {
+        read(e, -1);
+    }
+    CHECK_EQ(memory.recency(), 0.0f);
+    // 4 and 5 by turns, each of which throws the other out, where LRU would throw out 0 and 1.
+    read(4, 3);
+    for (int i = 0; i < 10; ++i) {
+        read(i % 2 == 0 ? 5 : 4, i % 2 == 0 ? 4 : 5);
+    }
+    CHECK(memory.recency() > 0.9f);
+    CHECK_EQ(memory.clock(), 15u);
+    // One after the other, of which 0 to 2 stay: hits that LRU would not have.
+    for (int i = 0; i < 64; ++i) {
+        const int32_t last = cache.find(0, 4, 0) != nullptr   ? 4
+                             : cache.find(0, 5, 0) != nullptr ? 5
+                             : cache.find(0, 6, 0) != nullptr ? 6
+                                                              : 7;
+        read(i % 8, i % 8 >= 3 ? (cache.find(0, 3, 0) != nullptr ? 3 : last) : -1);
+    }
+    CHECK(memory.recency() < 0.1f);
+}
+
 TEST_MAIN()

@@ -25,7 +25,8 @@ COUNTS = ("selections", "hits_high", "hits_low", "loads_high", "loads_low", "ski
 
 
 def make_trace(kind: str, tokens: int = 240, layers: int = 4, experts: int = 12, k: int = 3, seed: int = 0) -> Trace:
-    """random: all alike; zipf: some are popular; drift: favourites that change; cycle: each expert in turn, LRU's worst case."""
+    """random: all alike; zipf: some are popular; drift: favourites that change; cycle: each expert in turn, LRU's
+    worst case; subjects: other favourites every 60 tokens, and nothing of before."""
     rng = np.random.default_rng(seed)
     noise = rng.gumbel(size=(tokens, layers, experts))
     if kind == "zipf":
@@ -33,6 +34,10 @@ def make_trace(kind: str, tokens: int = 240, layers: int = 4, experts: int = 12,
     elif kind == "drift":
         centre = np.cumsum(rng.normal(size=(tokens, layers, 1)) * 0.4, axis=0)
         noise += 4 * np.cos((np.arange(experts) - centre) * 2 * np.pi / experts)
+    elif kind == "subjects":
+        subject = np.arange(tokens)[:, None, None] // 60
+        favourites = rng.permuted(np.tile(np.arange(experts), (tokens // 60 + 1, layers, 1)), axis=-1)[subject[:, 0, 0]] < 2 * k
+        noise += np.where(favourites, 8.0, 0.0)
     elif kind == "cycle":
         noise = -((np.arange(experts) - np.arange(tokens)[:, None, None] * k) % experts) * np.ones((1, layers, 1))
     ids = np.argsort(-noise, axis=-1, kind="stable")[..., :k].astype(np.uint8)
@@ -152,6 +157,17 @@ def test_the_bound_for_two_sizes_is_the_optimum_of_bytes(kind: str) -> None:
         row = run(trace, "belady", slots, settings, bytes_high=5 * PAGE, bytes_low=2 * PAGE)
         assert row.bytes == PAGE * plain.page_belady(requests, 5 * slots)
         assert row.skips == skips > 0
+
+
+@pytest.mark.parametrize("settings", [EXACT, ReplaySettings()], ids=["exact", "two"])
+@pytest.mark.parametrize("change", ["subjects", "twice"])
+def test_where_the_past_tells_nothing_the_default_is_about_lru(change: str, settings: ReplaySettings) -> None:
+    trace = make_trace("subjects", 2400, 6, 32, 3) if change == "subjects" else make_trace("zipf", 1200, 6, 32, 3)
+    if change == "twice":  # each token
+        trace = Trace(trace.ids.repeat(2, 0), trace.weights.repeat(2, 0), trace.lens * 2, trace.n_experts)
+    for share in (0.125, 0.25, 0.5):
+        lru, default = (Replay(trace).run(policy, share, settings).miss_penalty for policy in ("lru", "default"))
+        assert default < 1.1 * lru, (share, default, lru)
 
 
 # ---- the engine ------------------------------------------------------------------------------------------------------
