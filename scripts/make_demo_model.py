@@ -32,6 +32,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
         make(PRESETS[args.preset], source.find(args.source), args.out, args.corpus, args.type, args.seed)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; no file was left\n")
     return 0
 
 

@@ -218,7 +218,7 @@ class Replay:
         if c.prefetch_depth > self.trace.depth:
             raise ParameterError(
                 f"reading {c.prefetch_depth} layers ahead needs predictions as deep, the trace has {self.trace.depth or 'none'}: "
-                "record them (hobbit trace --predictions) or make them up (--recall)"
+                f"record them (hobbit trace --predictions {c.prefetch_depth}) or make them up (--recall)"
             )
         return c
 

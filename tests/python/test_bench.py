@@ -264,9 +264,9 @@ def test_sweeps() -> None:
 # ---- whole runs ----
 
 
-def bench(tmp_path: Path, *arguments: str) -> Dict[str, Any]:
+def bench(tmp_path: Path, *arguments: str, code: int = 0) -> Dict[str, Any]:
     out = tmp_path / "bench.json"
-    assert main(["bench", *QUICK, *arguments, "--json", str(out)]) == 0
+    assert main(["bench", *QUICK, *arguments, "--json", str(out)]) == code
     document: Dict[str, Any] = json.loads(out.read_text())
     return document
 
@@ -277,7 +277,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--rounds", "2", "--command", "rival=echo '{tokens} tokens at 4.5 tok/s'",
     )  # fmt: skip
     assert set(document) == {
-        "format", "command", "started", "versions", "model", "conditions", "disk", "floor", "rows", "runs",
+        "format", "command", "started", "versions", "model", "conditions", "disk", "floor", "interrupted", "rows", "runs",
     }  # fmt: skip
     rows = {row["contender"]: row for row in document["rows"]}
     assert not any("error" in row for row in rows.values())
@@ -322,18 +322,21 @@ def test_a_run_that_was_cut_short_has_no_perplexity(tmp_path: Path) -> None:
     assert row["n_tokens"] == 1 and "perplexity" not in row and "slower than --patience" in row["notes"][0]
 
 
-def test_what_was_finished_before_ctrl_c_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop,code", [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_what_was_finished_before_it_was_ended_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
     once, names = runner.run_once, []
 
     def interrupted(setting: Any, contender: Contender, memory: Any) -> Dict[str, Any]:
         names.append(contender.name)
         if len(names) == 2:
-            raise KeyboardInterrupt
+            raise stop
         return once(setting, contender, memory)
 
     monkeypatch.setattr(runner, "run_once", interrupted)
     document = bench(
-        tmp_path, str(tiny("mixtral")), "--against", "exact,lru", "--memory", MEMORY, "--rounds", "2"
+        tmp_path, str(tiny("mixtral")), "--against", "exact,lru", "--memory", MEMORY, "--rounds", "2", code=code
     )  # fmt: skip
     assert names == ["exact", "lru"] and [row["contender"] for row in document["rows"]] == ["exact"]
     assert document["rows"][0]["tok_s"] > 0 and len(document["runs"]) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gguf_files import N_EXPERT, N_LAYER, Quant, floats_of, is_routed, make_mode
 from hobbit_cpp.convert import ConvertError, convert, job, writer
 from hobbit_cpp.convert.header import read_header
 from hobbit_cpp.convert.plan import ALIGNMENT, LOW_PREFIX
+from models import tiny_wordy
 
 # relative error (norms) on Gaussian weights, with a margin of a quarter
 _ERROR = {"F32": 0.0, "F16": 3e-4, "BF16": 3e-3, "Q8_0": 0.007, "Q6_K": 0.025, "Q5_0": 0.055, "Q5_1": 0.05,
@@ -138,6 +141,33 @@ def test_reads_stay_small_and_each_byte_is_read_once(f16: Path, tmp_path: Path, 
     report = convert(f16, tmp_path / "out.gguf", high="Q8_0")
     assert max(sizes) <= 4096 * 4
     assert sum(sizes) == report.bytes_source == sum(t.n_bytes for t in tensors_of(f16).values())
+
+
+def _cached_bytes(path: Path) -> int:
+    """Of a file, in the page cache."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        begin = ctypes.c_char.from_buffer(mapped)
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.mincore(ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(len(mapped)), pages) == 0
+        finally:
+            del begin
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def test_no_page_cache_is_left_behind(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.gguf", tmp_path / "out.gguf"
+    shutil.copy(tiny_wordy(), source)
+    fd = os.open(source, os.O_RDWR)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    if _cached_bytes(source) > source.stat().st_size // 100:
+        pytest.skip("this file system keeps all pages (tmpfs)")
+    convert(source, out, high="Q8_0")
+    for path in (source, out):
+        assert _cached_bytes(path) < 4 << 20, path
 
 
 def test_short_reads_and_writes_are_completed(f16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,6 +379,16 @@ def test_nothing_was_written_by_what_went_wrong(server: Server) -> None:
     assert len(server.said) == 2, server.said
 
 
+@pytest.mark.parametrize("flags", [[], ["--pooling", "last"]], ids=["mean", "last"])
+def test_an_embedding_is_one_vector(flags: list[str]) -> None:
+    with running("--embedding", "--exact", "-c", "256", "-b", "64", *flags) as server:
+        status, answer = server.ask("/v1/embeddings", {"input": ["the fox", "a dog and its tail", "the fox"]})
+        assert status == 200
+        fox, dog, again = (data["embedding"] for data in answer["data"])
+        assert len(fox) == len(dog) and all(isinstance(x, float) for x in fox)
+        assert fox == pytest.approx(again) and fox != pytest.approx(dog)
+
+
 def test_logprobs_whole_and_streamed() -> None:
     with running("--logprobs", "--exact", "-c", "256", "-b", "64") as server:
         ask = {"prompt": "the fox", "max_tokens": 5, "temperature": 0, "logprobs": 2}

@@ -99,7 +99,7 @@ def measure(request: Request) -> Dict[str, Any]:
     )
     contenders = with_usual_read_ahead(request.contenders, request.stock_model)
     floor = _floor(request, setting, sizes, machine)
-    runs = run_all(setting, contenders, request.memories, request.rounds, request.told)
+    runs, interrupted = run_all(setting, contenders, request.memories, request.rounds, request.told)
     medians = []
     for memory in request.memories:
         for contender in contenders:
@@ -119,6 +119,7 @@ def measure(request: Request) -> Dict[str, Any]:
         "conditions": {**_conditions(request, n_ctx, tokens, contenders, runs, load), "routing_layers": routing_layers},
         "disk": _disk(machine),
         "floor": floor,
+        "interrupted": interrupted,
         "rows": build_rows(medians),
         "runs": runs,
     }

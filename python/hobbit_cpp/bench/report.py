@@ -19,6 +19,7 @@ conditions: cpu, cores, threads, memory_total, load_average (before it began), s
     read_ahead (KiB), routing, routing_layers (of that trace; they repeat where the model has more)
 disk: read_bytes, bandwidth (bytes/s by queue depth), best, best_depth, direct; or null
 floor: ms (a token with every expert in memory), source ("measured", "kept" from before, or "estimated")
+interrupted: 0, or the exit code of what ended it early: 130 (Ctrl-C), 143 (SIGTERM)
 rows: medians of the runs of one contender at one memory:
     contender, kind ("offload", "stock", "command"), memory (bytes), capped, cap (how, or why not), runs, failed, notes;
     error alone when all runs failed
@@ -69,11 +70,10 @@ def _plan_text(row: Row) -> str:
 
 
 def _peak_text(row: Row) -> str:
-    peak = row.get("peak_rss") or row.get("peak_cgroup")
-    if peak is None:
-        return ""
-    if "within_budget" not in row:
-        return human(peak)
+    if "within_budget" not in row:  # no budget of its own: what the kernel counted, where it was capped
+        peak = row.get("peak_cgroup") or row.get("peak_rss")
+        return "" if peak is None else human(peak)
+    peak = row["peak_rss"]
     return f"{human(peak)} {'ok' if row['within_budget'] else 'OVER'}"
 
 

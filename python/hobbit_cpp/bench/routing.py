@@ -89,7 +89,8 @@ def expected_loads(
 
     Args:
         n_expert: of a layer; n_expert_used: of a token. Models of the same ratio are taken as alike: between the ratios of the
-            traces what is expected moves from the one to the other; beyond them see `_beyond`.
+            traces what is expected moves from the one to the other; beyond them see `_beyond`. With fewer experts it moves
+            towards no locality at all, as where a token uses all of them.
         share: of all experts that fit into the cache.
         rule: "lru", "exact" or "hobbit".
         n_tokens: of a run from an empty cache, and with nothing learned yet; None: the long run.
@@ -103,9 +104,12 @@ def expected_loads(
     classes: Dict[float, List[Loads]] = {}
     for trace, loads in zip(traces, each):
         classes.setdefault(math.log(trace["n_expert"] / trace["n_expert_used"]), []).append(loads)
+    at = math.log(max(n_expert, 1) / max(n_expert_used, 1))
+    if at < min(classes):
+        classes[0.0] = [_uniform(rule, share)]
+        each.append(classes[0.0][0])
     ratios = sorted(classes)
     means = [_mean(classes[ratio]) for ratio in ratios]
-    at = math.log(max(n_expert, 1) / max(n_expert_used, 1))
     expected = Loads(*(_beyond(ratios, [getattr(m, key) for m in means], at) for key in ("high", "low", "skip")))
     misses = expected.high + expected.low + expected.skip
     last = means[-1].high + means[-1].low + means[-1].skip

@@ -76,16 +76,19 @@ def run_all(
     memories: Sequence[int],
     rounds: int,
     told: Callable[[str], None],
-) -> List[Row]:
-    """All runs, in the order they were made; `told` hears of each. After Ctrl-C those that were finished, if there are any."""
+) -> Tuple[List[Row], int]:
+    """All runs, in the order they were made; `told` hears of each. After Ctrl-C or SIGTERM those that were finished, if there are
+    any, and the exit code that says so.
+    """
     runs: List[Row] = []
     try:
         _run_all(setting, contenders, memories, rounds, told, runs)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as e:
         if not runs:
             raise
         told("interrupted: this is what was finished")
-    return runs
+        return runs, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)
+    return runs, 0
 
 
 def _run_all(

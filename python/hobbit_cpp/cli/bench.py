@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures. Exit code 1 when no contender gave a figure, or one went over its budget."""
+    """Measures. Exit code 1 when no contender gave a figure, or one went over its budget; 130 and 143 when it was ended early."""
     from hobbit_cpp.bench.measure import Request, measure
     from hobbit_cpp.bench.report import print_report
 
@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
             outputs.callback(print_report, document)
         if args.json is not None:
             outputs.callback(write_json, args.json, document)
+    if document["interrupted"]:
+        return int(document["interrupted"])
     rows = document["rows"]
     return 0 if any("error" not in r for r in rows) and all(r.get("within_budget", True) for r in rows) else 1
 

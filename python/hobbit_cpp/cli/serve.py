@@ -30,9 +30,18 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--api-key", metavar="KEY", help="ask for it as a bearer token (default: $HOBBIT_API_KEY, or none)")
     group.add_argument("-a", "--alias", metavar="NAME", help="name of the model in /v1/models (default: that of the file)")
     group.add_argument("--chat-format", metavar="NAME", help="of llama-cpp-python (default: the model's own template)")
-    group.add_argument("--embedding", action="store_true", help="answer /v1/embeddings")
     group.add_argument(
-        "--logprobs", action="store_true", help="answer requests for logprobs; takes 4 bytes x context x vocabulary"
+        "--embedding",
+        action="store_true",
+        help="answer /v1/embeddings, of texts up to -b tokens; takes 8 bytes x -b x vocabulary",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=["mean", "cls", "last"],
+        help="how the vectors of a text's tokens become one embedding (default: as the model says, or else mean)",
+    )
+    group.add_argument(
+        "--logprobs", action="store_true", help="answer requests for logprobs; takes 8 bytes x (context + -b) x vocabulary"
     )
     add_model_flags(parser)
     parser.set_defaults(function=serve)
@@ -52,6 +61,8 @@ def serve(args: argparse.Namespace) -> int:
         _check_chat_format(args.chat_format)
 
         def load(args: argparse.Namespace, **more: Any) -> Any:
+            if args.embedding:
+                more["pooling_type"] = _pooling(args)
             return load_model(args, chat_format=args.chat_format, embedding=args.embedding, logits_all=args.logprobs, **more)
 
         with contextlib.closing(Worker()) as worker:
@@ -67,6 +78,21 @@ def serve(args: argparse.Namespace) -> int:
     finally:
         listener.close()
     return 0
+
+
+def _pooling(args: argparse.Namespace) -> int:
+    """A model that says nothing has an embedding for each token, which no client expects."""
+    import llama_cpp
+
+    from hobbit_cpp.convert.header import read_header
+
+    if args.pooling is not None:
+        return int(getattr(llama_cpp, f"LLAMA_POOLING_TYPE_{args.pooling.upper()}"))
+    with open(args.model, "rb") as file:
+        header = read_header(file, str(args.model), os.fstat(file.fileno()).st_size)
+    said = header.integer(f"{header.string('general.architecture')}.pooling_type", llama_cpp.LLAMA_POOLING_TYPE_NONE)
+    none = said == llama_cpp.LLAMA_POOLING_TYPE_NONE
+    return int(llama_cpp.LLAMA_POOLING_TYPE_MEAN if none else llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED)
 
 
 def _check_chat_format(name: str | None) -> None:

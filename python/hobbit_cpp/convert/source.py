@@ -28,6 +28,9 @@ class _Part:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise ConvertError(f"cannot read {path}: {e.strerror}") from e
+        if hasattr(os, "posix_fadvise"):
+            # What is read is given up by its range. Pages that were read ahead of it, in larger units, would stay.
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             self.stat = os.fstat(self.fd)
             self.size = self.stat.st_size

@@ -13,6 +13,7 @@ from .plan import Output
 from .quantise import Bytes, Quantiser
 from .source import Source, Sources
 from .target import NewFile
+from .writer import drop_cached
 
 __all__ = ["verify"]
 
@@ -38,6 +39,7 @@ def verify(files: Sequence[NewFile], source: Sources, types: TypeTable, quantise
                 for first in sorted({0, last // 2, last}):
                     n = min(step, output.source.n_rows - first)
                     _check_rows(made, part, source, quantiser, output, layout.data_offset, first, n)
+            drop_cached(file.fd)  # the ends of pages of which a part was read
 
 
 def _read(source: Source | Sources, part: int, offset: int, kind: TypeInfo, row: int, n_rows: int) -> Bytes:

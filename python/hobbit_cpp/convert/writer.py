@@ -207,5 +207,10 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
 def flush(fd: int) -> None:
     """Makes what was written durable and drops it from the page cache."""
     os.fsync(fd)
+    drop_cached(fd)
+
+
+def drop_cached(fd: int) -> None:
+    """Nothing of the file stays in the page cache, where the system can be told."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
