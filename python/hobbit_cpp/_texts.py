@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Callable, Optional, Sequence, Tuple
 
-__all__ = ["beginning_of", "checked", "decoded", "enough_bytes", "first_tokens", "read_part", "read_text"]
+__all__ = ["beginning_of", "checked", "common_prefix", "decoded", "enough_bytes", "first_tokens", "read_part", "read_text"]
 
 _CONTINUATION = bytes(range(0x80, 0xC0))
 
@@ -60,6 +60,16 @@ def read_part(file: BinaryIO, name: object, n_bytes: Optional[int], from_end: bo
 def beginning_of(text: str) -> Callable[[int], Tuple[str, bool]]:
     """Of a text that is in memory, for `first_tokens`."""
     return lambda size: (text[:size], size >= len(text))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens at the beginning that are the same."""
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n
 
 
 def first_tokens(tokenize: Callable[[str], Sequence[int]], part: Callable[[int], Tuple[str, bool]], n: int) -> Sequence[int]:

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 import hobbit_cpp
+from hobbit_cpp._progress import StepProgress, make_progress
+from hobbit_cpp.bench.sizes import RANDOM_WEIGHTS_KEY
 from hobbit_cpp.convert.errors import ConvertError
 from hobbit_cpp.convert.ggtypes import TypeInfo, TypeTable, load_types
 from hobbit_cpp.convert.header import ALIGNMENT_KEY, Value, string_value, u32_value
 from hobbit_cpp.convert.layout import make_layout
 from hobbit_cpp.convert.plan import ALIGNMENT, Output, Plan, Tensor, make_plan
-from hobbit_cpp.convert.progress import make_progress
 from hobbit_cpp.convert.quantise import Quantiser
 from hobbit_cpp.convert.target import NewFile, check_targets, writing
 from hobbit_cpp.convert.writer import flush, write_fully
@@ -32,9 +33,8 @@ from hobbit_cpp.convert.writer import flush, write_fully
 from .shapes import SHAPES, Number, Shape, Weight, metadata, weights
 from .vocabulary import vocabulary
 
-__all__ = ["RANDOM_WEIGHTS_KEY", "ShapeReport", "make"]
+__all__ = ["ShapeReport", "make"]
 
-RANDOM_WEIGHTS_KEY = "hobbit.random_weights"
 """True in a file whose router is noise: its hit rate is its cache share."""
 
 _BANK_ELEMENTS = 1 << 20
@@ -118,7 +118,7 @@ def make(
     plan, roles = _plan(shape, n_layer, types, high or shape.experts, low, dense)
     layout = make_layout(plan.outputs, _metadata(like, shape, n_layer, plan), None)
     with writing([out], layout, force) as (made,):
-        bar = make_progress(progress, made.layout.size)
+        bar = make_progress("writing", "bytes", progress)
         try:
             _write_tensors(made, roles, seed, bar)
         finally:
@@ -182,7 +182,7 @@ def _metadata(like: str, shape: Shape, n_layer: int, plan: Plan) -> Dict[str, Va
     return {**{key: _value(value) for key, value in keys.items()}, **vocabulary(shape.n_vocab)}
 
 
-def _write_tensors(made: NewFile, roles: Dict[str, str], seed: int, bar: Any) -> None:
+def _write_tensors(made: NewFile, roles: Dict[str, str], seed: int, bar: StepProgress) -> None:
     bank = _Bank(seed)
     written = synced = 0
     for output in made.layout.outputs:
@@ -192,9 +192,9 @@ def _write_tensors(made: NewFile, roles: Dict[str, str], seed: int, bar: Any) ->
             if written - synced >= _SYNC_BYTES:
                 synced = written
                 flush(made.fd)  # bounds the dirty pages
-                bar.update(written)
+                bar.update(written, made.layout.size)
     flush(made.fd)
-    bar.update(written)
+    bar.update(written, made.layout.size)
 
 
 def _pieces(output: Output, role: str, bank: _Bank, seed: int) -> Any:

@@ -19,7 +19,7 @@ from .._sidecar import LowModel
 from ..errors import ParameterError
 from ..evaluate import text as t
 from ..evaluate.scorer import LlamaScorer
-from ..evaluate.statistics import mean_of_blocks
+from ..evaluate.statistics import Z95, mean_of_blocks
 from ..params import OffloadParams
 from ..trace import Trace
 from . import curve as cv
@@ -34,7 +34,6 @@ _FOR_A_LAYER = 1 / 4
 # Sensitivities for which a layer is low or high as a whole, whatever its router weights are; T1 lies between their scores.
 _ALL_LOW, _ALL_HIGH, _BETWEEN = 0.0, 1e9, 0.5
 _HELD_OUT = 1 / 3
-_Z95 = 1.96
 
 # (doing what, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -112,7 +111,7 @@ def _beginning(passage: t.Passage, n_fed: int) -> t.Passage:
 
 def _point(low: float, skipped: float, t1: float, t2: float, exact: t.TextScores, scores: t.TextScores) -> cv.Point:
     loss = mean_of_blocks(exact.log_likelihood - scores.log_likelihood, scores.group)
-    spread = (loss.high - loss.low) / (2 * _Z95)
+    spread = (loss.high - loss.low) / (2 * Z95)
     c = scores.counts
     return cv.Point(
         low=low,

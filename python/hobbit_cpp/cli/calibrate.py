@@ -6,15 +6,13 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from .options import positive
 from .text_run import add_text_run_flags, check_text_run
 
 if TYPE_CHECKING:
     from hobbit_cpp.calibrate.store import Calibration
-
-    from .progress import StepProgress
 
 __all__ = ["add_parser", "print_calibration", "run"]
 
@@ -44,6 +42,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates."""
+    from hobbit_cpp._progress import Phases
     from hobbit_cpp.calibrate.measure import calibrate
     from hobbit_cpp.calibrate.store import calibration_path
 
@@ -55,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--tokens must be 3 at least")
     if args.ctx_size < 2:
         raise ValueError("a window (-c) needs two tokens at least")
-    progress = _Progress(not args.quiet)
+    phases = Phases(not args.quiet)
+
+    def progress(doing: str, done: int, total: int) -> None:
+        phases.update(doing, "tokens" if doing == "measuring" else "settings", done, total)
+
     try:
         found = calibrate(
             args.model,
@@ -71,33 +74,12 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
         )
     finally:
-        progress.close()
+        phases.close()
     write_whole(output, found.to_json())
     if not args.quiet:
         print_calibration(found)
         print(f"written: {output}", file=sys.stderr)
     return 0
-
-
-class _Progress:
-    """A bar, or lines with the time left, for each thing that is done."""
-
-    def __init__(self, show: bool) -> None:
-        self._show = show
-        self._doing = ""
-        self._steps: Optional[StepProgress] = None
-
-    def __call__(self, doing: str, done: int, total: int) -> None:
-        from .progress import make_progress
-
-        if doing != self._doing or self._steps is None:
-            self.close()
-            self._doing, self._steps = doing, make_progress(doing, "tokens" if doing == "measuring" else "settings", self._show)
-        self._steps.update(done, total)
-
-    def close(self) -> None:
-        if self._steps is not None:
-            self._steps.close()
 
 
 def print_calibration(found: Calibration) -> None:

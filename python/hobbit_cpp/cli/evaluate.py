@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._progress import Phases
 from . import options
 from .output import check_writable, write_json
 
@@ -147,34 +148,24 @@ def _opener(args: argparse.Namespace) -> Any:
 
 
 class _Progress:
-    """A bar on a terminal, a line for each piece of work elsewhere; on stderr."""
+    """A bar on a terminal; elsewhere a line for each piece of work, and now and then how far it is."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
+        self._phases = Phases()
+        self._name, self._done, self._total = "", 0, 1
 
     def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._phases.close()
 
     def phase(self, name: str, total: int) -> None:
-        if self._bar is None:
+        if not sys.stderr.isatty():
             print(f"{name} ({total})" if total > 1 else name, file=sys.stderr, flush=True)
-            return
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=total)
+        self._name, self._done, self._total = name, 0, total
+        self.step(0)
 
     def step(self, n: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task, n)
+        self._done += n
+        self._phases.update(self._name, "steps", self._done, self._total)

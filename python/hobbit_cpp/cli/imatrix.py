@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .._progress import make_progress
 from .options import positive
 from .signals import sigterm_exits
 from .text_run import add_text_run_flags, check_text_run, read_text, text_name
@@ -47,8 +48,6 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Collects."""
     from hobbit_cpp.imatrix import imatrix_path, record_imatrix
-
-    from .progress import make_progress
 
     out = imatrix_path(args.model) if args.output is None else args.output
     check_text_run(args, out)

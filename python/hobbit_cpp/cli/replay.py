@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+from .._progress import make_progress
 from . import options
 from .output import check_writable, write_json
 
@@ -78,8 +79,6 @@ def run(args: argparse.Namespace) -> int:
     from hobbit_cpp import OffloadParams
     from hobbit_cpp.replay import Replay, ReplaySettings, parse_bytes, parse_cache
     from hobbit_cpp.trace import Trace
-
-    from .progress import make_progress
 
     check_writable(args.json, args.trace, args.model)
     caches = [parse_cache(part.strip()) for part in args.cache.split(",")]

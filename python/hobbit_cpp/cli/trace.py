@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .._progress import make_progress
 from .options import positive
 from .text_run import add_text_run_flags, check_text_run, read_text, text_name
 
@@ -50,8 +51,6 @@ def run(args: argparse.Namespace) -> int:
     # Of a document no more than --ctx tokens are taken, of however many.
     text = read_text(args.text, None if args.documents else args.tokens)
     from hobbit_cpp.trace import record
-
-    from .progress import make_progress
 
     begin = time.monotonic()
     progress = make_progress("tracing", "tokens", show=not args.quiet)

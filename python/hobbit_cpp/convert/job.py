@@ -10,6 +10,7 @@ from pathlib import Path
 import threadpoolctl
 
 from hobbit_cpp._memory import processors
+from hobbit_cpp._progress import make_progress
 from hobbit_cpp._sidecar import ARCHITECTURE as SIDECAR_ARCHITECTURE
 from hobbit_cpp._sidecar import FINGERPRINT_KEY, sidecar_path
 
@@ -20,7 +21,6 @@ from .imatrix import Imatrix, imatrix_path
 from .layout import make_layout
 from .pairing import check_same_model, check_same_weights
 from .plan import ALIGNMENT, LOW_PREFIX, Plan, counterparts, is_expert, make_plan
-from .progress import make_progress
 from .quantise import Quantiser
 from .source import Source, Sources
 from .target import check_targets, target_paths, writing
@@ -139,9 +139,9 @@ def convert(
         check_targets(paths, inputs if matrix is None else [*inputs, matrix], force)
         bytes_source = sum(t.n_bytes for t in {o.source for o in plan.outputs})
         with writing(paths, layout, force) as files:
-            bar = make_progress(progress, bytes_source)
+            bar = make_progress("converting", "bytes", progress)
             try:
-                write_data(sources, files, quantiser, threads or len(processors()), bar)
+                write_data(sources, files, quantiser, threads or len(processors()), lambda done: bar.update(done, bytes_source))
             finally:
                 bar.close()
             # before: what changed is not to be blamed on the disk; after: the samples were taken from what was converted

@@ -9,7 +9,7 @@ import numpy as np
 from .errors import ConvertError
 from .header import Header
 from .plan import Tensor
-from .quantise import Floats, Quantiser
+from .quantise import NEGLIGIBLE, Floats, Quantiser
 from .source import Source, Sources
 
 __all__ = ["check_same_model", "check_same_weights", "correlation_limit"]
@@ -19,8 +19,6 @@ _TOKENS = "tokenizer.ggml.tokens"
 _SIZES = ("block_count", "embedding_length", "expert_count", "expert_used_count", "expert_feed_forward_length")
 _SAMPLE_EXPERTS = 4
 _SAMPLE_ELEMENTS = 1 << 14
-# Root mean square of weights that may as well be zero: of an expert that was never trained, or that was removed.
-_NEGLIGIBLE = 1e-6
 
 
 def check_same_model(high: Source, low: Source) -> None:
@@ -86,7 +84,7 @@ def _correlation(a: Floats, b: Floats) -> float:
     """The cosine between two samples, which are about zero on average; 0 when their sizes differ by more than a factor of 2."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     nx, ny = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-    if max(nx, ny) <= _NEGLIGIBLE * x.size**0.5:
+    if max(nx, ny) <= NEGLIGIBLE * x.size**0.5:
         return 1.0
     if min(nx, ny) * 2 < max(nx, ny):
         return 0.0

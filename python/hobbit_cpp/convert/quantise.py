@@ -13,10 +13,13 @@ from .imatrix import Imatrix
 from .moments import Moments
 from .plan import Tensor
 
-__all__ = ["Quantiser"]
+__all__ = ["NEGLIGIBLE", "Quantiser"]
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+
+NEGLIGIBLE = 1e-6
+"""Root mean square of weights that may as well be zero: of an expert that was never trained, or was removed. Scales are F16."""
 
 # With more bits a weight, hardly anything is rounded away that could be made good.
 _FEEDBACK_BITS = 7

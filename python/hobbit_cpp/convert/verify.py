@@ -10,7 +10,7 @@ import numpy as np
 from .errors import ConvertError
 from .ggtypes import TypeInfo, TypeTable
 from .plan import Output
-from .quantise import Bytes, Quantiser
+from .quantise import NEGLIGIBLE, Bytes, Quantiser
 from .source import Source, Sources
 from .target import NewFile
 from .writer import drop_cached
@@ -18,8 +18,6 @@ from .writer import drop_cached
 __all__ = ["verify"]
 
 _SAMPLE_ELEMENTS = 1 << 14
-# Root mean square of weights that may as well be zero (those of an expert that was never trained): scales are F16.
-_NEGLIGIBLE = 1e-6
 
 
 def verify(files: Sequence[NewFile], source: Sources, types: TypeTable, quantiser: Quantiser) -> None:
@@ -67,7 +65,7 @@ def _check_rows(
         raise ConvertError(f"{output.name}: what was written is not what was made: check the disk, convert again")
     after = np.empty_like(before)
     quantiser.to_float(kind, ours, after, output.name)
-    norm = max(float(np.linalg.norm(before)), _NEGLIGIBLE * before.size**0.5)
+    norm = max(float(np.linalg.norm(before)), NEGLIGIBLE * before.size**0.5)
     error = float(np.linalg.norm(after - before))
     if not error <= error_limit(kind) * norm:
         raise ConvertError(f"{output.name}: {kind.name} is too far from the source (relative error {error / norm:.3g})")

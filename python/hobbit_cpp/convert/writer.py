@@ -17,7 +17,6 @@ import numpy as np
 
 from .layout import FileLayout
 from .plan import Output, Tensor
-from .progress import Progress
 from .quantise import Bytes, Floats, Quantiser
 from .source import Sources
 
@@ -149,8 +148,14 @@ class _Worker:
         return made
 
 
-def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quantiser, threads: int, progress: Progress) -> None:
-    """Writes the data of all tensors. On an exception (Ctrl-C too) all threads have stopped when it comes out."""
+def write_data(
+    source: Sources, files: Sequence[WritableFile], quantiser: Quantiser, threads: int, progress: Callable[[int], None]
+) -> None:
+    """Writes the data of all tensors. On an exception (Ctrl-C too) all threads have stopped when it comes out.
+
+    Args:
+        progress: called with the bytes of the source that are done.
+    """
     outputs = [o for file in files for o in file.layout.outputs]
     for kind in {o.type.id: o.type for o in outputs if o.type is not o.source.type}.values():
         quantiser.prepare(kind)
@@ -184,7 +189,7 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
                 for future in done:
                     future.result()
                 pending = list(not_done)
-                progress.update(read)
+                progress(read)
                 if written - synced >= _SYNC_BYTES:
                     synced = written
                     for file in files:
@@ -199,7 +204,7 @@ def write_data(source: Sources, files: Sequence[WritableFile], quantiser: Quanti
                     interrupted = True
             if interrupted:
                 raise KeyboardInterrupt
-    progress.update(read)
+    progress(read)
     for file in files:
         flush(file.fd)
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import numpy.typing as npt
 
-from .._texts import decoded
+from .._texts import common_prefix, decoded
 from ..errors import ParameterError
 from .scorer import Scorer
 from .statistics import Estimate, log_softmax, mean_of_blocks, wilson
@@ -86,7 +86,7 @@ def answer(scorer: Scorer, question: Question, width: int) -> Answered:
     prompt = scorer.words(question.prompt, True)
     whole = [scorer.words(f"{question.prompt} {choice}", True) for choice in question.choices]
     # A choice may be joined to the end of the prompt by the tokenizer: scored is what differs.
-    shared = min([len(prompt), *(_common(prompt, w) for w in whole), *(len(w) - 1 for w in whole)])
+    shared = min([len(prompt), *(common_prefix(prompt, w) for w in whole), *(len(w) - 1 for w in whole)])
     shared = max(shared, 1)
     sums = []
     last = _feed(scorer, prompt[:shared], width, restart=True)
@@ -96,15 +96,6 @@ def answer(scorer: Scorer, question: Question, width: int) -> Answered:
             last = _feed(scorer, prompt[:shared], width, restart=True)
     per_character = [s / len(c) for s, c in zip(sums, question.choices)]
     return Answered(question, int(np.argmax(sums)), int(np.argmax(per_character)))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def _feed(scorer: Scorer, tokens: Sequence[int], width: int, restart: bool) -> Any:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 
-_Z = 1.959963984540054
+Z95 = 1.959963984540054
+"""Standard errors on either side of a 95 % interval."""
 _RESAMPLES = 2000
 # Neighbouring tokens are alike, so whole runs of them are drawn; of at least so many that their number says something.
 _LONGEST_BLOCK = 32
@@ -108,6 +109,6 @@ def wilson(right: int, n: int) -> Estimate:
     if n == 0:
         return Estimate(math.nan)
     p = right / n
-    middle = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
-    half = _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
+    middle = (p + Z95 * Z95 / (2 * n)) / (1 + Z95 * Z95 / n)
+    half = Z95 / (1 + Z95 * Z95 / n) * math.sqrt(p * (1 - p) / n + Z95 * Z95 / (4 * n * n))
     return Estimate(p, max(0.0, middle - half), min(1.0, middle + half))

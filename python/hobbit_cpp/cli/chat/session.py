@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..._texts import common_prefix
 from ..generate import Answer, cancel_of, completion_pieces, measure
 from ..worker import Worker
 from .conversation import Conversation
-from .template import Prompt, common
+from .template import Prompt
 
 __all__ = ["Chat", "Listener", "TooLongError", "Turn"]
 
@@ -167,7 +168,7 @@ class Chat:
         """Tokens that `Llama.generate` will not evaluate again."""
         model = self.model
         held = model.n_tokens
-        same = common(model.input_ids[:held], tokens)
+        same = common_prefix(model.input_ids[:held], tokens)
         if same < held and (model._is_recurrent or model._is_hybrid):
             return 0  # their state cannot go back
         if same == len(tokens) and (same < held or model._requires_eval):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Dict
 
-__all__ = ["Message", "PlainText", "Prompt", "Template", "common", "respell"]
+from ..._texts import common_prefix
+
+__all__ = ["Message", "PlainText", "Prompt", "Template", "respell"]
 
 # {"role": "user" or "assistant" or "system", "content": text}
 Message = Dict[str, str]
@@ -80,7 +82,7 @@ class Template:
         def ask(messages: list[Message]) -> tuple[int, list[int], dict[str, Any]]:
             asked = self._ask(self._with_system(system, messages), sampling)
             tokens = respell(held, asked["prompt"], self._piece)
-            return common(held, tokens), tokens, asked
+            return common_prefix(held, tokens), tokens, asked
 
         same, tokens, asked = ask(list(messages))
         # A template may strip the space that an answer began with, or write one of its own: then the answer would have to be
@@ -177,7 +179,7 @@ def respell(evaluated: Sequence[int], wanted: Sequence[int], piece: Callable[[in
         wanted: tokens of the next prompt.
         piece: the text of a token, never empty.
     """
-    i = j = kept = same = common(evaluated, wanted)
+    i = j = kept = same = common_prefix(evaluated, wanted)
     ours = theirs = b""  # read, and not yet found in the other
     while True:
         if not ours and not theirs:
@@ -197,16 +199,6 @@ def respell(evaluated: Sequence[int], wanted: Sequence[int], piece: Callable[[in
             break
         ours, theirs = ours[n:], theirs[n:]
     return [*evaluated[:kept], *wanted[same:]]
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens at the beginning that are the same."""
-    n = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def _guarded(message: Message) -> Message:
