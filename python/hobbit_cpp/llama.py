@@ -17,6 +17,7 @@ from . import _lib, _memory
 from ._arguments import check_with_offload, check_without_offload
 from ._batches import LEAST
 from ._calls import Calls
+from ._fields import UpstreamFields
 from ._log import errors_explained, stoppable
 from ._logprobs import in_pieces
 from ._memory import Size
@@ -52,7 +53,7 @@ def _close_models() -> None:
         model.close()
 
 
-class Llama(OffloadMethods, _Llama):
+class Llama(OffloadMethods, UpstreamFields, _Llama):
     """A llama.cpp model whose routed experts may stay on disk.
 
     Everything that `llama_cpp.Llama` has, unchanged, and these arguments:
@@ -164,75 +165,6 @@ class Llama(OffloadMethods, _Llama):
         self._sampling = 0  # calls of `sample`, of which a logits processor may begin another
         self._retired: List[Any] = []  # samplers that are to be freed when these have ended
         self._progress = _c.llama_progress_callback(stoppable(progress))  # kept as long as llama.cpp may call it
-
-    # llama_cpp.Llama makes these two structs in its constructor, fills them in and hands them to llama.cpp. As properties
-    # they carry what the offload needs on top, whatever the constructor has set.
-
-    @property
-    def model_params(self) -> Any:
-        params = self.__dict__["_model_params"]
-        params.progress_callback = self._progress
-        if self._no_alloc:
-            params.load_mode = _c.LLAMA_LOAD_MODE_NONE
-            params.no_alloc = True
-        elif self._session is not None:
-            # Dense weights are read once, past the page cache, into anonymous memory.
-            params.load_mode = _c.LLAMA_LOAD_MODE_DIRECT_IO
-            params.tensor_buft_overrides = self._session.buft_overrides()
-        return params
-
-    @model_params.setter
-    def model_params(self, value: Any) -> None:
-        self.__dict__["_model_params"] = value
-
-    @property
-    def context_params(self) -> Any:
-        params = self.__dict__["_context_params"]
-        if self._session is not None:
-            params.abort_callback = ctypes.cast(self._session.abort_callback(), _c.ggml_abort_callback)
-            params.abort_callback_data = self._session.address()
-            # Mostly only the last token's logits are asked for; for a whole batch of them (0) llama.cpp would reserve
-            # n_ubatch * n_vocab floats.
-            only_last = not self.__dict__.get("_logits_all", True) and not params.embeddings
-            params.n_outputs_max = 1 if only_last else 0
-        return params
-
-    @context_params.setter
-    def context_params(self, value: Any) -> None:
-        self.__dict__["_context_params"] = value
-
-    # llama_cpp's sampler refers to itself, so that only a full garbage collection would free it, of which there is one in many
-    # answers. It holds n_vocab candidates of 12 bytes, which no budget knows of. So it is freed when the next takes its place.
-
-    @property
-    def _sampler(self) -> Any:
-        return self.__dict__.get("_sampler_in_use")
-
-    @_sampler.setter
-    def _sampler(self, value: Any) -> None:
-        before = self._sampler
-        self.__dict__["_sampler_in_use"] = value
-        if before is not None and before is not value:
-            self._retired.append(before)
-        self._free_samplers()
-
-    def _free_samplers(self) -> None:
-        while self._retired and not self._sampling:
-            self._retired.pop().close()
-
-    def _fit_arrays(self) -> None:
-        """Room for the tokens and the logits of the whole context.
-
-        llama.cpp rounds n_ctx up to a multiple of 256, and llama_cpp goes by that, but for the arrays that it keeps tokens and
-        scores in: with n_ctx=100 it would fail at the 101st token. With a draft model, which needs all logits, it would fail at
-        token n_batch. Without logits_all nothing is in `scores`; with offload one row is enough, since states copy it.
-        """
-        missing = self._n_ctx - len(self.input_ids)
-        if missing > 0:
-            self.input_ids = np.concatenate([self.input_ids, np.zeros(missing, self.input_ids.dtype)])
-        rows = self._n_ctx if self._logits_all else 1 if self._session is not None else len(self.scores)
-        if rows != len(self.scores):
-            self.scores = np.ndarray((rows, self._n_vocab), dtype=np.single)
 
     def _context_address(self) -> int:
         return ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
