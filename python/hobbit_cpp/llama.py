@@ -258,7 +258,8 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
                 self._calls.check()
                 with self._decoding(n):
                     super().eval(tokens[:n])
-                self._n_logits = n if self._logits_all else 1
+                if n > 0:  # the prompt of before needs none
+                    self._n_logits = n if self._logits_all else 1
                 tokens = tokens[n:]
                 if not tokens:
                     return

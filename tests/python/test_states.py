@@ -101,6 +101,7 @@ def test_there_must_be_logits_to_sample_from(new: Any) -> None:
     llm.close()
     llm = new(logits_all=True)
     llm.eval(tokens)
+    llm.eval([])
     assert len([llm.sample(temp=0, idx=i) for i in range(12)]) == 12
     llm.eval(tokens[:3])
     llm.sample(idx=12)
