@@ -102,7 +102,8 @@ constexpr float FORESIGHT_TOTAL = 1.0f / (1.0f - FORESIGHT_GAMMA);  // worth of 
 // Ours: the expected uses to come, discounted by their distance in layers. With D the layers until the expert's next chance and h
 // counting the tokens from there,
 //   p = gamma^(D/l_n) sum_h gamma^h (a delta^h recent + b seen_h + (1 - a delta^h - b) rate)
-// and, as far as `recency` says, in place of the sum over h the chance of what was used n tokens ago, 1/n: the order of LRU.
+// and, as far as `recency` says, in place of the sum over h the chance of what was used n tokens ago, 1/n: the order of LRU within a layer,
+// and nearly so between layers.
 float priority_foresight(const use_record & use, uint32_t layer, const eviction_context & now);
 
 // ARC (Megiddo and Modha, FAST'03) in each layer: T1 (used once), T2 (used again), the ghosts B1 and B2 of what was evicted from

@@ -184,7 +184,7 @@ void expert_cache::make_room(int precision, uint32_t n, const eviction_context &
         if (evicted != nullptr) {
             evicted(ctx, *r.entry);
         }
-        abandon(r.entry);
+        remove(r.entry);
     }
 }
 
@@ -243,7 +243,7 @@ void expert_cache::fulfil(cache_entry * e) {
     n_busy_[e->precision] -= e->pins == 0;
 }
 
-void expert_cache::abandon(cache_entry * e) {
+void expert_cache::remove(cache_entry * e) {
     leave(e);
     n_busy_[e->precision] -= e->now == cache_entry::state::in_flight;
     e->now             = cache_entry::state::absent;

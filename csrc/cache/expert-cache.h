@@ -2,10 +2,11 @@
 //
 // A copy of an expert (layer, expert, precision) is in one of these states:
 //   1. absent                                            insert() -> 2
-//   2. in flight: has a slot, reads are running          fulfil() -> 3, abandon() -> 1
-//   3. resident                                          evicted by insert() of another -> 1
+//   2. in flight: has a slot, reads are running          fulfil() -> 3, remove() -> 1
+//   3. resident                                          evicted by insert() of another, or remove() -> 1
 // In 2 and 3 it can be pinned (counted): a pinned copy is never evicted. An in-flight copy is never evicted either.
-// A copy that was predicted is protected until the layer has passed: it is evicted only when nothing else can be.
+// A copy that was predicted is protected until the layer has passed: it is evicted only when nothing else can be, and never for what is
+// only predicted as well.
 //
 // High and low precision copies have slots of their own, since their sizes differ: high ones from the beginning of the pool, low ones
 // from its end, and the border between them moves (add_slot, take_slot). Within a precision the entry of lowest priority goes
@@ -76,7 +77,7 @@ class expert_cache {
                    void (*evicted)(void *, const cache_entry &) = nullptr, void * ctx = nullptr, bool ahead = false);
     void fulfil(cache_entry * entry);
     // In flight or resident, not pinned: gives the slot back.
-    void abandon(cache_entry * entry);
+    void remove(cache_entry * entry);
 
     void pin(cache_entry * entry) {
         n_busy_[entry->precision] += entry->pins++ == 0 && entry->now == cache_entry::state::resident;

@@ -59,7 +59,7 @@ void foresight::observe(uint32_t layer, const int32_t * ids, size_t stride, uint
         for (uint32_t j = 0; j < k; ++j) {
             const auto   e   = (uint32_t) ids[i * stride + j];
             use_record & use = cache_.use(layer, e);
-            if (n_tokens == 1 && cache_.full(0)) {
+            if (n_tokens_ - batch_ == 1 && cache_.full(0)) {
                 judge(cache_.find(layer, e, 0), cache_.find(layer, e, 1), use);
             }
             use.recent += RECENT_STEP;

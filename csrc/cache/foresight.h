@@ -12,7 +12,7 @@
 //
 // What all three expect of a text may be wrong: it changes its subject, and for a hundred tokens favourites of before outrank what is used
 // now, where LRU would not have erred. So the ages of all experts tell what LRU would hold in as much memory, and by how many hits more
-// or fewer that has, `recency` follows, with which priorities go over to the order of LRU.
+// or fewer that has, `recency` follows, with which priorities go over to nearly the order of LRU.
 //
 // Not thread-safe: the expert store holds its lock around every call.
 #pragma once

@@ -56,7 +56,7 @@ bool abort_on_failure(void * data) { return ((hobbit_session *) data)->core->fai
 }  // namespace
 
 hobbit_params hobbit::params_of(const hobbit_params * params) {
-    return copy_in(params, defaults(*hobbit::policy::find_mode("hobbit")));
+    return copy_in(params, "params", defaults(*hobbit::policy::find_mode("hobbit")));
 }
 
 const char * hobbit_version(void) { return HOBBIT_VERSION; }
@@ -339,7 +339,7 @@ hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, ui
 hobbit_status hobbit_session_set_routing(hobbit_session * s, const hobbit_routing * routing, hobbit_error * error) {
     return guarded(error, [&] {
         require(s != nullptr, "no session");
-        const hobbit_routing given = routing == nullptr ? hobbit_routing {} : copy_in(routing);
+        const hobbit_routing given = routing == nullptr ? hobbit_routing {} : copy_in(routing, "routing");
         s->core->set_routing(routing == nullptr ? nullptr : &given);
     });
 }

@@ -18,8 +18,9 @@ namespace hobbit {
 
 // The caller's struct that begins with struct_size; what its version of it does not have yet is as in `defaults`.
 template <typename T>
-T copy_in(const T * from, T defaults = {}) {
-    require(from != nullptr && from->struct_size >= sizeof(uint32_t), "a struct is missing, or its struct_size is not set");
+T copy_in(const T * from, const char * name, T defaults = {}) {
+    require(from != nullptr && from->struct_size >= sizeof(uint32_t),
+            format("%s is NULL, or its struct_size is not set", name));
     memcpy(&defaults, from, std::min<size_t>(from->struct_size, sizeof(T)));
     return defaults;
 }

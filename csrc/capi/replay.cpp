@@ -18,8 +18,8 @@ hobbit_replay * hobbit_replay_init(const hobbit_replay_model * model, const hobb
                                    uint64_t n_lens, hobbit_error * error) {
     hobbit_replay * out = nullptr;
     guarded(error, [&] {
-        const hobbit_replay_model of    = copy_in(model);
-        const hobbit_routing      given = copy_in(routing);
+        const hobbit_replay_model of    = copy_in(model, "model");
+        const hobbit_routing      given = copy_in(routing, "routing");
         require(lens != nullptr && n_lens > 0, "the lengths of the sequences are missing");
         auto r = std::make_unique<hobbit_replay>();
         if (of.path != nullptr) {
@@ -46,7 +46,7 @@ hobbit_status hobbit_replay_run(hobbit_replay * r, const hobbit_params * params,
                                 hobbit_replay_result * result, hobbit_error * error) {
     return guarded(error, [&] {
         require(r != nullptr, "no replay");
-        const hobbit_replay_setup given = copy_in(setup);
+        const hobbit_replay_setup given = copy_in(setup, "setup");
         require(given.latency >= 0.0 && given.token_seconds >= 0.0 && given.bandwidth >= 0.0,
                 "times and the bandwidth must not be negative");
         require(given.expert_share >= 0.0 && given.expert_share <= 1.0, "expert_share must be 0 to 1");
@@ -76,7 +76,7 @@ hobbit_status hobbit_replay_bound(hobbit_replay * r, const hobbit_params * param
                                   hobbit_replay_result * result, hobbit_error * error) {
     return guarded(error, [&] {
         require(r != nullptr, "no replay");
-        const hobbit_replay_setup given = copy_in(setup);
+        const hobbit_replay_setup given = copy_in(setup, "setup");
         const hobbit_params       p     = params_of(params);
         hobbit::check_params(p);
         const auto got = r->core->bound(p, hobbit::replay_pool(*r->index, p, given.cache_share, given.pool_bytes));

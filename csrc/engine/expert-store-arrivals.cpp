@@ -41,7 +41,7 @@ void expert_store::settle(cache_entry & entry) {
         cache_->fulfil(&entry);
     } else if (entry.pins == 0) {
         on_evicted(this, entry);  // cancelled, which is counted already, or a read failed
-        cache_->abandon(&entry);
+        cache_->remove(&entry);
     }
 }
 

@@ -110,8 +110,9 @@ void expert_store::move_border() {
         return;
     }
     restore_low_slots();
+    const auto nothing_free = [&](int p) { return shape.n_slots[p] > 0 && cache_->n_free(p) == 0; };
     if (!border_moves_ || high_serves_all() || now_.token - border_seen_ < BORDER_TOKENS ||
-        !(cache_->full(0) || cache_->full(1))) {
+        !(nothing_free(0) || nothing_free(1))) {
         return;
     }
     border_seen_        = now_.token;
@@ -120,11 +121,12 @@ void expert_store::move_border() {
     double         worth[2];
     for (int p = 0; p < 2; ++p) {
         const auto n = (uint32_t) (step / shape.slot_bytes[p]);
-        worth[p]     = cache_->full(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
+        worth[p]     = nothing_free(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
     }
-    const int to = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
-    border_run_  = to == border_to_ ? border_run_ + 1 : 1;
-    border_to_   = to;
+    int to      = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
+    to          = to >= 0 && shape.n_slots[to] == n_experts_ ? -1 : to;  // there is nothing more to hold
+    border_run_ = to == border_to_ ? border_run_ + 1 : 1;
+    border_to_  = to;
     if (to < 0 || border_run_ < BORDER_SURE) {
         return;
     }
@@ -172,7 +174,7 @@ void expert_store::restore_low_slots() noexcept {
         while (with_low_ && !all_high_ && cache_->shape().n_slots[1] < index_.n_expert_used &&
                (add_slot(1) || take_slot(0))) {
         }
-    } catch (const error &) {
+    } catch (...) {
         // No memory for them: at the next token.
     }
     give_back_pages();

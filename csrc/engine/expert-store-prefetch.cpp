@@ -24,7 +24,7 @@ void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<exper
                 counts_[layer].bytes_wasted += e->bytes;
                 e->prefetched = false;
                 if (e->reading == 0 && e->pins == 0) {
-                    cache_->abandon(e);
+                    cache_->remove(e);
                 }
             }
         }

@@ -33,7 +33,7 @@ def parse_size(size: Size, *, of: Optional[int] = None) -> int:
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ParameterError(f"a size is a number of bytes or a text like '4GiB', not {size!r}")
     if isinstance(size, int):
-        value = float(min(size, _NO_LIMIT))
+        value = float(min(size, _NO_LIMIT))  # a larger one may be none of the floats
     else:
         text = size.strip()
         percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
@@ -50,7 +50,7 @@ def parse_size(size: Size, *, of: Optional[int] = None) -> int:
             raise ParameterError(f"'{size}' is not a size: write '4GiB', '700MiB', '50%' or a number of bytes")
     if value < 1:
         raise ParameterError(f"a size must be positive, not {size!r}")
-    return int(value)
+    return int(min(value, _NO_LIMIT))
 
 
 def human(n: float) -> str:

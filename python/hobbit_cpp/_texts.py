@@ -12,16 +12,21 @@ __all__ = ["beginning_of", "checked", "common_prefix", "decoded", "enough_bytes"
 _CONTINUATION = bytes(range(0x80, 0xC0))
 
 
-def decoded(data: bytes, name: object, whole: bool = True) -> str:
-    """UTF-8 without a byte order mark, and with newlines as "\\n"; `whole`: False where the data may end within a character.
+def decoded(data: bytes, name: object, whole: bool = True, at: int = 0) -> str:
+    """UTF-8 without a byte order mark, and with newlines as "\\n".
+
+    Args:
+        whole: False where the data may end within a character.
+        at: where in the text it begins.
 
     Raises:
         ValueError: it is something else; names the text and the byte.
     """
+    mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) and at == 0 else 0
     try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole)
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[mark:], final=whole)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{name} is not UTF-8 text (byte {e.start})") from None
+        raise ValueError(f"{name} is not UTF-8 text (byte {at + mark + e.start})") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -51,10 +56,12 @@ def read_part(file: BinaryIO, name: object, n_bytes: Optional[int], from_end: bo
     if cut:
         file.seek(cut)
     data = file.read(-1 if n_bytes is None else n_bytes)
+    at = cut + len(data)
     if cut:
         data = data.lstrip(_CONTINUATION)
+    at -= len(data)
     whole = not cut if from_end else n_bytes is None or len(data) < n_bytes
-    return decoded(data, name, whole or from_end), whole
+    return decoded(data, name, whole or from_end, at), whole
 
 
 def beginning_of(text: str) -> Callable[[int], Tuple[str, bool]]:

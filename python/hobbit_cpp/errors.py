@@ -22,7 +22,7 @@ class HobbitError(Exception):
                 setattr(self, name, value)
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return type(self), (self.message, self.os_errno)
+        return type(self), (self.message, self.os_errno), self.__dict__
 
     def __str__(self) -> str:
         return self.message  # an OSError with errno would print that alone

@@ -39,9 +39,9 @@ class OffloadParams:
         calibration: the file of `hobbit calibrate`; None: `model.calibration.json` beside `model.gguf` if it is there; False or
             "none": none.
         renormalize: scale up the surviving router weights of a token after a skip.
-        eviction: "lru", "lfu", "hobbit" (eq. 3), "lcu" (MoE-APEX) or "foresight" (expected uses, from what
-            followed similar tokens: the default of "hobbit"); with slots of its own for each layer "layer-lru",
-            "layer-arc", or "fate" (ARC; the first four layers are held whole).
+        eviction: "lru", "lfu", "hobbit" (eq. 3), "lcu" (MoE-APEX) or "foresight" (expected uses, from what followed similar
+            tokens, and the order of LRU where that hits more: the default of "hobbit"); with slots of its own for each layer
+            "layer-lru", "layer-arc", or "fate" (ARC; the first four layers are held whole).
         eviction_weights: w_lru, w_lfu, w_lhu, w_fld of eq. 3; they sum to 1. None: those of the calibration, or even ones.
         prefetch_depth: layers ahead that are predicted, 0 to 4; 0 turns prefetch off.
         prefetch_reads: most prefetch reads in flight.

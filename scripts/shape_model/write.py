@@ -35,8 +35,6 @@ from .vocabulary import vocabulary
 
 __all__ = ["ShapeReport", "make"]
 
-"""True in a file whose router is noise: its hit rate is its cache share."""
-
 _BANK_ELEMENTS = 1 << 20
 _CHUNK_BYTES = 4 << 20
 _SYNC_BYTES = 256 << 20

@@ -81,7 +81,7 @@ EXPORT void t_cache_do(void * c, int what, uint32_t layer, uint32_t expert, int 
         case 0:
             return core(c).fulfil(e);
         case 1:
-            return core(c).abandon(e);
+            return core(c).remove(e);
         case 2:
             return core(c).pin(e);
         case 3:
@@ -89,7 +89,7 @@ EXPORT void t_cache_do(void * c, int what, uint32_t layer, uint32_t expert, int 
         case 4:
             return core(c).touch(e);
         case 5:
-            return core(c).abandon(e);
+            return core(c).remove(e);
         default:
             e->protected_until = value;
     }

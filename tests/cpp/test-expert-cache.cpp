@@ -88,10 +88,10 @@ TEST("an expert is absent, then in flight, then resident, then evicted") {
 
 TEST("a read that was given up, and a dropped expert, leave the slot free") {
     cache_story s(1);
-    s.cache.abandon(s.insert(3));
+    s.cache.remove(s.insert(3));
     CHECK(!s.has(3));
     CHECK_EQ(s.cache.available(HIGH), 1u);
-    s.cache.abandon(s.load(5));
+    s.cache.remove(s.load(5));
     CHECK(!s.has(5));
     CHECK(s.load(4) != nullptr && s.evicted.empty());
 }
@@ -295,7 +295,7 @@ TEST("with slots of its own for each layer, a layer evicts its own experts only"
     CHECK(cache.find(1, 1, HIGH) == nullptr && cache.resident(HIGH) == 4);
     cache.pin(cache.find(1, 2, HIGH)), cache.pin(cache.find(1, 3, HIGH));
     CHECK(load(1, 4) == nullptr);
-    cache.abandon(cache.find(0, 2, HIGH));
+    cache.remove(cache.find(0, 2, HIGH));
     CHECK(load(1, 4) == nullptr && load(0, 5) != nullptr);            // what became free is layer 0's
     CHECK(load(1, 1, LOW) != nullptr && load(0, 1, LOW) != nullptr);  // low copies compete everywhere
     CHECK(cache.find(1, 1, LOW) == nullptr);
@@ -478,7 +478,7 @@ class random_run {
     }
 
     void take_out(const copy_key & key) {
-        cache_.abandon(entry(key));
+        cache_.remove(entry(key));
         model_.erase(key);
     }
 

@@ -342,6 +342,19 @@ TEST("experts without weights in them are refused") {
     CHECK_EQ(model_story(tensors, tiny_model {}.meta()).refusal(), HOBBIT_ERR_FORMAT);
 }
 
+TEST("layers may use different numbers of experts, of which the largest serves for sizes") {
+    const tiny_model   m;
+    const model_story  s(m.all(), [&](gguf_context * g) {
+        const int32_t used[] = { 0, 1, 3, 2 };  // by block; the first is dense
+        gguf_set_val_str(g, "general.architecture", "tiny");
+        gguf_set_val_u32(g, "tiny.block_count", m.n_layer + 1);
+        gguf_set_arr_data(g, "tiny.expert_used_count", GGUF_TYPE_INT32, used, 4);
+    });
+    const expert_index index = s.open();
+    CHECK_EQ(index.n_expert_used, 3u);
+    CHECK(index.layers()[0].n_used == 1 && index.layers()[1].n_used == 3 && index.layers()[2].n_used == 2);
+}
+
 TEST("a model that does not say how many experts a token uses is refused") {
     for (const int n_used : { -1, 0, 9, 1 << 30 }) {
         const model_story s(tiny_model {}.all(), [=](gguf_context * g) {

@@ -415,6 +415,22 @@ TEST("by weight the pool that holds everything reads everything once") {
     CHECK(s.stats().slots_high == 24 && s.stats().slots_low == 24);
 }
 
+TEST("by weight high slots of all experts are not given up for low ones that are worth less") {
+    store_setup setup           = slots(24, 4);
+    setup.params.precision_rule = HOBBIT_PRECISION_WEIGHT;
+    setup.params.eviction_rule  = HOBBIT_EVICT_FORESIGHT;
+    setup.moving_border         = true;
+    tiny_store s(setup);
+    for (uint32_t i = 0; i < 400; ++i) {
+        for (uint32_t layer = 0; layer < 3; ++layer) {
+            const int32_t id = (int32_t) (i % 8);
+            s.store().observe(layer, &id, 1, 1, 1);
+            s.pass(layer, { want((uint16_t) id, i % 80 < 8 ? need::low : need::high) }, precision_rule::weight);
+        }
+    }
+    CHECK(s.stats().slots_high >= 22 && s.total().loads_high < 3 * 8 + 20);
+}
+
 TEST("a new sequence keeps the contents, a reset of the statistics too") {
     tiny_store s;
     s.pass(0, { want(0) });

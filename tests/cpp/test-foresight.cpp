@@ -112,7 +112,7 @@ TEST("where LRU would have more, priorities go over to its order, and come back 
         memory.observe(0, &expert, 1, 1, 1);
         if (cache.find(0, (uint32_t) expert, 0) == nullptr) {
             if (out >= 0) {
-                cache.abandon(cache.find(0, (uint32_t) out, 0));
+                cache.remove(cache.find(0, (uint32_t) out, 0));
             }
             cache.fulfil(cache.insert(0, (uint32_t) expert, 0, {}));
         }
@@ -138,6 +138,32 @@ TEST("where LRU would have more, priorities go over to its order, and come back 
         read(i % 8, i % 8 >= 3 ? (cache.find(0, 3, 0) != nullptr ? 3 : last) : -1);
     }
     CHECK(memory.recency() < 0.1f);
+}
+
+TEST("of a prompt nothing is judged, though its last layer is computed for one token alone") {
+    std::vector<std::byte> pool(8);
+    cache_shape            shape { 2, N_EXPERT, { 8, 0 }, { 1, 1 } };
+    expert_cache           cache { shape, pool.data(), priority_foresight };
+    foresight              memory { cache, 2, N_EXPERT, 0.25f };
+    for (uint32_t i = 0; i < 8; ++i) {
+        cache.fulfil(cache.insert(i % 2, i / 2, 0, {}));
+    }
+    const auto token = [&](int32_t expert) {
+        for (uint32_t layer = 0; layer < 2; ++layer) {
+            memory.observe(layer, &expert, 1, 1, 1);
+        }
+        memory.refresh();
+    };
+    for (int i = 0; i < 20; ++i) {
+        token(4 + i % 2);  // that are never there
+    }
+    const float before = memory.recency();
+    CHECK(before > 0.5f);
+    const std::vector<int32_t> prompt(50, 0);
+    memory.observe(0, prompt.data(), 1, 1, 50);
+    memory.observe(1, prompt.data(), 1, 1, 1);
+    memory.refresh();
+    CHECK_EQ(memory.recency(), before);
 }
 
 TEST_MAIN()

@@ -112,6 +112,17 @@ TEST("queued prefetches are promoted or withdrawn by their owner") {
     CHECK(s.log.size() == 2 && s.ends(0, 0, 0.1) && s.ends(1, 2, 0.2));
 }
 
+TEST("who waits for the end of all reads waits for no prefetch that has not begun") {
+    reading s(slow(1, 0.0));
+    s.disk.prefetch({ reading::read(1, 250), reading::read(2, 100) });
+    s.disk.advance(0.05);  // in the first block of the first
+    s.disk.demand({ reading::read(3, 100) });
+    s.disk.drain();
+    CHECK(s.log.size() == 1 && s.ends(0, 3, 0.2));
+    s.disk.advance(5.0);
+    CHECK(s.log.size() == 3 && s.ends(1, 1, 0.35) && s.ends(2, 2, 0.45));
+}
+
 TEST("without a bandwidth all is there at once") {
     reading s(disk_model {});
     s.disk.demand({ reading::read(1, 1 << 30), reading::read(2, 1 << 30) });

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -184,6 +186,17 @@ def test_the_end_of_a_text(tmp_path: Path, n: int, window: int, skip: int) -> No
     assert [len(w) for w in end.windows] == [len(w) for w in beginning.windows]
     with pytest.raises(ParameterError, match="50 tokens, too few for 100 scored ones after 10"):
         t.read_passage(FakeScorer(uniform), text_file(tmp_path, 50), 100, 10, 20, 0, from_end=True)
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+def test_a_text_may_come_from_a_pipe(tmp_path: Path, from_end: bool) -> None:
+    path, pipe = text_file(tmp_path), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(lambda: pipe.write_bytes(path.read_bytes()))
+        piped = t.read_passage(FakeScorer(uniform), pipe, 100, 10, 20, 0, from_end=from_end)
+        written.result(10)
+    assert piped == t.read_passage(FakeScorer(uniform), path, 100, 10, 20, 0, from_end=from_end)
 
 
 def test_a_text_that_is_too_short_says_what_is_possible(tmp_path: Path) -> None:

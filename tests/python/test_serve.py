@@ -203,6 +203,9 @@ def test_a_stream_ends_with_its_usage_when_asked(server: Server, path: str, body
     assert status == 400 and "stream_options" in answer["error"]["message"]
 
 
+BAD_TOOL = {"type": "function", "function": {"name": "bad", "parameters": {"type": "objectx"}}}
+
+
 def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
     too_long = {"prompt": LONG * 3, "max_tokens": 3}
     status, answer = server.ask(COMPLETIONS, too_long)
@@ -236,6 +239,8 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
         (COMPLETIONS, {"prompt": "x", "stop": ""}, "stop"),
         (CHAT, chat("x", response_format={"type": "json_object", "schema": {"type": "objectx"}}), "schema"),
         (CHAT, chat("x", tools=[], tool_choice="required"), "one tool"),
+        (CHAT, chat("x", tools=[BAD_TOOL], tool_choice="required"), "schema"),
+        (CHAT, chat("x", tools=[BAD_TOOL], tool_choice={"type": "function", "function": {"name": "bad"}}), "schema"),
         (CHAT, 5, ""),
         ("/extras/detokenize", {"tokens": [999999]}, "no token 999999"),
         ("/extras/detokenize", {"tokens": [-5]}, "no token -5"),

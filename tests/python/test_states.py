@@ -81,6 +81,15 @@ def test_a_state_that_cannot_be_loaded_leaves_nothing_behind(new: Any) -> None:
 
 
 @BOTH
+def test_the_same_prompt_twice(new: Any) -> None:
+    llm = new(logits_all=True)
+    for _ in range(2):
+        answer = llm.create_completion(words(llm, 12), max_tokens=1, logprobs=2, temperature=0)
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) == 1
+    llm.close()
+
+
+@BOTH
 def test_there_must_be_logits_to_sample_from(new: Any) -> None:
     llm = new()
     tokens = words(llm, 12)

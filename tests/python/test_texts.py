@@ -20,6 +20,8 @@ def test_marks_and_newlines_of_other_systems(tmp_path: Path) -> None:
     assert checked("caf\u00e9", "-p") == "café"
     with pytest.raises(ValueError, match=r"^x is not UTF-8 text \(byte 3\)$"):
         decoded(b"caf\xe9", "x")
+    with pytest.raises(ValueError, match=r"^x is not UTF-8 text \(byte 6\)$"):
+        decoded(b"\xef\xbb\xbfcaf\xe9", "x")
     with pytest.raises(ValueError, match=r"^x is not UTF-8 text \(byte 3\)$"):
         checked("caf\udce9", "x")
 
@@ -48,6 +50,14 @@ def test_a_part_of_what_is_no_text(tmp_path: Path) -> None:
     for n, from_end in ((100, False), (100, True), (None, False), (None, True)):
         with open(path, "rb") as file, pytest.raises(ValueError, match="is not UTF-8 text"):
             read_part(file, path, n, from_end)
+
+
+def test_the_place_of_what_is_no_text_is_that_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(("é" * 2500).encode() + b"abc\xe9abc")
+    for n in (51, 50):  # a cut through a character, and between two
+        with open(path, "rb") as file, pytest.raises(ValueError, match=r"\(byte 5003\)$"):
+            read_part(file, path, n, from_end=True)
 
 
 def test_the_first_tokens_of_a_long_text() -> None:

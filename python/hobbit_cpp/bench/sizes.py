@@ -25,6 +25,7 @@ from hobbit_cpp.params import OffloadParams
 __all__ = ["Product", "Sizes", "Weights", "measure_sizes", "read_weights"]
 
 RANDOM_WEIGHTS_KEY = "hobbit.random_weights"
+"""True in a file whose router is noise: its hit rate is its cache share."""
 _INPUT_EMBEDDINGS = "token_embd.weight"
 _OUTPUT = "output.weight"
 

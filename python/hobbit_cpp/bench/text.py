@@ -54,7 +54,9 @@ def tokens_of(model: Path, n: int, text: Optional[Path]) -> Tokens:
     with contextlib.redirect_stderr(io.StringIO()):  # a context without a model is something that llama.cpp warns of
         vocabulary = Llama(str(model), vocab_only=True, verbose=False)
     try:
-        ids = first_tokens(lambda part: vocabulary.tokenize(part.encode()), beginning_of(decoded(data, source)), n)
+        ids = first_tokens(
+            lambda part: vocabulary.tokenize(part.encode()), beginning_of(decoded(data, source, whole=text is not None)), n
+        )
     finally:
         vocabulary.close()
     if len(ids) < n:

@@ -163,6 +163,7 @@ class _Progress:
     def phase(self, name: str, total: int) -> None:
         if not sys.stderr.isatty():
             print(f"{name} ({total})" if total > 1 else name, file=sys.stderr, flush=True)
+        self._phases.close()  # each trial of a tuning has the same name
         self._name, self._done, self._total = name, 0, total
         self.step(0)
 

@@ -96,7 +96,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if not text:
         raise ValueError("the prompt is empty")
     if args.system_prompt is not None:
-        checked(args.system_prompt, "-sys")
+        args.system_prompt = checked(args.system_prompt, "-sys")
     return str(text)
 
 

@@ -50,6 +50,8 @@ def add_parser(commands: Any) -> None:
 def serve(args: argparse.Namespace) -> int:
     """Loads, then serves until it is told to end."""
     check_model_flags(args)
+    if args.pooling is not None and not args.embedding:
+        raise ValueError("--pooling needs --embedding")
     listener = _listen(args.host, args.port)
     try:
         # Before the model: what the server takes is part of the budget.

@@ -61,8 +61,12 @@ def read_passage(
     n_windows = -(-n_tokens // (window - 1 - skip))
     wanted = warmup + n_tokens + n_windows * (1 + skip - len(first))
     with open(path, "rb") as file:
+        # A pipe has no second reading.
+        piped = None if file.seekable() else read_part(file, path, None)
 
         def part(n_bytes: int) -> Tuple[str, bool]:
+            if piped is not None:
+                return piped
             file.seek(0)
             return read_part(file, path, n_bytes, from_end)
 

@@ -67,6 +67,8 @@ class ChatRequest(_Asked, _ChatRequest):  # type: ignore[misc]
         data = {**data, **_tools_with_parameters(data)}
         if data.get("tool_choice") == "required":
             data = {**data, "tool_choice": _only_tool(data)}
+        if isinstance(data.get("tool_choice"), dict):
+            _check_chosen(data)
         form = data.get("response_format")
         if not isinstance(form, dict):
             return data
@@ -123,6 +125,15 @@ def _only_tool(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("tool_choice 'required' works with one tool here: name the one that is to be called")
     return {"type": "function", "function": {"name": function["name"]}}
+
+
+def _check_chosen(data: dict[str, Any]) -> None:
+    """The parameters of the tool that is to be called, as a schema."""
+    name = (data["tool_choice"].get("function") or {}).get("name")
+    for tool in data.get("tools") or ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if isinstance(function, dict) and function.get("name") == name:
+            _check_schema(function.get("parameters"))
 
 
 def _check_schema(schema: Any) -> None:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{flag} needs the chat template, which --no-conversation leaves out")
     first = read_text(args.file) if args.file is not None else checked(args.prompt, "-p") if args.prompt is not None else None
     if args.system_prompt is not None:
-        checked(args.system_prompt, "-sys")
+        args.system_prompt = checked(args.system_prompt, "-sys")
     if first is not None and not first.strip():
         raise ValueError("the first message is empty")
     talk = load(args.load) if args.load is not None else Conversation()
