@@ -61,13 +61,6 @@ struct batch {
 
 constexpr hobbit::policy::thresholds T = { 0.5f, 0.8f };
 
-store_setup slots(uint32_t high, uint32_t low) {
-    store_setup s;
-    s.slots_high = high;
-    s.slots_low  = low;
-    return s;
-}
-
 class pass_story : public tiny_store {
   public:
     explicit pass_story(const store_setup & setup) : tiny_store(setup), pass(store(), index()) {}

@@ -9,9 +9,7 @@ using hobbit::precision;
 namespace {
 
 store_setup warm_slots(uint32_t high, uint32_t low = 0) {
-    store_setup setup;
-    setup.slots_high           = high;
-    setup.slots_low            = low;
+    store_setup setup          = slots(high, low);
     setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
     return setup;
 }
@@ -26,7 +24,7 @@ std::vector<hobbit_heat> some_heat(const tiny_store & s) {
     return heat;
 }
 
-bool hit(const expert_want & w) { return w.entry != nullptr && w.action == action::use_high; }
+bool high_hit(const expert_want & w) { return w.entry != nullptr && w.action == action::use_high; }
 
 uint64_t n_resident(tiny_store & s) { return s.stats().resident_high + s.stats().resident_low; }
 
@@ -42,7 +40,7 @@ TEST("the hottest experts are read into free slots, as nobody's hits, misses or 
     CHECK(before.total.prefetches == 0 && before.total.bytes_prefetch == 0 && before.total.bytes_demand == 0);
     for (uint32_t layer = 0; layer < 3; ++layer) {
         for (uint16_t expert = 5; expert < 8; ++expert) {
-            CHECK(hit(s.pass(layer, { want(expert) })[0]));  // with the right bytes
+            CHECK(high_hit(s.pass(layer, { want(expert) })[0]));  // with the right bytes
         }
     }
     const hobbit_counts c = s.total();
@@ -61,9 +59,9 @@ TEST("nothing is evicted for it, and what is there is not read again") {
     s.wait_until([&] { return s.stats().warmed == 5; });
     CHECK(s.stats().resident_high == 12 && s.stats().warmed == 5);
     for (const uint16_t e : used) {
-        CHECK(hit(s.pass(0, { want(e) })[0]));
+        CHECK(high_hit(s.pass(0, { want(e) })[0]));
     }
-    CHECK(hit(s.pass(1, { want(7) })[0]));
+    CHECK(high_hit(s.pass(1, { want(7) })[0]));
 }
 
 TEST("of equally hot experts those of the first layers come first") {
@@ -72,9 +70,9 @@ TEST("of equally hot experts those of the first layers come first") {
     s.store().warm(heat.data());
     s.wait_until([&] { return s.stats().warmed == 10; });
     for (uint16_t e = 0; e < 8; ++e) {
-        CHECK(hit(s.pass(0, { want(e) })[0]));
+        CHECK(high_hit(s.pass(0, { want(e) })[0]));
     }
-    CHECK(hit(s.pass(1, { want(0) })[0]) && hit(s.pass(1, { want(1) })[0]));
+    CHECK(high_hit(s.pass(1, { want(0) })[0]) && high_hit(s.pass(1, { want(1) })[0]));
 }
 
 TEST("what is next hottest goes into the low slots") {
@@ -82,7 +80,7 @@ TEST("what is next hottest goes into the low slots") {
     s.store().warm(some_heat(s).data());
     s.wait_until([&] { return s.stats().warmed == 12; });
     CHECK(s.stats().resident_high == 4 && s.stats().resident_low == 8);
-    CHECK(hit(s.pass(0, { want(7) })[0]));
+    CHECK(high_hit(s.pass(0, { want(7) })[0]));
     const wants low = s.pass(0, { want(6, need::low) });
     CHECK(low[0].action == action::use_low || low[0].action == action::use_high);
 }
@@ -126,7 +124,7 @@ TEST("an expert that is demanded while it is being read is late for nobody, and 
     tiny_store s(setup);
     s.store().warm(some_heat(s).data());
     wants got = s.acquire(0, { want(7) });
-    CHECK(hit(got[0]));
+    CHECK(high_hit(got[0]));
     go = true;
     s.arrive(got);
     s.check(0, got);

@@ -76,6 +76,21 @@ void on_threads(int n, F && body) {
     }
 }
 
+inline store_setup slots(uint32_t high, uint32_t low = 0) {
+    store_setup s;
+    s.slots_high = high;
+    s.slots_low  = low;
+    return s;
+}
+
+inline bool hit(const expert_want & w) {
+    return w.entry != nullptr && (w.action == action::use_high || w.action == action::use_low);
+}
+
+inline bool loaded(const expert_want & w) {
+    return w.entry != nullptr && (w.action == action::load_high || w.action == action::load_low);
+}
+
 class tiny_store {
   public:
     explicit tiny_store(const store_setup & setup = {}) : setup_(setup) {
