@@ -60,8 +60,12 @@ batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
     const bool                     loaded  = !context->get_model().hparams.no_alloc;
     std::vector<size_t>            sizes(ggml_backend_sched_get_n_backends(sched));
 
-    ggml_cgraph * graph = context->graph_reserve(n, cparams.n_seq_max, std::min(n, cparams.n_outputs_max), full.get(),
-                                                 !loaded, loaded ? nullptr : sizes.data());
+    // llama.cpp rounds the tokens up to a multiple of the sequences, of which embeddings have as many as a batch has tokens, and its
+    // pooling ends the process where the outputs are fewer.
+    const uint32_t most_seqs = std::min(n, cparams.n_seq_max);
+    const uint32_t n_seqs    = n % most_seqs == 0 ? most_seqs : 1;
+    ggml_cgraph *  graph     = context->graph_reserve(n, n_seqs, std::min(n, cparams.n_outputs_max), full.get(), !loaded,
+                                                 loaded ? nullptr : sizes.data());
     if (graph == nullptr) {
         fail(HOBBIT_ERR_NO_MEMORY, "no memory for the compute buffers of " + std::to_string(n) + " tokens");
     }

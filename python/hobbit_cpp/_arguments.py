@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 from typing import Any, Callable, Dict
 
 from ._memory import MOST_THREADS
@@ -61,6 +62,20 @@ def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callabl
         ) from None
     if kwargs.get("lora_path"):
         _check_lora(kwargs["lora_path"])
+
+
+# llama.cpp reads a grammar by recursion: 20,000 groups in one another overrun its stack.
+_DEEPEST = 2000
+_LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*')
+
+
+def check_depth(grammar: str) -> None:
+    """ValueError when groups of a grammar (GBNF) stand too deep in one another."""
+    depth = 0
+    for bracket in re.findall(r"[()]", _LITERALS.sub("", grammar)):
+        depth += 1 if bracket == "(" else -1
+        if depth > _DEEPEST:
+            raise ValueError(f"the grammar has more than {_DEEPEST} groups in one another: limit repetitions (maxItems) to fewer")
 
 
 def _no_such(name: str, known: set[str]) -> str:

@@ -27,6 +27,9 @@ def decoded(data: bytes, name: object, whole: bool = True, at: int = 0) -> str:
         text = codecs.getincrementaldecoder("utf-8")().decode(data[mark:], final=whole)
     except UnicodeDecodeError as e:
         raise ValueError(f"{name} is not UTF-8 text (byte {at + mark + e.start})") from None
+    zero = data.find(b"\0")
+    if zero >= 0:  # UTF-16 has them
+        raise ValueError(f"{name} is not UTF-8 text (byte {at + zero} is 0)")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

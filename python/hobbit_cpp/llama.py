@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List
 import numpy as np
 
 from . import _lib, _memory
-from ._arguments import check_with_offload, check_without_offload
+from ._arguments import check_depth, check_with_offload, check_without_offload
 from ._batches import LEAST
 from ._calls import Calls
 from ._fields import UpstreamFields
@@ -349,6 +349,7 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         grammar = kwargs.get("grammar")
         if grammar is not None:
+            check_depth(grammar._grammar)
             # llama_cpp does not look at what comes of it, and llama.cpp would end the process.
             found = _c.llama_sampler_init_grammar(self._model.vocab, grammar._grammar.encode(), grammar._root.encode())
             if not found:

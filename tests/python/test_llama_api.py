@@ -135,6 +135,11 @@ def test_embeddings(pooling: int) -> None:
     assert both[0](texts[1], temperature=0)["choices"][0]["text"] == both[1](texts[1], temperature=0)["choices"][0]["text"]
     for llm in both:
         llm.close()
+    # As many sequences as a batch has tokens, where buffers are laid out for fewer.
+    llm = offloaded(embedding=True, pooling_type=pooling)
+    for n in (1, 5, 31, 32):
+        assert all(part > 0 for part in llm._offloaded().fit_batches(llm._context_address(), n))
+    llm.close()
     llm = offloaded()
     with pytest.raises(RuntimeError, match="embedding=True"):
         llm.embed("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -203,6 +205,7 @@ def test_a_stream_ends_with_its_usage_when_asked(server: Server, path: str, body
     assert status == 400 and "stream_options" in answer["error"]["message"]
 
 
+DEEP = {"type": "array", "items": {"type": "integer"}, "maxItems": 100_000}
 BAD_TOOL = {"type": "function", "function": {"name": "bad", "parameters": {"type": "objectx"}}}
 
 
@@ -239,6 +242,10 @@ def test_errors_are_told_in_the_way_of_openai(server: Server) -> None:
         (COMPLETIONS, {"prompt": "x", "stop": ""}, "stop"),
         (CHAT, chat("x", response_format={"type": "json_object", "schema": {"type": "objectx"}}), "schema"),
         (CHAT, chat("x", tools=[], tool_choice="required"), "one tool"),
+        (CHAT, chat("x", tool_choice={"type": "function", "function": {"name": "feed"}}), "no tool"),
+        (CHAT, chat("x", response_format={"type": "json_object", "schema": DEEP}), "groups in one another"),
+        (COMPLETIONS, {"prompt": "x", "grammar": "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000}, "groups in one another"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 0.0}, "max_tokens"),
         (CHAT, chat("x", tools=[BAD_TOOL], tool_choice="required"), "schema"),
         (CHAT, chat("x", tools=[BAD_TOOL], tool_choice={"type": "function", "function": {"name": "bad"}}), "schema"),
         (CHAT, 5, ""),
@@ -392,6 +399,17 @@ def test_an_embedding_is_one_vector(flags: list[str]) -> None:
         fox, dog, again = (data["embedding"] for data in answer["data"])
         assert len(fox) == len(dog) and all(isinstance(x, float) for x in fox)
         assert fox == pytest.approx(again) and fox != pytest.approx(dog)
+        status, answer = server.ask("/v1/embeddings", {"input": "the fox", "encoding_format": "base64"})
+        packed = base64.b64decode(answer["data"][0]["embedding"])
+        assert status == 200 and struct.unpack(f"<{len(packed) // 4}f", packed) == pytest.approx(fox)
+        refused: list[tuple[dict[str, Any], str]] = [
+            ({"dimensions": 8}, "dimensions"),
+            ({"encoding_format": "xx"}, "encoding_format"),
+        ]
+        refused += [({"input": "a " * n}, "-b") for n in (80, 80_000)]
+        for wrong, says in refused:
+            status, answer = server.ask("/v1/embeddings", {"input": "x", **wrong})
+            assert status == 400 and says in answer["error"]["message"], answer
 
 
 def test_logprobs_whole_and_streamed() -> None:

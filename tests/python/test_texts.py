@@ -27,7 +27,7 @@ def test_marks_and_newlines_of_other_systems(tmp_path: Path) -> None:
 
 
 @given(
-    st.text(st.characters(blacklist_characters="\r\ufeff", blacklist_categories=["Cs"]), max_size=40),
+    st.text(st.characters(blacklist_characters="\0\r\ufeff", blacklist_categories=["Cs"]), max_size=40),
     st.integers(0, 80),
     st.booleans(),
 )
@@ -50,6 +50,15 @@ def test_a_part_of_what_is_no_text(tmp_path: Path) -> None:
     for n, from_end in ((100, False), (100, True), (None, False), (None, True)):
         with open(path, "rb") as file, pytest.raises(ValueError, match="is not UTF-8 text"):
             read_part(file, path, n, from_end)
+
+
+@pytest.mark.parametrize("from_end", [False, True])
+def test_two_bytes_a_character_are_no_text(tmp_path: Path, from_end: bool) -> None:
+    path = tmp_path / "a.txt"
+    for encoding in ("utf-16-le", "utf-16"):
+        path.write_text("text " * 100, encoding=encoding)
+        with open(path, "rb") as file, pytest.raises(ValueError, match="is not UTF-8 text"):
+            read_part(file, path, 100, from_end)
 
 
 def test_the_place_of_what_is_no_text_is_that_in_the_file(tmp_path: Path) -> None:

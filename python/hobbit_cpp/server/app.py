@@ -13,6 +13,7 @@ Routes, schemas and authentication are upstream's (llama_cpp.server.app, pinned)
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -38,7 +39,7 @@ from .._calls import OWNER, Owner
 from ..errors import EvaluationCancelled, HobbitError, StateError
 from ..llama import Llama
 from .metrics import CONTENT_TYPE, Requests, render
-from .requests import ChatRequest, CompletionRequest
+from .requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from .usage import USAGE, Usage, counted
 
 __all__ = ["App", "serve"]
@@ -102,6 +103,11 @@ class App:
         async def completion(request: Request, body: CompletionRequest) -> Any:
             return _plain(await upstream.create_completion(request, body))
 
+        @router.post("/v1/embeddings", dependencies=protected, response_model=None)
+        async def embeddings(body: EmbeddingRequest) -> Any:
+            texts = [body.input] if isinstance(body.input, str) else body.input
+            return await run_in_threadpool(self._embed, texts, body.encoding_format)
+
         @router.get("/metrics", dependencies=protected)
         async def metrics() -> Any:
             try:
@@ -115,6 +121,19 @@ class App:
             return {"status": "ok"}
 
         return router
+
+    def _embed(self, texts: list[str], encoding_format: str) -> Any:
+        """Upstream cuts a text at the batch, and says nothing."""
+        most = self._llm.n_batch
+        for text in texts if self._llm.context_params.embeddings else ():  # else upstream refuses them all
+            data = text.encode("utf-8")
+            if len(data) > _BYTES_A_TOKEN * most or len(self._llm.tokenize(data)) > most:
+                raise ValueError(f"a text is longer than a batch of {most} tokens (-b)")
+        answer: Any = self._llm.create_embedding(texts)
+        if encoding_format == "base64":
+            for data in answer["data"]:
+                data["embedding"] = base64.b64encode(np.asarray(data["embedding"], "<f4").tobytes()).decode()
+        return answer
 
     def _limit(self, path: str) -> tuple[int, str]:
         """Bytes of a request, and what is said of more."""

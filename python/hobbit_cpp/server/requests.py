@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import llama_cpp.llama_grammar
 import llama_cpp.server.types
 import pydantic
 
-__all__ = ["ChatRequest", "CompletionRequest", "StreamOptions"]
+from hobbit_cpp._arguments import check_depth
+
+__all__ = ["ChatRequest", "CompletionRequest", "EmbeddingRequest", "StreamOptions"]
 
 _ChatRequest: Any = llama_cpp.server.types.CreateChatCompletionRequest
 _CompletionRequest: Any = llama_cpp.server.types.CreateCompletionRequest
+_EmbeddingRequest: Any = llama_cpp.server.types.CreateEmbeddingRequest
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -41,7 +44,7 @@ class _Asked(pydantic.BaseModel):
         if "" in (stop if isinstance(stop, list) else [stop]):
             raise ValueError("stop: an empty text would end every answer before it begins")
         most = data.get("max_tokens")
-        if isinstance(most, int) and most < 1 and most != -1:
+        if isinstance(most, (int, float)) and most < 1 and most != -1:
             raise ValueError("max_tokens must be at least 1")
         return data
 
@@ -80,6 +83,19 @@ class ChatRequest(_Asked, _ChatRequest):  # type: ignore[misc]
         if form.get("schema") is not None:
             _check_schema(form["schema"])
         return {**data, "response_format": form}
+
+
+class EmbeddingRequest(_EmbeddingRequest):  # type: ignore[misc]
+    """`encoding_format` "base64": each embedding as its 32-bit floats, little-endian."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _as_openai_has_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("dimensions") is not None:
+            raise ValueError("dimensions: an embedding has as many as the model gives it")
+        return data
 
 
 class CompletionRequest(_Asked, _CompletionRequest):  # type: ignore[misc]
@@ -130,16 +146,18 @@ def _only_tool(data: dict[str, Any]) -> dict[str, Any]:
 def _check_chosen(data: dict[str, Any]) -> None:
     """The parameters of the tool that is to be called, as a schema."""
     name = (data["tool_choice"].get("function") or {}).get("name")
-    for tool in data.get("tools") or ():
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if isinstance(function, dict) and function.get("name") == name:
-            _check_schema(function.get("parameters"))
+    functions = [tool.get("function") for tool in data.get("tools") or () if isinstance(tool, dict)]
+    chosen = [f for f in functions if isinstance(f, dict) and f.get("name") == name]
+    if not chosen:
+        raise ValueError(f"tool_choice: there is no tool {name!r}")
+    for function in chosen:
+        _check_schema(function.get("parameters"))
 
 
 def _check_schema(schema: Any) -> None:
     """Upstream takes any JSON where it cannot make a grammar of a schema, and does not say so."""
     try:
-        llama_cpp.llama_grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+        check_depth(llama_cpp.llama_grammar.LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar)
     except Exception as e:
         raise ValueError(f"the schema cannot be made into a grammar: {type(e).__name__}: {e}") from None
 
