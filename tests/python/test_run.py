@@ -273,7 +273,7 @@ class FakeParams:
         (["--offload", "lru", "--exact"], {"mode": "lru", "exact": True}),
         (["--precision-rule", "weight"], {"mode": "hobbit", "precision_rule": "weight"}),
         (["--expert-cache", "2GiB"], {"mode": "hobbit", "expert_cache": "2GiB"}),
-        (["--expert-cache", "1000"], {"mode": "hobbit", "expert_cache": 1000}),
+        (["--expert-cache", "1000"], {"mode": "hobbit", "expert_cache": "1000"}),
         (["--offload", "none"], None),
     ],
 )
