@@ -41,6 +41,7 @@ class Budgeted(Observed):
         self._room: Optional[BatchRoom] = None
         self._context = self._least = 0
         self._given_back = 0  # of it, because memory is short: see _yield_memory
+        self._lent = 0  # of it, for what is no batch: see lend
         self.embeddings_on_disk = False
         super().__init__(path, params)
 
@@ -175,7 +176,7 @@ class Budgeted(Observed):
                 self._room = room
                 self.memory_budget += more
             self._whole_pool = self.pool_bytes()
-            self._given_back = 0
+            self._given_back = self._lent = 0
 
     def _yield_memory(self) -> None:
         """From now on the pool shrinks while memory is short, and grows again."""
@@ -186,12 +187,28 @@ class Budgeted(Observed):
         def resize(pool: int) -> None:
             with self._resizing:
                 # What was whole when it was decided may be lent by now.
-                self._given_back = max(0, self._whole_pool - pool)
-                self._resize(self._whole_pool - self._given_back)
-                if self._given_back == 0:
-                    self._whole_pool = self.pool_bytes()  # a number of slots
+                self._given_back = max(0, self._whole_pool - self._lent - pool)
+                self._follow()
 
-        self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool, resize, yielding)
+        self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool - self._lent, resize, yielding)
+
+    def lend(self, n_bytes: int) -> None:
+        """From now on the process takes so much more: the pool lends what the budget has not left, and has it back with 0."""
+        if not self.lends() or (n_bytes == 0 and self._lent == 0):
+            return
+        _memory.give_back()  # of the last time, or it would be counted as taken
+        with self._resizing:
+            left = self.memory_budget - _memory.resident() - self._lent  # with the whole pool
+            self._lent = min(max(0, n_bytes - max(0, left)), max(0, self._whole_pool - self.info.pool_min))
+            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
+                self._follow()
+
+    def _follow(self) -> None:
+        """The pool becomes what is left of it."""
+        wanted = self._whole_pool - self._given_back - self._lent
+        self._resize(max(wanted, self.info.pool_min))
+        if self._given_back == 0 and wanted >= self.info.pool_min:
+            self._whole_pool = self.pool_bytes() + self._lent  # a number of slots
 
     def _resize(self, pool: int) -> None:
         error = self._ffi.new("hobbit_error *")
@@ -215,6 +232,4 @@ class Budgeted(Observed):
             room.laid_out(n, self.fit_batches(self._context, n))
             self._whole_pool = room.pool
             with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
-                self._resize(max(room.pool - self._given_back, self.info.pool_min))
-                if self._given_back == 0:
-                    self._whole_pool = self.pool_bytes()  # a number of slots
+                self._follow()

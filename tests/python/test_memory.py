@@ -185,3 +185,29 @@ def test_peaks_can_be_forgotten() -> None:
 def test_sizes_beyond_all_numbers() -> None:
     for size in (10**400, "1" * 400, "9" * 30, f"{10**12}T"):
         assert parse_size(size) == 1 << 60
+
+
+GRAMMAR = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from hobbit_cpp import Llama
+options = {"offload": "hobbit", "exact": True, "memory": int(sys.argv[2]), "n_ctx": 512, "n_threads": 2, "flash_attn": True}
+llm = Llama(sys.argv[1], verbose=False, **options)
+whole = llm.offload_stats().pool_bytes
+for i in range(3):
+    llm.create_chat_completion([{"role": "user", "content": "fox %d" % i}], max_tokens=4, response_format={"type": "json_object"})
+lent = whole - llm.offload_stats().pool_bytes
+llm.create_completion("the fox", max_tokens=2)
+s = llm.offload_stats()
+print(s.peak_memory, s.memory_budget, whole - s.pool_bytes, lent)
+"""
+
+
+def test_what_a_grammar_takes_is_lent_by_the_pool() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GRAMMAR, str(tiny_wordy()), str(BUDGET)], capture_output=True, text=True, timeout=300, check=True
+    )
+    peak, budget, missing, lent = map(int, done.stdout.split())
+    assert peak <= budget == BUDGET
+    assert abs(missing) <= 8 << 20  # it is whole again, but for what the heap keeps
+    assert lent > 8 << 20
