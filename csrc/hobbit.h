@@ -120,12 +120,11 @@ typedef enum hobbit_precision_rule {
 } hobbit_precision_rule;
 
 typedef enum hobbit_eviction_rule {
-    HOBBIT_EVICT_LRU    = 0,
-    HOBBIT_EVICT_LFU    = 1,
-    HOBBIT_EVICT_HOBBIT = 2, /* HOBBIT eq. 3, with the weights below */
-    HOBBIT_EVICT_LCU    = 3, /* MoE-APEX: least cost-weighted use */
-    HOBBIT_EVICT_FORESIGHT =
-        4, /* ours: expected uses, from what followed similar tokens; LRU's order where that hits more */
+    HOBBIT_EVICT_LRU       = 0,
+    HOBBIT_EVICT_LFU       = 1,
+    HOBBIT_EVICT_HOBBIT    = 2, /* HOBBIT eq. 3, with the weights below */
+    HOBBIT_EVICT_LCU       = 3, /* MoE-APEX: least cost-weighted use */
+    HOBBIT_EVICT_FORESIGHT = 4, /* ours: expected uses, or LRU's order where that hits more */
     HOBBIT_EVICT_LAYER_LRU = 5, /* least recently used, each layer with slots of its own */
     HOBBIT_EVICT_LAYER_ARC = 6, /* ARC in the same */
     HOBBIT_EVICT_FATE      = 7  /* Fate: the first layers held whole, ARC in each */

@@ -32,6 +32,7 @@ std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 std::string human_bytes(unsigned long long bytes);
 
 [[noreturn]] void fail(hobbit_status status, const std::string & message);
+
 // Of what a caller gives.
 inline void require(bool ok, const std::string & message) {
     if (!ok) {

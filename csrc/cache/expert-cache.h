@@ -150,6 +150,8 @@ class expert_cache {
 
     const cache_shape & shape() const { return shape_; }
 
+    uint64_t n_experts() const { return n_experts_; }
+
     // Number of the running layer pass; predictions protect up to one of these.
     uint64_t pass = 1;
 

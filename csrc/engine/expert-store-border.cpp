@@ -124,7 +124,7 @@ void expert_store::move_border() {
         worth[p]     = nothing_free(p) ? cache_->margin(p, n, now_) / (double) shape.slot_bytes[p] : 0.0;
     }
     int to      = worth[0] > BORDER_CLEAR * worth[1] ? 0 : worth[1] > BORDER_CLEAR * worth[0] ? 1 : -1;
-    to          = to >= 0 && shape.n_slots[to] == n_experts_ ? -1 : to;  // there is nothing more to hold
+    to          = to >= 0 && shape.n_slots[to] == cache_->n_experts() ? -1 : to;  // there is nothing more to hold
     border_run_ = to == border_to_ ? border_run_ + 1 : 1;
     border_to_  = to;
     if (to < 0 || border_run_ < BORDER_SURE) {

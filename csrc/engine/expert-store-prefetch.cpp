@@ -64,7 +64,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         cache_entry * high    = cache_->find(layer, w.expert, 0);
         cache_entry * low     = cache_->find(layer, w.expert, 1);
         const bool    is_low  = w.need == policy::need::low;
-        const bool    by_high = !is_low || (high_serves_low_ && high != nullptr);
+        const bool    by_high = !is_low || (now_.high_serves_low && high != nullptr);
         cache_entry * have    = by_high ? high : low;
         if (have == nullptr) {
             n_missing++;

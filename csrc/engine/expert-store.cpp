@@ -18,7 +18,6 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     stream_bytes_    = plan.stream_bytes;
     with_low_        = plan.with_low;
     all_high_        = plan.all_high();
-    high_serves_low_ = policy::high_serves_low((policy::precision_rule) params.precision_rule);
     plan.cache.bytes = plan.cache_bytes();
     std::byte * room = nullptr;
     if (make_reader) {
@@ -43,9 +42,6 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
         stream_slots_.push_back(std::make_unique<stream_slot>());
         stream_slots_.back()->room = room + i * index.max_segment;
     }
-    for (const auto & layer : index.layers()) {
-        n_experts_ += layer.n_expert;
-    }
     uses_.resize(counts_.size() * index.n_expert);
     loads_.resize(uses_.size());
     asked_[0].resize(counts_.size());
@@ -58,16 +54,17 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     now_.n_layer         = plan.cache.n_layer;
     now_.weights         = { params.w_lru, params.w_lfu, params.w_lhu, params.w_fld };
     now_.low_cost        = with_low_ ? (float) index.max_expert[1] / (float) index.max_expert[0] : 0.0f;
-    now_.high_serves_low = high_serves_low_;
+    now_.high_serves_low = policy::high_serves_low((policy::precision_rule) params.precision_rule);
     if (params.eviction_rule == HOBBIT_EVICT_FORESIGHT) {
         foresight_ = std::make_unique<foresight>(*cache_, plan.cache.n_layer, plan.cache.n_expert,
                                                  (float) index.n_expert_used / (float) plan.cache.n_expert, now_.low_cost,
-                                                 high_serves_low_);
+                                                 now_.high_serves_low);
         for (uint32_t d = 0; d <= plan.cache.n_layer; ++d) {
             discount_.push_back(std::pow(FORESIGHT_GAMMA, (float) d / (float) plan.cache.n_layer));
         }
         now_.discount = discount_.data();
     }
+
     const auto on_end = [this](const io_request & r, io_outcome o, std::exception_ptr why) { on_read_end(r, o, why); };
     io_               = make_reader ? make_reader(params, on_end)
                                     : std::make_unique<io_pool>(params.io_threads, params.io_block, params.prefetch_reads, on_end);
@@ -145,7 +142,9 @@ void expert_store::resume(cache_entry & entry) {
 }
 
 // Every expert has a slot in high precision, which serves low needs too: a low copy would have to be read again each time.
-bool expert_store::high_serves_all() const { return high_serves_low_ && cache_->shape().n_slots[0] == n_experts_; }
+bool expert_store::high_serves_all() const {
+    return now_.high_serves_low && cache_->shape().n_slots[0] == cache_->n_experts();
+}
 
 void expert_store::observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens) {
     if (foresight_) {

@@ -193,16 +193,14 @@ class expert_store {
     uint64_t                      n_warmed_     = 0;
     uint64_t                      bytes_warmed_ = 0;
     eviction_context              now_;
-    uint64_t                      n_tokens_        = 0;
-    uint32_t                      n_experts_       = 0;
-    bool                          with_low_        = false;  // pool_plan::with_low
-    bool                          all_high_        = false;  // pool_plan::all_high, as far as the limit goes
-    bool                          high_serves_low_ = false;  // policy::high_serves_low
-    bool                          border_moves_    = false;  // with what high and low copies are worth
-    int                           border_to_       = -1;     // whom the last look gave slots to; -1: nobody
-    uint32_t                      border_run_      = 0;      // looks in a row that said so
-    uint32_t                      border_seen_     = 0;      // token of the last look
-    bool                          resizing_        = false;  // between two looks of resize() under the lock
+    uint64_t                      n_tokens_     = 0;
+    bool                          with_low_     = false;  // pool_plan::with_low
+    bool                          all_high_     = false;  // pool_plan::all_high, as far as the limit goes
+    bool                          border_moves_ = false;  // with what high and low copies are worth
+    int                           border_to_    = -1;     // whom the last look gave slots to; -1: nobody
+    uint32_t                      border_run_   = 0;      // looks in a row that said so
+    uint32_t                      border_seen_  = 0;      // token of the last look
+    bool                          resizing_     = false;  // between two looks of resize() under the lock
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

@@ -1,7 +1,6 @@
 #include "pool-plan.h"
 
 #include "../base/error.h"
-
 #include "../policy/precision.h"
 
 #include <algorithm>

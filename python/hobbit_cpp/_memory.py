@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import numbers
 import os
 import re
@@ -75,10 +76,15 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 def cores() -> int:
     """That this process may use: as many threads are best for a model. Hyper-threads of one core would share what it has."""
+    return _cores(_TOPOLOGY, tuple(processors()))
+
+
+@functools.cache  # each command's parser asks, of many processors
+def _cores(topology: str, cpus: Tuple[int, ...]) -> int:
     found = set()
-    for cpu in processors():
+    for cpu in cpus:
         try:
-            found.add(Path(_TOPOLOGY.format(cpu)).read_text(encoding="ascii"))
+            found.add(Path(topology.format(cpu)).read_text(encoding="ascii"))
         except OSError:
             found.add(f"{cpu}")  # one by itself
     return len(found)

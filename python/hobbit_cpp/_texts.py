@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Callable, Optional, Sequence, Tuple
 
-__all__ = ["beginning_of", "checked", "common_prefix", "decoded", "enough_bytes", "first_tokens", "read_part", "read_text"]
+__all__ = ["beginning_of", "checked", "common_prefix", "decoded", "enough_bytes", "first_tokens", "read_part", "read_whole"]
 
 _CONTINUATION = bytes(range(0x80, 0xC0))
 
@@ -33,7 +33,7 @@ def decoded(data: bytes, name: object, whole: bool = True, at: int = 0) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_text(path: Path) -> str:
+def read_whole(path: Path) -> str:
     """All of a file; ValueError as by `decoded`."""
     return decoded(path.read_bytes(), path)
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hobbit_cpp._texts import beginning_of, checked, decoded, enough_bytes, first_tokens, read_part, read_text
+from hobbit_cpp._texts import beginning_of, checked, decoded, enough_bytes, first_tokens, read_part, read_whole
 
 
 def test_marks_and_newlines_of_other_systems(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("\ufeffcafé\r\nau\rlait\n".encode())
-    assert read_text(path) == "café\nau\nlait\n"
+    assert read_whole(path) == "café\nau\nlait\n"
     assert checked("caf\u00e9", "-p") == "café"
     with pytest.raises(ValueError, match=r"^x is not UTF-8 text \(byte 3\)$"):
         decoded(b"caf\xe9", "x")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .._progress import Phases
+from .._progress import StepProgress, make_progress
 from . import options
 from .output import check_writable, write_json
 
@@ -151,22 +151,23 @@ class _Progress:
     """A bar on a terminal; elsewhere a line for each piece of work, and now and then how far it is."""
 
     def __init__(self) -> None:
-        self._phases = Phases()
-        self._name, self._done, self._total = "", 0, 1
+        self._steps = StepProgress()
+        self._done = self._total = 0
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._phases.close()
+        self._steps.close()
 
     def phase(self, name: str, total: int) -> None:
         if not sys.stderr.isatty():
             print(f"{name} ({total})" if total > 1 else name, file=sys.stderr, flush=True)
-        self._phases.close()  # each trial of a tuning has the same name
-        self._name, self._done, self._total = name, 0, total
+        self._steps.close()
+        self._steps = make_progress(name, "steps")
+        self._done, self._total = 0, total
         self.step(0)
 
     def step(self, n: int) -> None:
         self._done += n
-        self._phases.update(self._name, "steps", self._done, self._total)
+        self._steps.update(self._done, self._total)

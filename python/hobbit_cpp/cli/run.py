@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .._texts import checked, decoded, read_text
+from .._texts import checked, decoded, read_whole
 from .options import (
     add_json_stats_flag,
     add_model_flags,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt, from wherever it comes."""
     if args.file is not None:
-        text = _without_newline(read_text(args.file))
+        text = _without_newline(read_whole(args.file))
     elif args.prompt is not None and args.prompt != "-":
         text = checked(args.prompt, "-p")
     elif args.prompt is None and sys.stdin.isatty():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._texts import checked, read_text
+from ..._texts import checked, read_whole
 from ..options import (
     add_json_stats_flag,
     add_model_flags,
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.no_conversation and (args.system_prompt or args.load):
         flag = "--system-prompt" if args.system_prompt else "--load"
         raise ValueError(f"{flag} needs the chat template, which --no-conversation leaves out")
-    first = read_text(args.file) if args.file is not None else checked(args.prompt, "-p") if args.prompt is not None else None
+    first = read_whole(args.file) if args.file is not None else checked(args.prompt, "-p") if args.prompt is not None else None
     if args.system_prompt is not None:
         args.system_prompt = checked(args.system_prompt, "-sys")
     if first is not None and not first.strip():
