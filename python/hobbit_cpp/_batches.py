@@ -68,9 +68,13 @@ class BatchRoom:
         self.spare = max(pool + self._small + self._work, self._floor + least)
         return self.spare - before
 
-    def largest(self, wanted: int) -> int:
-        """Of `wanted` tokens, those that can be one batch: more would leave the pool less than its least."""
-        fit = int((self.spare - self._floor) / self._per_token)
+    def largest(self, wanted: int, withheld: int = 0) -> int:
+        """Of `wanted` tokens, those that can be one batch: more would leave the pool less than its least.
+
+        Args:
+            withheld: of what the pool may have, what it has not.
+        """
+        fit = int((self.spare - withheld - self._floor) / self._per_token)
         if fit >= self._n_ubatch:
             return wanted
         return min(wanted, max(fit // _STEP * _STEP, SMALL))

@@ -220,7 +220,7 @@ class Budgeted(Observed):
 
     def largest_batch(self, wanted: int) -> int:
         """Of so many tokens, those that one llama_decode has memory for."""
-        return wanted if self._room is None else self._room.largest(wanted)
+        return wanted if self._room is None else self._room.largest(wanted, self._given_back + self._lent)
 
     def _make_room(self, n_tokens: int) -> None:
         """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""

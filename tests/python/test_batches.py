@@ -68,6 +68,7 @@ def test_nothing_is_laid_out_for_more_than_the_largest_batch() -> None:
 def test_batches_are_cut_where_the_pool_would_be_below_its_least() -> None:
     made = room(spare=500)
     assert made.largest(512) == 320 and made.largest(7) == 7  # 1.25 a token
+    assert made.largest(512, withheld=300) == 64 and made.largest(512, withheld=450) == SMALL
     assert room(spare=105).largest(512) == SMALL and room(spare=105).largest(2) == 2
     assert room(n_ubatch=64).largest(512) == 512, "llama.cpp cuts them itself"
 
