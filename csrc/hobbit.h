@@ -334,10 +334,19 @@ HOBBIT_API void hobbit_session_decode_end(hobbit_session * session);
 HOBBIT_API uint64_t hobbit_session_timeline_read(hobbit_session * session, bool slowest, uint64_t max_events,
                                                  hobbit_event * events);
 
-/* Selections of the tokens decoded since tracing was switched on, oldest first, for `hobbit trace` and the tests.
- * ids, weights: [n_rows][n_moe_layer][k]. Returns the rows available; copies at most max_rows. Prefill counts too. */
-HOBBIT_API void     hobbit_session_trace(hobbit_session * session, bool on);
+/* Records the selections of the tokens that are decoded from now on, those of prompts too, for `hobbit trace`, `hobbit report` and
+ * the tests; forgets what was recorded. `on` false: records nothing. It ends before a batch that would make it more than
+ * max_tokens. With depth > 0 also what the routers of the following layers predict from each layer's router input, up to `depth` layers
+ * ahead: HOBBIT_ERR_STATE with a prefetch_depth above 0. */
+HOBBIT_API hobbit_status hobbit_session_trace(hobbit_session * session, bool on, uint32_t depth, uint64_t max_tokens,
+                                              hobbit_error * error);
+/* ids, weights: [n_rows][n_moe_layer][k], oldest first. Returns the rows available; copies at most max_rows. */
 HOBBIT_API uint64_t hobbit_session_trace_read(hobbit_session * session, uint64_t max_rows, uint16_t * ids, float * weights);
+/* The same, [n_rows][n_moe_layer][depth][n_predicted]: [l][d] is what was predicted for layer l from the router input of layer
+ * l - 1 - d (zeros where there is no such layer), by falling score, the weights normalised over the n_predicted. */
+HOBBIT_API uint64_t hobbit_session_trace_read_predictions(hobbit_session * session, uint64_t max_rows, uint16_t * ids,
+                                                          float * weights);
+HOBBIT_API uint32_t hobbit_session_n_predicted(const hobbit_session * session);
 
 /* ---- inputs of the experts, for importance matrices ---- */
 
@@ -381,16 +390,9 @@ HOBBIT_API hobbit_status hobbit_probe_read(hobbit_session * session, bool low, u
 HOBBIT_API hobbit_status hobbit_probe_compute(int32_t type, int64_t n_in, int64_t n_out, uint32_t n_threads, double seconds,
                                               double * bytes_per_second, hobbit_error * error);
 
-/* Switches tracing on with what the routers of the following layers predict from each layer's router input, up to `depth` layers
- * ahead. HOBBIT_ERR_STATE with a prefetch_depth above 0. ids, weights: [n_rows][n_moe_layer][depth][n_predicted]: [l][d] is what was
- * predicted for layer l from the router input of layer l - 1 - d (zeros where there is no such layer), by falling score,
- * the weights normalised over the n_predicted. */
-HOBBIT_API hobbit_status hobbit_session_trace_predictions(hobbit_session * session, uint32_t depth, hobbit_error * error);
-HOBBIT_API uint32_t      hobbit_session_n_predicted(const hobbit_session * session);
-HOBBIT_API uint64_t      hobbit_session_trace_read_predictions(hobbit_session * session, uint64_t max_rows, uint16_t * ids,
-                                                               float * weights);
+/* ---- recorded routing ---- */
 
-/* Recorded routing. Arrays as hobbit_session_trace_read and hobbit_session_trace_read_predictions give them. */
+/* Arrays as hobbit_session_trace_read and hobbit_session_trace_read_predictions give them. */
 typedef struct hobbit_routing {
     uint32_t         struct_size;
     uint32_t         n_layer; /* MoE layers */

@@ -43,17 +43,22 @@ uint64_t hobbit_session_timeline_read(hobbit_session * s, bool slowest, uint64_t
     return n;
 }
 
-void hobbit_session_trace(hobbit_session * s, bool on) {
-    guarded(nullptr, [&] {
-        if (s != nullptr) {
-            s->core->trace(on);
-        }
+hobbit_status hobbit_session_trace(hobbit_session * s, bool on, uint32_t depth, uint64_t max_tokens, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        on ? s->core->trace(depth, max_tokens) : s->core->traces().end();
     });
 }
 
 uint64_t hobbit_session_trace_read(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
-    return s == nullptr ? 0 : s->core->trace_read(max_rows, ids, weights);
+    return s == nullptr ? 0 : s->core->traces().read(max_rows, ids, weights);
 }
+
+uint64_t hobbit_session_trace_read_predictions(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
+    return s == nullptr ? 0 : s->core->traces().read_predictions(max_rows, ids, weights);
+}
+
+uint32_t hobbit_session_n_predicted(const hobbit_session * s) { return s == nullptr ? 0 : s->core->traces().n_predicted(); }
 
 hobbit_status hobbit_session_collect_inputs(hobbit_session * s, bool on, bool rows, hobbit_error * error) {
     return guarded(error, [&] {
@@ -84,17 +89,4 @@ bool hobbit_session_inputs(const hobbit_session * s, uint32_t layer, uint32_t pa
                }
                copy_out(inputs, out);
            }) == HOBBIT_OK;
-}
-
-hobbit_status hobbit_session_trace_predictions(hobbit_session * s, uint32_t depth, hobbit_error * error) {
-    return guarded(error, [&] {
-        require(s != nullptr, "no session");
-        s->core->trace_predictions(depth);
-    });
-}
-
-uint32_t hobbit_session_n_predicted(const hobbit_session * s) { return s == nullptr ? 0 : s->core->n_predicted(); }
-
-uint64_t hobbit_session_trace_read_predictions(hobbit_session * s, uint64_t max_rows, uint16_t * ids, float * weights) {
-    return s == nullptr ? 0 : s->core->trace_read_predictions(max_rows, ids, weights);
 }

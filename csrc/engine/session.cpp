@@ -34,7 +34,7 @@ static expert_index make_index(const std::string & path, const std::string & low
 }
 
 session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
-    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()) {
+    params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()), traces_(index_) {
     if (sysconf(_SC_PAGESIZE) != (long) PAGE) {
         fail(HOBBIT_ERR_UNSUPPORTED, format("this machine has pages of %ld bytes, the expert pool is made of such of %zu",
                                             sysconf(_SC_PAGESIZE), PAGE));
@@ -131,11 +131,8 @@ void session::route(uint32_t layer, const void * key, layer_pass::selections sel
             fail(HOBBIT_ERR_STATE, "the model was used before its expert pool was made or after it was closed");
         }
         dispatcher_->route(layer, key, sel, ids, rows, out_weights);
-        if (tracing_.load(std::memory_order_relaxed)) {
-            record_trace(layer, sel);
-            if (rows.x != nullptr) {
-                record_predictions(layer, sel.n_tokens, rows.x, rows.x_stride);
-            }
+        if (traces_.on()) {
+            traces_.record(layer, sel, rows, routers_.get(), params_.norm_correction != 0);
         }
     } catch (...) {
         record_failure(std::current_exception());
@@ -234,122 +231,11 @@ void session::reset_stats() {
     }
 }
 
-void session::trace(bool on) { trace(on, 0); }
-
-void session::trace(bool on, uint32_t depth) {
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    tracing_.store(on, std::memory_order_relaxed);
-    trace_rows_  = 0;
-    trace_depth_ = depth;
-    trace_ids_.clear();
-    trace_weights_.clear();
-    trace_predicted_.clear();
-    trace_predicted_weights_.clear();
-}
-
-void session::trace_predictions(uint32_t depth) {
-    if (depth > HOBBIT_MAX_LOOKAHEAD) {
-        fail(HOBBIT_ERR_INVALID_ARGUMENT, format("predictions reach at most %d layers ahead", HOBBIT_MAX_LOOKAHEAD));
-    }
-    if (params_.prefetch_depth > 0) {
+void session::trace(uint32_t depth, uint64_t max_tokens) {
+    if (depth > 0 && params_.prefetch_depth > 0) {
         fail(HOBBIT_ERR_STATE, "predictions are recorded without prefetch: load the model with prefetch_depth=0");
     }
-    trace(true, depth);
-}
-
-void session::record_trace(uint32_t layer, const layer_pass::selections & sel) {
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    const size_t                n_layer = index_.layers().size();
-    const size_t                k       = index_.n_expert_used;
-    if (layer == 0) {
-        const size_t rows    = trace_rows_ + sel.n_tokens;
-        const size_t guesses = rows * n_layer * trace_depth_ * n_predicted();
-        trace_ids_.resize(rows * n_layer * k);
-        trace_weights_.resize(rows * n_layer * k);
-        trace_predicted_.resize(guesses);
-        trace_predicted_weights_.resize(guesses);
-        trace_rows_ = rows;  // when there is memory for all of them
-    }
-    if (trace_rows_ < sel.n_tokens) {
-        return;  // switched on in the middle of a pass
-    }
-    for (uint32_t i = 0; i < sel.n_tokens; ++i) {
-        const size_t at = ((trace_rows_ - sel.n_tokens + i) * n_layer + layer) * k;
-        record_row(layer, sel, i, &trace_ids_[at], &trace_weights_[at]);
-    }
-}
-
-// A trace has k different experts in each row. Where a layer selects fewer, or one of them twice, others stand there with weight 0.
-void session::record_row(uint32_t layer, const layer_pass::selections & sel, uint32_t i, uint16_t * ids,
-                         float * weights) const {
-    const uint32_t k = index_.n_expert_used;
-    uint32_t       n = 0;
-    for (uint32_t j = 0; j < std::min(k, sel.k); ++j) {
-        const auto     id    = (uint16_t) sel.ids[i * sel.ids_stride + j];
-        const float    w     = sel.weights == nullptr ? 0.0f : sel.weights[i * sel.weights_stride + j];
-        const uint32_t place = (uint32_t) (std::find(ids, ids + n, id) - ids);
-        ids[place]           = id;
-        weights[place]       = (place < n ? weights[place] : 0.0f) + w;
-        n                    = std::max(n, place + 1);
-    }
-    for (uint32_t e = 0; n < k && e < index_.layers()[layer].n_expert; ++e) {
-        if (std::find(ids, ids + n, (uint16_t) e) == ids + n) {
-            ids[n]       = (uint16_t) e;
-            weights[n++] = 0.0f;
-        }
-    }
-}
-
-uint64_t session::trace_read(uint64_t max_rows, uint16_t * ids, float * weights) {
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    const size_t                row = index_.layers().size() * index_.n_expert_used;
-    const size_t                n   = (size_t) std::min(max_rows, trace_rows_) * row;
-    if (n > 0 && ids != nullptr && weights != nullptr) {
-        std::copy_n(trace_ids_.begin(), n, ids);
-        std::copy_n(trace_weights_.begin(), n, weights);
-    }
-    return trace_rows_;
-}
-
-// Of the layers after `layer`, by their own routers on its router input.
-void session::record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride) {
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    if (!routers_ || trace_rows_ < n_tokens) {
-        return;
-    }
-    const size_t         n_layer = index_.layers().size();
-    const uint32_t       m       = n_predicted();
-    std::vector<float>   logits;
-    policy::prediction   guess;
-    policy::router_shape shape;
-    for (uint32_t d = 0; d < trace_depth_ && layer + d + 1 < n_layer; ++d) {
-        const uint32_t to = layer + d + 1;
-        if (!routers_->shape(to, shape)) {
-            continue;
-        }
-        shape.k = std::min(m, shape.n_expert);
-        logits.resize(shape.n_expert);
-        for (uint32_t i = 0; i < n_tokens; ++i) {
-            if (!routers_->logits(layer, to, x + i * x_stride, params_.norm_correction != 0, logits.data())) {
-                continue;
-            }
-            policy::predict_top_k(shape, logits.data(), routers_->selection_bias(to), guess);
-            const size_t at = (((trace_rows_ - n_tokens + i) * n_layer + to) * trace_depth_ + d) * m;
-            std::copy(guess.experts.begin(), guess.experts.end(), trace_predicted_.begin() + (ptrdiff_t) at);
-            std::copy(guess.weights.begin(), guess.weights.end(), trace_predicted_weights_.begin() + (ptrdiff_t) at);
-        }
-    }
-}
-
-uint64_t session::trace_read_predictions(uint64_t max_rows, uint16_t * ids, float * weights) {
-    std::lock_guard<std::mutex> lock(trace_mutex_);
-    const size_t                row = index_.layers().size() * trace_depth_ * n_predicted();
-    const size_t                n   = (size_t) std::min(max_rows, trace_rows_) * row;
-    if (n > 0 && ids != nullptr && weights != nullptr) {
-        std::copy_n(trace_predicted_.begin(), n, ids);
-        std::copy_n(trace_predicted_weights_.begin(), n, weights);
-    }
-    return trace_depth_ == 0 ? 0 : trace_rows_;
+    traces_.begin(depth, max_tokens);
 }
 
 }  // namespace hobbit

@@ -6,6 +6,7 @@
 #include "../base/placement.h"
 #include "dispatcher.h"
 #include "input-statistics.h"
+#include "trace-recorder.h"
 
 #include <algorithm>
 #include <memory>
@@ -78,15 +79,10 @@ class session : public std::enable_shared_from_this<session> {
     // Of the compute threads.
     placement & places() { return places_; }
 
-    void     trace(bool on);
-    uint64_t trace_read(uint64_t max_rows, uint16_t * ids, float * weights);
-    // With what the routers of the layers after predict from each layer's router input, up to `depth` layers ahead. Throws
-    // HOBBIT_ERR_STATE with prefetch, which has a thread that uses the routers.
-    void     trace_predictions(uint32_t depth);
-    uint64_t trace_read_predictions(uint64_t max_rows, uint16_t * ids, float * weights);
+    // Throws HOBBIT_ERR_STATE for predictions with prefetch, which has a thread that uses the routers, and what trace_recorder::begin throws.
+    void trace(uint32_t depth, uint64_t max_tokens);
 
-    // Experts of a recorded prediction: enough to see what reading more than k of them would bring.
-    uint32_t n_predicted() const { return std::min(index_.n_expert, 2 * index_.n_expert_used); }
+    trace_recorder & traces() { return traces_; }
 
     // From the next batch on, `routing` (copied) in place of what the routers say; NULL: the routers again. Not while a batch is
     // computed. Throws HOBBIT_ERR_INVALID_ARGUMENT when it does not fit the model.
@@ -117,17 +113,13 @@ class session : public std::enable_shared_from_this<session> {
     std::atomic<bool>     has_experts { false };
 
   private:
-    void trace(bool on, uint32_t depth);
-    void record_trace(uint32_t layer, const layer_pass::selections & sel);
-    void record_row(uint32_t layer, const layer_pass::selections & sel, uint32_t i, uint16_t * ids, float * weights) const;
-    void record_predictions(uint32_t layer, uint32_t n_tokens, const float * x, size_t x_stride);
-
     const hobbit_params params_;
     expert_index        index_;
     std::string         pattern_;
 
     timeline                          times_;
     input_statistics                  inputs_;
+    trace_recorder                    traces_;
     placement                         places_;
     expert_store::arrival_hook        on_arrival_;
     std::unique_ptr<router_source>    routers_;
@@ -139,15 +131,6 @@ class session : public std::enable_shared_from_this<session> {
     std::exception_ptr failure_;
     std::string        refusal_;  // guarded by failure_mutex_, kept for good
     std::atomic<bool>  failed_ { false };
-
-    std::mutex            trace_mutex_;
-    std::atomic<bool>     tracing_ { false };
-    uint64_t              trace_rows_ = 0;  // begun
-    std::vector<uint16_t> trace_ids_;
-    std::vector<float>    trace_weights_;
-    uint32_t              trace_depth_ = 0;  // layers ahead whose predictions are recorded
-    std::vector<uint16_t> trace_predicted_;
-    std::vector<float>    trace_predicted_weights_;
 };
 
 }  // namespace hobbit

@@ -98,9 +98,8 @@ class Observed(Handle):
 
     def record(self) -> None:
         """From now on: the time line of a token, memory over time, every selection."""
-        handle = self._alive()
-        self._lib.hobbit_session_timeline(handle, True)
-        self._lib.hobbit_session_trace(handle, True)
+        self._lib.hobbit_session_timeline(self._alive(), True)
+        self.trace(True, max_tokens=_recording.MAX_TOKENS)
         self._recorded = _recording.MemorySamples()
 
     def recording(self) -> Dict[str, Any]:
@@ -118,13 +117,10 @@ class Observed(Handle):
         kinds = _recording.EVENT_KINDS
         return [[kinds[e.kind], int(e.block), e.begin, e.end, int(e.bytes)] for e in events[0:n]]
 
-    def trace(self, on: bool, predictions: int = 0) -> None:
-        """Starts recording the routing, anew, or ends it; with predictions up to so many layers ahead."""
-        if on and predictions:
-            error = self._ffi.new("hobbit_error *")
-            self._check(self._lib.hobbit_session_trace_predictions(self._alive(), predictions, error), error)
-        else:
-            self._lib.hobbit_session_trace(self._alive(), on)
+    def trace(self, on: bool, predictions: int = 0, max_tokens: int = 2**64 - 1) -> None:
+        """Starts recording the routing of so many tokens, anew, or ends it; with predictions up to so many layers ahead."""
+        error = self._ffi.new("hobbit_error *")
+        self._check(self._lib.hobbit_session_trace(self._alive(), on, predictions, max_tokens, error), error)
 
     def trace_read(self) -> Any:
         """(ids, weights) of the tokens since trace(True): uint16 and float32 arrays [tokens, MoE layers, k]."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 # hobbit_event_kind of csrc/hobbit.h, by number.
 EVENT_KINDS = ("decode", "route", "experts", "stall", "read", "prefetch")
+MAX_TOKENS = 4096
+"""Of which the reuse of experts is counted, the first: the routing of more would be memory that no budget has (2.3 kB a token of
+Qwen3-30B-A3B)."""
 _SECONDS_BETWEEN_SAMPLES = 0.05
 _MAX_SAMPLES = 2000
 

@@ -214,6 +214,23 @@ def test_predictions_are_recorded_without_prefetch_only() -> None:
     llm.close()
 
 
+def test_a_recording_of_so_many_tokens_ends_before_the_batch_that_is_too_many() -> None:
+    llm = load(Llama, str(tiny("mixtral")), 1, offload=EXACT, expert_cache="100%")
+    session, tokens = llm._session, words(llm, 12)
+    session.trace(True)
+    logits(llm, tokens, 4)
+    whole = session.trace_read()
+    llm.reset()
+    session.trace(True, max_tokens=9)
+    logits(llm, tokens[:11], 4)  # 4, 4, 3
+    logits(llm, tokens[11:], 1)  # for which there would be room
+    first = session.trace_read()
+    assert len(whole[0]) == 12 and len(first[0]) == 8
+    for a, b in zip(first, whole):
+        assert np.array_equal(a, b[:8])
+    llm.close()
+
+
 # ---- a model that follows a trace ------------------------------------------------------------------------------------
 
 
