@@ -84,13 +84,22 @@ bool expert_store::add_slot(int p) {
     return cache_->add_slot(p);
 }
 
-// Slots more until they are `most` bytes, or there is no room. Returns how many bytes.
+// Slots more until they are `most` bytes, or there is no room. Returns how many bytes. Throws HOBBIT_ERR_NO_MEMORY.
 uint64_t expert_store::add_slots(int p, uint64_t most) {
     uint64_t added = 0;
     while (added < most && add_slot(p)) {
         added += cache_->shape().slot_bytes[p];
     }
     return added;
+}
+
+// In the middle of a token, which must not fail because the pool cannot have a page back: what there is memory for.
+void expert_store::add_what_fits(int p, uint64_t most) noexcept {
+    try {
+        add_slots(p, most);
+    } catch (...) {
+        // At the next token.
+    }
 }
 
 // Gives slots to the precision whose copies are worth more a byte at the margin, where they are evicted next.
@@ -136,8 +145,8 @@ void expert_store::move_border() {
         freed += shape.slot_bytes[from];
     }
     give_back_pages();
-    add_slots(to, step);
-    add_slots(from, step);
+    add_what_fits(to, step);
+    add_what_fits(from, step);
 }
 
 // Some of what is to go; true if the rest may follow at once.

@@ -155,6 +155,7 @@ class expert_store {
     void        give_back_pages(bool whole_only = false);
     bool        add_slot(int precision);
     uint64_t    add_slots(int precision, uint64_t most);
+    void        add_what_fits(int precision, uint64_t most) noexcept;
     static void step_aside(std::unique_lock<std::mutex> & lock);
     uint32_t    fewest(int precision) const;
     static void on_evicted(void * self, const cache_entry & entry);
