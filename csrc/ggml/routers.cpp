@@ -3,6 +3,9 @@
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
+// upstream, private
+#include "llama-hparams.h"
+
 namespace hobbit {
 
 ggml_routers::ggml_routers(const expert_index & index) : index_(index), routers_(index.layers().size()) {}
@@ -33,14 +36,14 @@ void ggml_routers::learn(uint32_t layer, const hobbit_moe & moe, const ggml_tens
     r.shape.k            = k;
     r.shape.n_group      = index_.n_group;
     r.shape.n_group_used = index_.n_group_used;
-    switch (moe.gating) {  // llama_expert_gating_func_type
-        case 2:
+    switch (moe.gating) {
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID:
             r.shape.function = policy::gating::sigmoid;
             break;
-        case 3:
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT:
             r.shape.function = policy::gating::softmax_over_selected;
             break;
-        case 4:
+        case LLAMA_EXPERT_GATING_FUNC_TYPE_SQRT_SOFTPLUS:
             r.shape.function = policy::gating::sqrt_softplus;
             break;
         default:

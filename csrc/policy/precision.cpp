@@ -163,8 +163,8 @@ thresholds default_thresholds(uint32_t k) {
 
 void threshold_profile::add(const float * scores, uint32_t k) {
     for (uint32_t i = 0; i < k; ++i) {
-        const auto bin = (uint32_t) (std::min(std::max(scores[i], 0.0f), 0.9999f) * N_BIN);
-        bins_[bin]++;
+        const float s = scores[i] >= 0.0f ? std::min(scores[i], 0.9999f) : 0.0f;  // a broken model's may be NaN
+        bins_[(uint32_t) (s * N_BIN)]++;
     }
     count_ += k;
 }
