@@ -36,7 +36,9 @@ class Budgeted(Observed):
 
     def __init__(self, path: str, params: OffloadParams) -> None:
         self._base_budget: Optional[int] = None
-        self._resizing = threading.Lock()
+        # Held while the pool changes, which takes seconds where it grows by gigabytes: then it cannot be freed. Re-entrant, since
+        # a signal handler may close the model.
+        self._resizing = threading.RLock()
         self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
         self._room: Optional[BatchRoom] = None
         self._context = self._least = 0
@@ -154,9 +156,12 @@ class Budgeted(Observed):
 
     # ---- while it runs ----
 
+    def close(self) -> None:
+        with self._resizing:
+            super().close()
+
     def resize_expert_cache(self, size: Size) -> None:
         """See `Llama.resize_expert_cache`."""
-        self._alive()
         wanted = min(self._parse_pool(size), self.info.pool_max)
         with self._resizing:
             before = self.pool_bytes()

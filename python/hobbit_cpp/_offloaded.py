@@ -93,7 +93,8 @@ class OffloadMethods:
             >>> llm.resize_expert_cache("2GiB")
         """
         with self._calls.gate:
-            self._offloaded().resize_expert_cache(size)
+            session = self._offloaded()
+        session.resize_expert_cache(size)  # not under the gate, which whoever cancels would wait for
 
     def set_routing(self, trace: Union[Trace, str, os.PathLike[str], None]) -> None:
         """Lets the model follow a recorded routing instead of its routers, so that random weights run like real ones.

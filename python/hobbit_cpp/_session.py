@@ -201,4 +201,5 @@ class Session(Budgeted):
                 if self._heat.used:
                     self._heat.save(self._heat_floats())
                 self._heat = None  # once
-            self._lib.hobbit_session_stop(self._handle)
+            with self._resizing:
+                self._lib.hobbit_session_stop(self._handle)

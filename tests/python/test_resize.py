@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,36 @@ def test_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         llm.resize_expert_cache("90%")
     assert llm.offload_stats().pool_bytes == before
     llm.close()
+
+
+def test_whoever_cancels_does_not_wait_for_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that grows by gigabytes takes seconds, and to close the model waits for it."""
+    llm = Llama(str(tiny("mixtral")), offload="hobbit", expert_cache="50%", n_ctx=64, verbose=False)
+    under_way, go_on = threading.Event(), threading.Event()
+    session = llm._session
+    assert session is not None
+    resize = session._resize
+
+    def slow(pool: int) -> None:
+        under_way.set()
+        assert go_on.wait(60)
+        resize(pool)
+
+    monkeypatch.setattr(session, "_resize", slow)
+    threads = [threading.Thread(target=work) for work in (lambda: llm.resize_expert_cache("80%"), llm.cancel, llm.close)]
+    threads[0].start()
+    assert under_way.wait(60)
+    threads[1].start()
+    threads[1].join(60)
+    waited = threads[1].is_alive()
+    threads[2].start()
+    threads[2].join(0.2)
+    closed = not threads[2].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not waited and not closed
 
 
 @pytest.mark.filterwarnings("ignore::hobbit_cpp.HobbitWarning")
