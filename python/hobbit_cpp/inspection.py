@@ -154,7 +154,7 @@ def _sizes(
     dense: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], info: Optional[ModelInfo], header: Header
 ) -> Dict[str, Any]:
     arch = header.string("general.architecture")
-    used = header.integer(f"{arch}.expert_used_count")
+    used = header.integers(f"{arch}.expert_used_count") or [0]  # one number, or one for each block
     layers = {t.name.split(".")[1]: t for t in high if t.name.startswith("blk.")}
     shared = any("_shexp." in t.name for t in dense)
     moe = bool(high)
@@ -162,15 +162,15 @@ def _sizes(
         "moe": moe,
         "moe_layers": info.n_moe_layer if info is not None else len(layers),
         "experts": max((t.shape[2] for t in high), default=0),
-        "experts_used": used if moe else 0,
+        "experts_used": max(used) if moe else 0,
         "shared_experts": max(header.integer(f"{arch}.expert_shared_count"), int(shared)) if moe else 0,
         "bytes_dense": _bytes(dense),
         "bytes_high": _bytes(high),
         "bytes_low": _bytes(low),
         "bytes_expert_high": max(_expert_bytes(high).values(), default=0),
         "bytes_expert_low": max(_expert_bytes(low).values(), default=0),
-        "bytes_cycle_high": used * sum(_expert_bytes(high).values()),
-        "bytes_cycle_low": used * sum(_expert_bytes(low).values()),
+        "bytes_cycle_high": _cycle_bytes(high, used),
+        "bytes_cycle_low": _cycle_bytes(low, used),
     }
 
 
@@ -186,6 +186,16 @@ def _expert_bytes(tensors: Iterable[Tensor]) -> Dict[str, int]:
         layer = ".".join(name.split(".")[:2]) + ("ch" if "_chexps" in name else "")
         out[layer] = out.get(layer, 0) + t.n_bytes // t.shape[2]
     return out
+
+
+def _cycle_bytes(tensors: Iterable[Tensor], used: Sequence[int]) -> int:
+    """Bytes of the experts of one token."""
+
+    def of(layer: str) -> int:
+        block = layer.removeprefix("blk.").removesuffix("ch")
+        return used[int(block)] if len(used) > 1 and block.isdecimal() and int(block) < len(used) else used[0]
+
+    return sum(of(layer) * n_bytes for layer, n_bytes in _expert_bytes(tensors).items())
 
 
 def _types(tensors: Sequence[Tensor]) -> List[Dict[str, Any]]:

@@ -19,7 +19,7 @@ from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main
 from hobbit_cpp.convert import ConvertError, convert
 from hobbit_cpp.inspection import inspect_file
-from models import tiny, tiny_dual
+from models import tiny, tiny_architecture, tiny_dual
 from tiny_models import SHAPES
 
 Captured = pytest.CaptureFixture[str]
@@ -65,6 +65,18 @@ def test_it_says_what_the_engine_sees(shape: str, capsys: Captured) -> None:
     assert io["alignment"] == (info.io_alignment if info.direct_io else 1)
     n = 2 * sum(len(names) for names in ({"gate", "up", "down"},)) * info.n_moe_layer * info.n_expert
     assert io["slices"] == io["slices_aligned"] == n and io["read_beyond"] == 0  # 256 x 256 weights
+
+
+@pytest.mark.parametrize("name", ["grovemoe", "nemotron_h_moe"])
+def test_layers_that_differ(name: str) -> None:
+    """In how many experts they have, and how many of them a token uses."""
+    path = tiny_architecture(name, "Q8_0", "Q4_0")
+    facts = inspect_file(path)
+    session = Session(str(path), OffloadParams())
+    info = session.info
+    session.close()
+    assert facts["experts_used"] == info.n_expert_used > 0
+    assert facts["bytes_cycle_high"] == info.bytes_cycle > facts["bytes_cycle_low"] > info.bytes_cycle // 3
 
 
 def test_slices_that_are_not_aligned_are_counted(tmp_path: Path) -> None:
