@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -96,8 +97,8 @@ def print_calibration(found: Calibration) -> None:
         high, low, skipped = p.served
         measured.add_row(
             f"{high:.2f}/{low:.2f}/{skipped:.2f}",
-            f"{p.loss:+.2%}",
-            f"{p.loss_se:.2%}",
+            f"{math.expm1(p.loss):+.2%}",
+            f"{p.loss_se * math.exp(p.loss):.2%}",
             f"{p.kl:.4f}",
             f"{p.top1:.1%}",
             f"{curve.asked(p.low, p.skipped):.0%}",
