@@ -92,12 +92,12 @@ std::vector<uint32_t> split_slots(slot_split split, const std::vector<uint32_t> 
 
 // By hobbit_eviction_rule.
 static const eviction_rule RULES[] = {
-    { priority_lru, slot_split::none, nullptr },              // LRU
-    { priority_lfu, slot_split::none, nullptr },              // LFU
-    { priority_hobbit, slot_split::none, nullptr },           // HOBBIT
-    { priority_lcu, slot_split::none, nullptr },              // LCU
+    { priority_lru },                                         // LRU
+    { priority_lfu },                                         // LFU
+    { priority_hobbit },                                      // HOBBIT
+    { priority_lcu },                                         // LCU
     { priority_foresight, slot_split::none, nullptr, true },  // FORESIGHT
-    { priority_lru, slot_split::even, nullptr },              // LAYER_LRU
+    { priority_lru, slot_split::even },                       // LAYER_LRU
     { priority_lru, slot_split::even, make_arc },             // LAYER_ARC
     { priority_lru, slot_split::shallow, make_arc },          // FATE
 };

@@ -72,14 +72,10 @@ struct eviction_rule {
     // `slots`: of each layer.
     using ledger_maker = std::unique_ptr<eviction_ledger> (*)(const std::vector<uint32_t> & slots, uint32_t n_expert);
 
-    eviction_rule(priority_function priority, slot_split split = slot_split::none, ledger_maker make_ledger = nullptr,
-                  bool by_cost = false) :
-        priority(priority), split(split), make_ledger(make_ledger), by_cost(by_cost) {}
-
     priority_function priority;
-    slot_split        split;
-    ledger_maker      make_ledger;  // NULL: the priority is all
-    bool              by_cost;      // the priority counts uses: what each copy saves of their cost is taken into account
+    slot_split        split       = slot_split::none;
+    ledger_maker      make_ledger = nullptr;  // NULL: the priority is all
+    bool              by_cost = false;  // the priority counts uses: what each copy saves of their cost is taken into account
 };
 
 // Least recently used within the sequence. Ties (one token's pass, or no use in this sequence) go by the cache's own clock, as

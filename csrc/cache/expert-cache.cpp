@@ -6,12 +6,14 @@
 
 namespace hobbit {
 
-expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule) :
+expert_cache::expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule,
+                           std::function<void(const cache_entry &)> on_evict) :
     shape_(shape),
     pool_(pool),
     room_(std::max(shape.bytes, used_bytes())),
     limit_(room_),
     rule_(rule),
+    on_evict_(std::move(on_evict)),
     n_experts_(shape.layer_experts.empty()
                    ? (uint64_t) shape.n_layer * shape.n_expert
                    : std::accumulate(shape.layer_experts.begin(), shape.layer_experts.end(), (uint64_t) 0)),
@@ -56,7 +58,7 @@ bool expert_cache::add_slot(int p) {
     return true;
 }
 
-bool expert_cache::take_slot(int p, const eviction_context & now, void (*evicted)(void *, const cache_entry &), void * ctx) {
+bool expert_cache::take_slot(int p, const eviction_context & now) {
     if (shape_.n_slots[p] == 0) {
         return false;
     }
@@ -72,10 +74,7 @@ bool expert_cache::take_slot(int p, const eviction_context & now, void (*evicted
     cache_entry * to = nullptr;
     if (free_[p].empty()) {
         to = victim(0, p, now);
-        if (evicted != nullptr) {
-            evicted(ctx, *to);
-        }
-        leave(to);
+        evict(to);
         to->now = cache_entry::state::absent;
     } else {
         to = free_[p].back();
@@ -171,8 +170,7 @@ cache_entry * expert_cache::victim(uint32_t layer, int precision, const eviction
     return lowest_.empty() ? nullptr : lowest_.front().entry;
 }
 
-void expert_cache::make_room(int precision, uint32_t n, const eviction_context & now,
-                             void (*evicted)(void *, const cache_entry &), void * ctx, bool ahead) {
+void expert_cache::make_room(int precision, uint32_t n, const eviction_context & now, bool ahead) {
     if (n == 0 || is_split(precision)) {
         return;
     }
@@ -181,15 +179,15 @@ void expert_cache::make_room(int precision, uint32_t n, const eviction_context &
         if (ahead && r.is_protected) {
             continue;
         }
-        if (evicted != nullptr) {
-            evicted(ctx, *r.entry);
+        if (on_evict_) {
+            on_evict_(*r.entry);
         }
         remove(r.entry);
     }
 }
 
 cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
-                                   void (*evicted)(void *, const cache_entry &), void * ctx, bool ahead) {
+                                   bool ahead) {
     cache_entry * e     = nullptr;
     const bool    split = is_split(precision);
     if (!free_[precision].empty() && (!split || taken_[layer] < share_[layer])) {
@@ -200,10 +198,7 @@ cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precisio
         if (e == nullptr || (ahead && e->protected_until >= pass)) {
             return nullptr;
         }
-        if (evicted != nullptr) {
-            evicted(ctx, *e);
-        }
-        leave(e);
+        evict(e);
     }
     if (split) {
         taken_[layer]++;
@@ -225,6 +220,13 @@ cache_entry * expert_cache::insert(uint32_t layer, uint32_t expert, int precisio
     e->parts.store(0, std::memory_order_relaxed);
     table_[index(layer, expert, precision)] = e;
     return e;
+}
+
+void expert_cache::evict(cache_entry * e) {
+    if (on_evict_) {
+        on_evict_(*e);
+    }
+    leave(e);
 }
 
 // What lies in the slot is not there any more.

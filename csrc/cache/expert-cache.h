@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -60,21 +61,19 @@ struct cache_shape {
 
 class expert_cache {
   public:
-    expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule);
+    // `on_evict`: told of each entry whose slot is about to be used for another.
+    expert_cache(const cache_shape & shape, std::byte * pool, const eviction_rule & rule,
+                 std::function<void(const cache_entry &)> on_evict = {});
 
     // In flight or resident; NULL when absent. Does not count as a use.
     cache_entry * find(uint32_t layer, uint32_t expert, int precision) { return table_[index(layer, expert, precision)]; }
 
     // Absent -> in flight, in a free slot or in that of the evictable entry of lowest priority. NULL when there is
-    // none. `evicted` (may be NULL): called with the entry before its slot is reused. `ahead`: before its use, for which nothing goes that
-    // was predicted as well.
-    cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now,
-                         void (*evicted)(void * ctx, const cache_entry &) = nullptr, void * ctx = nullptr,
-                         bool ahead = false);
+    // none. `ahead`: before its use, for which nothing goes that was predicted as well.
+    cache_entry * insert(uint32_t layer, uint32_t expert, int precision, const eviction_context & now, bool ahead = false);
     // Evicts the `n` entries of lowest priority in one scan, fewer if that is all that may go: for so many calls of insert(). Not for rules
     // that split the slots, whose insert() knows where room has to be.
-    void make_room(int precision, uint32_t n, const eviction_context & now,
-                   void (*evicted)(void *, const cache_entry &) = nullptr, void * ctx = nullptr, bool ahead = false);
+    void make_room(int precision, uint32_t n, const eviction_context & now, bool ahead = false);
     void fulfil(cache_entry * entry);
     // In flight or resident, not pinned: gives the slot back.
     void remove(cache_entry * entry);
@@ -110,8 +109,7 @@ class expert_cache {
     bool add_slot(int precision);
     // One slot fewer: the one at the border. What lies there takes the place of the evictable entry of lowest priority. False when
     // nothing can go: it is pinned or in flight. Not for rules that split the slots.
-    bool take_slot(int precision, const eviction_context & now, void (*evicted)(void * ctx, const cache_entry &) = nullptr,
-                   void * ctx = nullptr);
+    bool take_slot(int precision, const eviction_context & now);
 
     // The router selected it in high precision: for rules with a ledger. Before room is made for it.
     void used(uint32_t layer, uint32_t expert, bool resident) {
@@ -177,6 +175,7 @@ class expert_cache {
     // The `n` lowest, of one layer or (layer < 0) of all, in lowest_.
     void          find_lowest(int precision, uint32_t n, int64_t layer, const eviction_context & now);
     cache_entry * victim(uint32_t layer, int precision, const eviction_context & now);
+    void          evict(cache_entry * entry);
     void          leave(cache_entry * entry);
     float         priority(const cache_entry & entry, const eviction_context & now) const;
 
@@ -184,22 +183,23 @@ class expert_cache {
 
     cache_entry * make_slot(int precision);
 
-    cache_shape                      shape_;
-    std::byte *                      pool_;
-    uint64_t                         room_;
-    uint64_t                         limit_;
-    eviction_rule                    rule_;
-    uint64_t                         n_experts_;  // of all layers, which may have different numbers
-    std::vector<cache_entry *>       table_;
-    std::vector<use_record>          uses_;
-    std::unique_ptr<cache_entry[]>   slots_[2];  // one per slot that there can be, for ever; `absent` ones are free
-    std::vector<cache_entry *>       free_[2];
-    uint32_t                         n_busy_[2] = { 0, 0 };  // in flight, or resident and pinned
-    std::vector<rank>                lowest_;                // scratch of make_room()
-    std::vector<uint32_t>            share_;                 // slots of each layer, when they are split
-    std::vector<uint32_t>            taken_;                 // and how many of these are taken
-    std::unique_ptr<eviction_ledger> ledger_;
-    uint64_t                         clock_ = 0;
+    cache_shape                              shape_;
+    std::byte *                              pool_;
+    uint64_t                                 room_;
+    uint64_t                                 limit_;
+    eviction_rule                            rule_;
+    std::function<void(const cache_entry &)> on_evict_;
+    uint64_t                                 n_experts_;  // of all layers, which may have different numbers
+    std::vector<cache_entry *>               table_;
+    std::vector<use_record>                  uses_;
+    std::unique_ptr<cache_entry[]>           slots_[2];  // one per slot that there can be, for ever; `absent` ones are free
+    std::vector<cache_entry *>               free_[2];
+    uint32_t                                 n_busy_[2] = { 0, 0 };  // in flight, or resident and pinned
+    std::vector<rank>                        lowest_;                // scratch of find_lowest()
+    std::vector<uint32_t>                    share_;                 // slots of each layer, when they are split
+    std::vector<uint32_t>                    taken_;                 // and how many of these are taken
+    std::unique_ptr<eviction_ledger>         ledger_;
+    uint64_t                                 clock_ = 0;
 };
 
 }  // namespace hobbit

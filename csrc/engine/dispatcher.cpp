@@ -14,6 +14,7 @@ policy::serving serving_of(const expert_index & index, const hobbit_params & par
     how.drop_fraction = params.drop_fraction;
     how.max_experts   = params.max_experts;
     how.prefill_low   = params.prefill_low;
+    how.renormalize   = params.renormalize != 0;
     how.t             = policy::default_thresholds(index.n_expert_used);
     if (params.t1 >= 0.0f) {
         how.t = { params.t1, params.t2 };
@@ -111,7 +112,7 @@ void dispatcher::route(uint32_t layer, const void * key, layer_pass::selections 
     if (prefetcher_ && sel.n_tokens == 1) {
         prefetcher_->observe(layer, sel.ids, sel.k);
     }
-    pass_.build(layer, sel, how_, params_.renormalize != 0, layer == 0, adaptive ? &profile_ : nullptr, out_weights);
+    pass_.build(layer, sel, how_, adaptive ? &profile_ : nullptr, out_weights);
     pass_.key = key;
     if (times_ != nullptr && times_->on()) {
         times_->add(HOBBIT_EVENT_ROUTE, index_.layers()[layer].block, begin, timeline::clock::now());

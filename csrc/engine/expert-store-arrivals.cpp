@@ -40,7 +40,7 @@ void expert_store::settle(cache_entry & entry) {
     if (entry.parts.load(std::memory_order_relaxed) == all) {
         cache_->fulfil(&entry);
     } else if (entry.pins == 0) {
-        on_evicted(this, entry);  // cancelled, which is counted already, or a read failed
+        count_evicted(entry);  // cancelled, which is counted already, or a read failed
         cache_->remove(&entry);
     }
 }

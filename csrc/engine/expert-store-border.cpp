@@ -35,7 +35,7 @@ uint32_t expert_store::fewest(int precision) const {
 
 // A slot fewer; its pages go back to the system with those of its neighbours, by give_back_pages().
 bool expert_store::take_slot(int p) {
-    if (cache_->shape().n_slots[p] <= fewest(p) || !cache_->take_slot(p, now_, on_evicted, this)) {
+    if (cache_->shape().n_slots[p] <= fewest(p) || !cache_->take_slot(p, now_)) {
         return false;
     }
     if (pool_.data() != nullptr) {

@@ -7,33 +7,35 @@ namespace hobbit {
 
 // Prefetches of this layer that the router did not choose: the disk has better to do.
 void expert_store::drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants) {
-    for (size_t i = 0; i < prefetching_.size();) {
-        cache_entry * e    = prefetching_[i];
-        const bool    gone = e->now != cache_entry::state::in_flight || !e->prefetched;
-        bool          drop = gone;
-        if (!gone && e->layer == layer) {
-            drop = std::none_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
-            if (drop) {
-                e->cancel.store(true, std::memory_order_relaxed);
-                for (const io_request & r : io_->withdraw(e)) {
-                    e->reading &= ~(1u << r.part);
-                    e->bytes += r.done;
-                    counts_[layer].bytes_prefetch += r.done;
-                }
-                counts_[layer].prefetches_wasted++;
-                counts_[layer].bytes_wasted += e->bytes;
-                e->prefetched = false;
-                if (e->reading == 0 && e->pins == 0) {
-                    cache_->remove(e);
-                }
-            }
+    const auto chosen = [&wants](const cache_entry * e) {
+        return std::any_of(wants.begin(), wants.end(), [e](const expert_want & w) { return w.entry == e; });
+    };
+    const auto over = [&](cache_entry * e) {
+        if (e->now != cache_entry::state::in_flight || !e->prefetched) {
+            return true;
         }
-        if (drop) {
-            prefetching_[i] = prefetching_.back();
-            prefetching_.pop_back();
-        } else {
-            ++i;
+        if (e->layer != layer || chosen(e)) {
+            return false;
         }
+        drop_prefetch(*e);
+        return true;
+    };
+    prefetching_.erase(std::remove_if(prefetching_.begin(), prefetching_.end(), over), prefetching_.end());
+}
+
+void expert_store::drop_prefetch(cache_entry & entry) {
+    hobbit_counts & c = counts_[entry.layer];
+    entry.cancel.store(true, std::memory_order_relaxed);
+    for (const io_request & r : io_->withdraw(&entry)) {
+        entry.reading &= ~(1u << r.part);
+        entry.bytes += r.done;
+        c.bytes_prefetch += r.done;
+    }
+    c.prefetches_wasted++;
+    c.bytes_wasted += entry.bytes;
+    entry.prefetched = false;
+    if (entry.reading == 0 && entry.pins == 0) {
+        cache_->remove(&entry);
     }
 }
 
@@ -84,7 +86,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
     for (int p = 0; p < N_PRECISION; ++p) {
         // Never more than half of what could be evicted: the running layer and the next one need room too.
         room[p] = std::min(room[p], cache_->available(p) / 2);
-        cache_->make_room(p, room[p] - std::min(room[p], cache_->n_free(p)), now_, on_evicted, this, true);
+        cache_->make_room(p, room[p] - std::min(room[p], cache_->n_free(p)), now_, true);
     }
     for (const expert_want * w : absent) {
         const int p = slot_of(*w);
@@ -92,7 +94,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
             continue;
         }
         room[p]--;
-        cache_entry * e = cache_->insert(layer, w->expert, p, now_, on_evicted, this, true);
+        cache_entry * e = cache_->insert(layer, w->expert, p, now_, true);
         if (e != nullptr) {
             e->protected_until = cache_->pass + passes_ahead;
             begin_prefetch(*e);

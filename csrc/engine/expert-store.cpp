@@ -47,7 +47,8 @@ expert_store::expert_store(const expert_index & index, const hobbit_params & par
     asked_[0].resize(counts_.size());
     asked_[1].resize(counts_.size());
     const eviction_rule & rule = *find_eviction_rule(params.eviction_rule);
-    cache_                     = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, rule);
+    cache_                     = std::make_unique<expert_cache>(plan.cache, room + plan.stream_bytes, rule,
+                                                                [this](const cache_entry & e) { count_evicted(e); });
     cache_->set_limit(plan.cache_bytes());
     // Only priorities that count the cost of an absence compare between the precisions.
     border_moves_        = with_low_ && params.fixed_split == 0 && rule.by_cost && rule.split == slot_split::none;
@@ -116,9 +117,9 @@ void expert_store::count_hit(cache_entry & entry, bool was_in_flight) {
     }
 }
 
-void expert_store::on_evicted(void * self, const cache_entry & entry) {
+void expert_store::count_evicted(const cache_entry & entry) {
     if (entry.prefetched) {
-        hobbit_counts & c = ((expert_store *) self)->counts_[entry.layer];
+        hobbit_counts & c = counts_[entry.layer];
         c.prefetches_wasted++;
         c.bytes_wasted += entry.bytes;
     }
@@ -162,18 +163,21 @@ void expert_store::note_asked(bool demand, uint32_t layer) {
     }
 }
 
-void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens,
-                           std::vector<expert_want> & wants) {
+void expert_store::begin_batch(uint32_t n_tokens) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    now_.layer        = 0;
+    now_.token_before = now_.token;
+    now_.token += n_tokens;
+    n_tokens_ += n_tokens;
+    move_border();
+}
+
+void expert_store::acquire(uint32_t layer, policy::precision_rule rule, std::vector<expert_want> & wants) {
     using policy::action;
     using policy::copy_state;
     std::unique_lock<std::mutex> lock(mutex_);
     to_warm_.clear();
     now_.layer = layer;
-    if (n_tokens > 0) {
-        now_.token_before = now_.token;
-    }
-    now_.token += n_tokens;
-    n_tokens_ += n_tokens;
     cache_->pass++;
 
     const auto state_of = [](const cache_entry * e) {
@@ -181,9 +185,6 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
                : e->now == cache_entry::state::in_flight ? copy_state::in_flight
                                                          : copy_state::resident;
     };
-    if (n_tokens > 0) {
-        move_border();
-    }
     hobbit_counts & c = counts_[layer];
     note_asked(true, layer);
 
@@ -247,7 +248,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
         const action load = p == 0 ? action::load_high : action::load_low;
         const auto   n =
             (uint32_t) std::count_if(wants.begin(), wants.end(), [&](const expert_want & w) { return w.action == load; });
-        cache_->make_room(p, n - std::min(n, cache_->n_free(p)), now_, on_evicted, this);
+        cache_->make_room(p, n - std::min(n, cache_->n_free(p)), now_);
     }
     for (expert_want & w : wants) {
         if (w.action == action::load_high || w.action == action::load_low) {
@@ -255,7 +256,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, uint32_t
             if (p == 0) {
                 cache_->used(layer, w.expert, false);
             }
-            w.entry = cache_->insert(layer, w.expert, p, now_, on_evicted, this);
+            w.entry = cache_->insert(layer, w.expert, p, now_);
             if (w.entry != nullptr) {
                 cache_->pin(w.entry);
                 w.entry->demanded.store(true, std::memory_order_relaxed);

@@ -65,9 +65,12 @@ class expert_store {
     // What the tokens of a batch chose at a layer, before acquire(): for rules that learn from it.
     void observe(uint32_t layer, const int32_t * ids, size_t stride, uint32_t k, uint32_t n_tokens);
 
+    // Before acquire() for the first layer of a batch: moves the sequence's clock, and the border.
+    void begin_batch(uint32_t n_tokens);
+
     // Resolves the wants of a layer pass: pins what is there, requests all that is missing at once, up and gate before down. Never
-    // waits. `n_tokens` > 0 on the first layer of a batch moves the sequence's clock.
-    void acquire(uint32_t layer, policy::precision_rule rule, uint32_t n_tokens, std::vector<expert_want> & wants);
+    // waits.
+    void acquire(uint32_t layer, policy::precision_rule rule, std::vector<expert_want> & wants);
     void release(const std::vector<expert_want> & wants);
 
     // Is projection `part` of a pinned entry there? If so its bytes may be read.
@@ -127,8 +130,6 @@ class expert_store {
 
     reader & io() { return *io_; }
 
-    uint32_t n_streaming() const { return (uint32_t) stream_slots_.size(); }
-
   private:
     struct expert_id {
         uint16_t layer, expert;
@@ -147,6 +148,7 @@ class expert_store {
     void        note_arrival(hobbit_event_kind kind, uint32_t layer, timeline::clock::time_point asked, uint64_t bytes);
     void        count_hit(cache_entry & entry, bool was_in_flight);
     void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
+    void        drop_prefetch(cache_entry & entry);
     void        move_border();
     bool        shrink_to_limit();
     bool        fill_with_high();
@@ -158,7 +160,7 @@ class expert_store {
     void        add_what_fits(int precision, uint64_t most) noexcept;
     static void step_aside(std::unique_lock<std::mutex> & lock);
     uint32_t    fewest(int precision) const;
-    static void on_evicted(void * self, const cache_entry & entry);
+    void        count_evicted(const cache_entry & entry);
     void        feed_warming();
     void        put_warming_behind(std::vector<io_request> & requests);
     bool        is_warming(const cache_entry & entry) const;

@@ -20,57 +20,81 @@ void layer_pass::release() {
     parts_done          = 0;
 }
 
-void layer_pass::build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize,
-                       bool first_layer, policy::threshold_profile * profile, float * out_weights) {
+void layer_pass::build(uint32_t layer, const selections & sel, const policy::serving & how,
+                       policy::threshold_profile * profile, float * out_weights) {
     release();
-    layer_                   = layer;
-    const uint32_t n_expert  = index_.layers()[layer].n_expert;
-    const size_t   n_sel     = (size_t) sel.n_tokens * sel.k;
-    const bool     by_weight = sel.weights != nullptr && how.by_weight(sel.k);
+    layer_ = layer;
+    assess(sel, how, profile);
+    gather_wants(sel);
+    store_.observe(layer, sel.ids, sel.ids_stride, sel.k, sel.n_tokens);
+    if (layer == 0) {
+        store_.begin_batch(sel.n_tokens);
+    }
+    store_.acquire(layer, how.rule, wants_);
+    n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {
+        return w.ahead || w.action == action::load_high || w.action == action::load_low;
+    });
+    lay_out_items();
+    place_rows(sel, how, out_weights);
+    reset_progress();
+}
 
+static size_t id_of(const layer_pass::selections & sel, size_t s) {
+    return (size_t) sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k];
+}
+
+// What each selection needs.
+void layer_pass::assess(const selections & sel, const policy::serving & how, policy::threshold_profile * profile) {
+    const size_t n_sel = (size_t) sel.n_tokens * sel.k;
     needs_.assign(n_sel, need::high);
+    split_ = false;
+    if (sel.weights == nullptr || !how.by_weight(sel.k)) {
+        return;
+    }
+    split_ = how.rule == policy::precision_rule::weight;
     scores_.resize(sel.k);
-    if (by_weight) {
-        for (uint32_t i = 0; i < sel.n_tokens; ++i) {
-            policy::assess(sel.weights + i * sel.weights_stride, sel.k, layer, how, &needs_[(size_t) i * sel.k],
-                           scores_.data());
-            if (profile != nullptr) {
-                profile->add(scores_.data(), sel.k);
-            }
+    for (uint32_t i = 0; i < sel.n_tokens; ++i) {
+        policy::assess(sel.weights + i * sel.weights_stride, sel.k, layer_, how, &needs_[(size_t) i * sel.k],
+                       scores_.data());
+        if (profile != nullptr) {
+            profile->add(scores_.data(), sel.k);
         }
     }
-
-    const auto id = [&](size_t s) { return sel.ids[(s / sel.k) * sel.ids_stride + s % sel.k]; };
-    if (by_weight && how.by_popularity(sel.n_tokens)) {
-        popularity_.assign(n_expert, 0);
-        by_expert_.resize(n_expert);
-        for (size_t s = 0; s < n_sel; ++s) {
-            popularity_[(size_t) id(s)] += needs_[s] != need::never;
-        }
-        policy::classify_popularity(popularity_.data(), n_expert, how.prefill_low, by_expert_.data());
-        for (size_t s = 0; s < n_sel; ++s) {
-            const need popular = by_expert_[(size_t) id(s)];
-            // By `demand` popularity alone decides; by `miss` it only takes away.
-            needs_[s] = needs_[s] == need::never                     ? need::never
-                        : how.rule == policy::precision_rule::demand ? popular
-                                                                     : std::min(needs_[s], popular);
-        }
+    if (!how.by_popularity(sel.n_tokens)) {
+        return;
     }
-
-    // One want per expert, and one for the tokens that leave it out; by the weight rule one per expert and need, since there the
-    // cache may not decide.
-    const bool split = by_weight && how.rule == policy::precision_rule::weight;
-    want_of_.assign((size_t) n_expert * policy::N_NEED, -1);
-    const auto want_index = [&](size_t s) -> int32_t & {
-        const need kind = split || needs_[s] == need::never ? needs_[s] : need::high;
-        return want_of_[(size_t) id(s) * policy::N_NEED + (size_t) kind];
-    };
+    const uint32_t n_expert = index_.layers()[layer_].n_expert;
+    popularity_.assign(n_expert, 0);
+    by_expert_.resize(n_expert);
     for (size_t s = 0; s < n_sel; ++s) {
-        int32_t & at = want_index(s);
+        popularity_[id_of(sel, s)] += needs_[s] != need::never;
+    }
+    policy::classify_popularity(popularity_.data(), n_expert, how.prefill_low, by_expert_.data());
+    for (size_t s = 0; s < n_sel; ++s) {
+        const need popular = by_expert_[id_of(sel, s)];
+        // By `demand` popularity alone decides; by `miss` it only takes away.
+        needs_[s] = needs_[s] == need::never                     ? need::never
+                    : how.rule == policy::precision_rule::demand ? popular
+                                                                 : std::min(needs_[s], popular);
+    }
+}
+
+// The want that a selection belongs to.
+int32_t & layer_pass::want_of(const selections & sel, size_t s) {
+    const need kind = split_ || needs_[s] == need::never ? needs_[s] : need::high;
+    return want_of_[id_of(sel, s) * policy::N_NEED + (size_t) kind];
+}
+
+// One want per expert, and one for the tokens that leave it out; by the weight rule one per expert and need, since there the cache
+// may not decide.
+void layer_pass::gather_wants(const selections & sel) {
+    want_of_.assign((size_t) index_.layers()[layer_].n_expert * policy::N_NEED, -1);
+    for (size_t s = 0; s < needs_.size(); ++s) {
+        int32_t & at = want_of(sel, s);
         if (at < 0) {
             at = (int32_t) wants_.size();
             expert_want w;
-            w.expert = (uint16_t) id(s);
+            w.expert = (uint16_t) id_of(sel, s);
             w.need   = needs_[s];
             w.count  = 0;
             wants_.push_back(w);
@@ -79,16 +103,11 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         w.need          = std::max(w.need, needs_[s]);
         w.count++;
     }
-    store_.observe(layer, sel.ids, sel.ids_stride, sel.k, sel.n_tokens);
-    store_.acquire(layer, how.rule, first_layer ? sel.n_tokens : 0, wants_);
+}
 
-    n_loads_ = (uint32_t) std::count_if(wants_.begin(), wants_.end(), [](const expert_want & w) {
-        return w.ahead || w.action == action::load_high || w.action == action::load_low;
-    });
-
-    // Items: what is there, what comes, what has to be streamed.
-    constexpr uint32_t NONE = UINT32_MAX;
-    item_of_.assign(wants_.size(), NONE);
+// Items: what is there, what comes, what has to be streamed.
+void layer_pass::lay_out_items() {
+    item_of_.assign(wants_.size(), NO_ITEM);
     const auto rank = [](const expert_want & w) {
         return w.entry == nullptr ? 2 : w.action == action::use_high || w.action == action::use_low ? 0 : 1;
     };
@@ -112,18 +131,23 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         }
     }
     rows_.resize(first_row);
+    streaming_ = std::any_of(items_.begin(), items_.end(), [](const pass_item & i) { return i.entry == nullptr; });
+}
+
+// The rows of each item, the weights to compute with, and what was served how.
+void layer_pass::place_rows(const selections & sel, const policy::serving & how, float * out_weights) {
     hobbit_counts masses = {};
     for (uint32_t token = 0; token < sel.n_tokens; ++token) {
         const float * weights = sel.weights == nullptr ? nullptr : sel.weights + token * sel.weights_stride;
         float         sum = 0.0f, low = 0.0f, skipped = 0.0f, squares_asked = 0.0f, squares_low = 0.0f;
         for (uint32_t j = 0; j < sel.k; ++j) {
             const size_t   s    = (size_t) token * sel.k + j;
-            const uint32_t item = item_of_[(size_t) want_index(s)];
+            const uint32_t item = item_of_[(size_t) want_of(sel, s)];
             const float    w    = weights == nullptr ? 0.0f : weights[j];
             sum += w;
             const float square = needs_[s] == need::low ? w * w : 0.0f;
             squares_asked += square;
-            if (item == NONE) {
+            if (item == NO_ITEM) {
                 skipped_.push_back({ (int32_t) j, (int32_t) token });
                 skipped += w;
             } else {
@@ -133,29 +157,32 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
                 squares_low += it.prec == precision::low ? square : 0.0f;
             }
             if (out_weights != nullptr) {
-                out_weights[s] = item == NONE ? 0.0f : w;
+                out_weights[s] = item == NO_ITEM ? 0.0f : w;
             }
         }
-        if (sum > 0.0f) {
-            masses.mass_total += 1.0;
-            masses.mass_low += low / sum;
-            masses.mass_skipped += skipped / sum;
-            if (how.sensitivity) {
-                const float scale = (*how.sensitivity)[layer] / sum;
-                masses.cost_asked += squares_asked * scale * scale;
-                masses.cost_low += squares_low * scale * scale;
-            }
-            // What an expert makes of a scaled input is not the scaled output, so gains are left as they are.
-            if (out_weights != nullptr && renormalize && !sel.gains && skipped > 0.0f && sum > skipped) {
-                for (uint32_t j = 0; j < sel.k; ++j) {
-                    out_weights[(size_t) token * sel.k + j] *= sum / (sum - skipped);
-                }
+        if (!(sum > 0.0f)) {
+            continue;
+        }
+        masses.mass_total += 1.0;
+        masses.mass_low += low / sum;
+        masses.mass_skipped += skipped / sum;
+        if (how.sensitivity) {
+            const float scale = (*how.sensitivity)[layer_] / sum;
+            masses.cost_asked += squares_asked * scale * scale;
+            masses.cost_low += squares_low * scale * scale;
+        }
+        // What an expert makes of a scaled input is not the scaled output, so gains are left as they are.
+        if (out_weights != nullptr && how.renormalize && !sel.gains && skipped > 0.0f && sum > skipped) {
+            for (uint32_t j = 0; j < sel.k; ++j) {
+                out_weights[(size_t) token * sel.k + j] *= sum / (sum - skipped);
             }
         }
     }
-    store_.add_counts(layer, masses);
+    store_.add_counts(layer_, masses);
+}
 
-    const size_t room = index_.layers()[layer].projections.size() * items_.size();
+void layer_pass::reset_progress() {
+    const size_t room = index_.layers()[layer_].projections.size() * items_.size();
     if (room > progress_room_) {
         progress_.reset(new progress[room]);
         progress_room_ = room;
@@ -165,7 +192,6 @@ void layer_pass::build(uint32_t layer, const selections & sel, const policy::ser
         progress_[i].finished.store(0, std::memory_order_relaxed);
         progress_[i].stream.store(nullptr, std::memory_order_relaxed);
     }
-    streaming_ = std::any_of(items_.begin(), items_.end(), [](const pass_item & i) { return i.entry == nullptr; });
 }
 
 const std::byte * layer_pass::slice(uint32_t part, size_t i) {

@@ -47,8 +47,8 @@ class layer_pass {
 
     // Decides, requests, builds. `out_weights` (may be NULL; k per token, contiguous): the router weights to compute with, skipped ones
     // zero. `profile` (may be NULL) learns the scores. Releases what the pass before held. One thread.
-    void build(uint32_t layer, const selections & sel, const policy::serving & how, bool renormalize, bool first_layer,
-               policy::threshold_profile * profile, float * out_weights);
+    void build(uint32_t layer, const selections & sel, const policy::serving & how, policy::threshold_profile * profile,
+               float * out_weights);
     void release();
 
     uint32_t layer() const { return layer_; }
@@ -89,7 +89,17 @@ class layer_pass {
     void item_done(uint32_t part, size_t item);
 
   private:
-    void stream_next(uint32_t part, stream_slot * slot);
+    static constexpr uint32_t NO_ITEM = UINT32_MAX;
+
+    // Of build(), in this order.
+    void assess(const selections & sel, const policy::serving & how, policy::threshold_profile * profile);
+    void gather_wants(const selections & sel);
+    void lay_out_items();
+    void place_rows(const selections & sel, const policy::serving & how, float * out_weights);
+    void reset_progress();
+
+    int32_t & want_of(const selections & sel, size_t s);
+    void      stream_next(uint32_t part, stream_slot * slot);
 
     expert_store &       store_;
     const expert_index & index_;
@@ -110,7 +120,8 @@ class layer_pass {
     bool                  streaming_ = false;
 
     // Scratch of build(), kept to spare allocations.
-    std::vector<policy::need> needs_;
+    bool                      split_ = false;  // an expert's high and low needs are wants of their own
+    std::vector<policy::need> needs_;          // [n_tokens][k]
     std::vector<policy::need> by_expert_;
     std::vector<uint32_t>     popularity_;
     std::vector<float>        scores_;

@@ -70,7 +70,7 @@ void expert_store::feed_warming() {
             to_warm_.clear();
             break;
         }
-        cache_entry * e = cache_->insert(id.layer, id.expert, p, now_, on_evicted, this, true);
+        cache_entry * e = cache_->insert(id.layer, id.expert, p, now_, true);
         warming_.push_back(e);
         for (uint32_t part = 0; part < index_.layers()[id.layer].projections.size(); ++part) {
             request_part(*e, part, requests);

@@ -74,6 +74,7 @@ struct serving {
     float          drop_fraction = 0.0f;            // of `drop`
     uint32_t       max_experts   = 0;               // most experts a token; 0: all that were selected
     float          prefill_low   = 0.0f;  // of a batch, the share of the selections whose experts are low, see below
+    bool           renormalize   = true;  // router weights that survive a skip are scaled up
 
     // Of each MoE layer, see classify_by_cost(). NULL: not measured, by eq. 2. Shared with the prefetch thread.
     std::shared_ptr<const std::vector<float>> sensitivity;

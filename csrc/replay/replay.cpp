@@ -57,7 +57,10 @@ class replay::runner {
             }
             wants_.assign(1, expert_want());
             wants_[0].expert = ids[i];
-            dispatcher_.store().acquire(layer, policy::precision_rule::exact, layer == 0 && i == 0, wants_);
+            if (layer == 0 && i == 0) {
+                dispatcher_.store().begin_batch(1);
+            }
+            dispatcher_.store().acquire(layer, policy::precision_rule::exact, wants_);
             if (wants_[0].entry == nullptr) {  // no slot: its layer has none
                 for (uint32_t part = 0; part < index_.layers()[layer].projections.size(); ++part) {
                     expert_store & store = dispatcher_.store();

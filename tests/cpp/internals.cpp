@@ -17,19 +17,20 @@ using namespace hobbit;
 
 namespace {
 
+// Slots of no bytes: their numbers are what counts.
 struct cache {
-    std::byte        room[1];  // slots of no bytes: their numbers are what counts
+    cache(const cache_shape & shape, const eviction_rule & rule) :
+        core(shape, nullptr, rule, [this](const cache_entry & e) { gone = { e.layer, e.expert }; }) {}
+
+    struct {
+        int32_t layer = -1, expert = -1;
+    } gone;  // what was evicted last
+
     expert_cache     core;
     eviction_context now;
 };
 
 expert_cache & core(void * c) { return ((cache *) c)->core; }
-
-struct evicted_entry {
-    int32_t layer = -1, expert = -1;
-};
-
-void on_evicted(void * to, const cache_entry & e) { *(evicted_entry *) to = { e.layer, e.expert }; }
 
 }  // namespace
 
@@ -41,7 +42,7 @@ EXPORT void * t_cache_new(uint32_t n_layer, uint32_t n_expert, uint32_t high, ui
     shape.n_slots[0] = high;
     shape.n_slots[1] = low;
     shape.layer_experts.assign(n_layer, n_expert);
-    auto * c        = new cache { {}, { shape, nullptr, *find_eviction_rule(rule) }, {} };
+    auto * c        = new cache(shape, *find_eviction_rule(rule));
     c->now.n_layer  = n_layer;
     c->now.low_cost = low_cost;
     c->now.weights  = { w[0], w[1], w[2], w[3] };
@@ -65,8 +66,9 @@ EXPORT int t_cache_state(void * c, uint32_t layer, uint32_t expert, int p) {
 
 // 0: no room; 1: a free slot; 2: in the slot of `evicted` (layer, expert).
 EXPORT int t_cache_insert(void * c, uint32_t layer, uint32_t expert, int p, int32_t * evicted) {
-    evicted_entry gone;
-    if (core(c).insert(layer, expert, p, ((cache *) c)->now, on_evicted, &gone) == nullptr) {
+    auto & gone = ((cache *) c)->gone;
+    gone        = {};
+    if (core(c).insert(layer, expert, p, ((cache *) c)->now) == nullptr) {
         return 0;
     }
     evicted[0] = gone.layer;

@@ -34,7 +34,10 @@ struct copy_model {
 // Random operations on a cache and on a map that does the same in the plainest way.
 class random_run {
   public:
-    explicit random_run(uint32_t seed) : random_(seed), pool_(POOL), cache_(shape(), pool_.data(), { priority_hobbit }) {}
+    explicit random_run(uint32_t seed) :
+        random_(seed), pool_(POOL), cache_(shape(), pool_.data(), { priority_hobbit }, [this](const cache_entry & e) {
+            evicted_.push_back({ e.layer, e.expert, e.precision });
+        }) {}
 
     void step() {
         now_.token = 1 + below(50);
@@ -124,7 +127,7 @@ class random_run {
         const bool full = count(key.precision) == cache_.shape().n_slots[key.precision];
         const auto goes = full ? victim(key.precision) : model_.end();
         evicted_.clear();
-        cache_entry * e = cache_.insert(key.layer, key.expert, key.precision, now_, note, this);
+        cache_entry * e = cache_.insert(key.layer, key.expert, key.precision, now_);
         CHECK_EQ(e != nullptr, !full || goes != model_.end());
         CHECK_EQ(evicted_.size(), full && e != nullptr ? 1u : 0u);
         if (e == nullptr) {
@@ -143,7 +146,7 @@ class random_run {
         const bool     full   = count(precision) == before;
         const auto     goes   = full ? victim(precision) : model_.end();
         evicted_.clear();
-        if (!cache_.take_slot(precision, now_, note, this)) {
+        if (!cache_.take_slot(precision, now_)) {
             CHECK_EQ(cache_.shape().n_slots[precision], before);
             CHECK(evicted_.empty());
             return;
@@ -230,10 +233,6 @@ class random_run {
             CHECK_EQ(cache_.resident(p), resident[p]);
             CHECK_EQ(cache_.available(p), cache_.shape().n_slots[p] - stuck[p]);
         }
-    }
-
-    static void note(void * self, const cache_entry & e) {
-        ((random_run *) self)->evicted_.push_back({ e.layer, e.expert, e.precision });
     }
 
     std::mt19937                   random_;

@@ -18,16 +18,18 @@ float by_uses(const use_record & use, uint32_t, const eviction_context &) { retu
 class cache_story {
   public:
     explicit cache_story(uint32_t n_high, uint32_t n_low = 1) :
-        pool_(n_high * 64 + n_low * 32), cache(shape(n_high, n_low), pool_.data(), { by_uses }) {}
+        pool_(n_high * 64 + n_low * 32),
+        cache(shape(n_high, n_low), pool_.data(), { by_uses },
+              [this](const cache_entry & e) { evicted.push_back(e.expert); }) {}
 
     cache_entry * insert(uint32_t expert, int precision = HIGH) {
         evicted.clear();
-        return cache.insert(0, expert, precision, now, note, this);
+        return cache.insert(0, expert, precision, now);
     }
 
     void make_room(uint32_t n) {
         evicted.clear();
-        cache.make_room(HIGH, n, now, note, this);
+        cache.make_room(HIGH, n, now);
     }
 
     cache_entry * load(uint32_t expert, int precision = HIGH) {
@@ -56,8 +58,6 @@ class cache_story {
         s.slot_bytes[1] = 32;
         return s;
     }
-
-    static void note(void * self, const cache_entry & e) { ((cache_story *) self)->evicted.push_back(e.expert); }
 
     std::vector<std::byte> pool_;
 
@@ -172,11 +172,11 @@ TEST("what was predicted does not go for what is only predicted as well") {
     cache_story s(2);
     s.load(1)->protected_until = s.cache.pass;
     s.load(2)->protected_until = s.cache.pass;
-    CHECK(s.cache.insert(0, 3, HIGH, s.now, nullptr, nullptr, true) == nullptr);
-    s.cache.make_room(HIGH, 1, s.now, nullptr, nullptr, true);
+    CHECK(s.cache.insert(0, 3, HIGH, s.now, true) == nullptr);
+    s.cache.make_room(HIGH, 1, s.now, true);
     CHECK(s.has(1) && s.has(2));
     s.cache.pass++;
-    CHECK(s.cache.insert(0, 3, HIGH, s.now, nullptr, nullptr, true) != nullptr);
+    CHECK(s.cache.insert(0, 3, HIGH, s.now, true) != nullptr);
 }
 
 TEST("of two copies the low one is worth what no high one serves") {

@@ -16,7 +16,7 @@ constexpr uint32_t N_LAYER = 3, N_EXPERT = 8, K = 2;
 struct reader {
     std::vector<std::byte> pool = std::vector<std::byte>(N_LAYER * N_EXPERT);
     cache_shape            shape { N_LAYER, N_EXPERT, { N_LAYER * N_EXPERT, 0 }, { 1, 1 } };
-    expert_cache           cache { shape, pool.data(), priority_foresight };
+    expert_cache           cache { shape, pool.data(), { priority_foresight } };
     foresight              memory { cache, N_LAYER, N_EXPERT, (float) K / N_EXPERT };
 
     void read(const std::vector<int32_t> & text) {
@@ -106,7 +106,7 @@ TEST("where LRU would have more, priorities go over to its order, and come back 
     // One layer of 8 experts, of which 4 have a slot. What is asked for goes in, and out goes what this test says.
     std::vector<std::byte> pool(4);
     cache_shape            shape { 1, N_EXPERT, { 4, 0 }, { 1, 1 } };
-    expert_cache           cache { shape, pool.data(), priority_foresight };
+    expert_cache           cache { shape, pool.data(), { priority_foresight } };
     foresight              memory { cache, 1, N_EXPERT, 0.25f };
     const auto             read = [&](int32_t expert, int32_t out) {
         memory.observe(0, &expert, 1, 1, 1);
@@ -143,7 +143,7 @@ TEST("where LRU would have more, priorities go over to its order, and come back 
 TEST("of a prompt nothing is judged, though its last layer is computed for one token alone") {
     std::vector<std::byte> pool(8);
     cache_shape            shape { 2, N_EXPERT, { 8, 0 }, { 1, 1 } };
-    expert_cache           cache { shape, pool.data(), priority_foresight };
+    expert_cache           cache { shape, pool.data(), { priority_foresight } };
     foresight              memory { cache, 2, N_EXPERT, 0.25f };
     for (uint32_t i = 0; i < 8; ++i) {
         cache.fulfil(cache.insert(i % 2, i / 2, 0, {}));

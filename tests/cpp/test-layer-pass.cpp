@@ -67,15 +67,16 @@ class pass_story : public tiny_store {
 
     void build(uint32_t l, const batch & b, precision_rule rule, bool renormalize = true) {
         serving how;
-        how.rule = rule;
-        how.t    = T;
-        build(l, b, how, renormalize);
+        how.rule        = rule;
+        how.t           = T;
+        how.renormalize = renormalize;
+        build(l, b, how);
     }
 
-    void build(uint32_t l, const batch & b, const serving & how, bool renormalize = true) {
+    void build(uint32_t l, const batch & b, const serving & how) {
         layer = l;
         out.assign(b.n_tokens * b.k, -1.0f);
-        pass.build(l, b.selections(), how, renormalize, l == 0, nullptr, out.data());
+        pass.build(l, b.selections(), how, nullptr, out.data());
     }
 
     // (slot, token) -> its item, NULL when skipped. Each row exactly once, with its expert.
@@ -310,7 +311,7 @@ TEST("without weights all is in high precision") {
         how.t             = T;
         how.drop_fraction = 3.0f;
         how.max_experts   = 1;
-        s.pass.build(0, sel, how, true, true, nullptr, nullptr);
+        s.pass.build(0, sel, how, nullptr, nullptr);
         for (const auto & [row, item] : s.rows(b)) {
             CHECK(item != nullptr && item->prec == precision::high);
         }

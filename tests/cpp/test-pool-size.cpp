@@ -88,7 +88,10 @@ TEST("slots follow what the copies are worth where several tokens are a batch, w
             const std::vector<int32_t> ids(n, e);
             s.store().observe(layer, ids.data(), 1, 1, n);
             wants w = { want(e, need::low, n) };
-            s.store().acquire(layer, precision_rule::miss, layer == 0 ? n : 0, w);
+            if (layer == 0) {
+                s.store().begin_batch(n);
+            }
+            s.store().acquire(layer, precision_rule::miss, w);
             s.arrive(w);
             s.store().release(w);
         }

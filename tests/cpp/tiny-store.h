@@ -115,7 +115,10 @@ class tiny_store {
     }
 
     wants acquire(uint32_t layer, wants w, precision_rule rule = precision_rule::miss) {
-        store_->acquire(layer, rule, layer == 0, w);
+        if (layer == 0) {
+            store_->begin_batch(1);
+        }
+        store_->acquire(layer, rule, w);
         return w;
     }
 
