@@ -35,10 +35,8 @@ extern "C" {
 /* Bumped whenever a struct or a signature below changes its meaning. */
 #define HOBBIT_ABI_VERSION 1
 
-/* Layers ahead whose predictions are counted. */
+/* Layers ahead, at most: of prefetch_depth and of recorded predictions. */
 #define HOBBIT_MAX_LOOKAHEAD 4
-
-#define HOBBIT_MESSAGE_SIZE 1024
 
 /* ---- versions: checked when the Python package is imported ------------------------------------------- */
 
@@ -465,16 +463,17 @@ HOBBIT_API hobbit_status hobbit_replay_bound(hobbit_replay * replay, const hobbi
 
 /* ---- quantisation, by ggml's code, and ours for IQ4_NL ----------------------------------------------- */
 
-/* -1 for an unknown name. Names as llama.cpp prints them, in any case: "Q8_0", "q4_k", "IQ4_NL", "F16". */
-HOBBIT_API int32_t      hobbit_type_from_name(const char * name);
-HOBBIT_API const char * hobbit_type_name(int32_t type);
-/* Elements of a block, and its bytes. 0 for an unknown type. */
-HOBBIT_API uint32_t hobbit_type_block(int32_t type);
-HOBBIT_API uint64_t hobbit_type_block_bytes(int32_t type);
-/* 1 when quantising to `type` is impossible without an importance matrix. */
-HOBBIT_API int32_t hobbit_type_needs_imatrix(int32_t type);
-/* 1 when ggml can multiply by a matrix of this type (MUL_MAT_ID on the CPU). */
-HOBBIT_API int32_t hobbit_type_computable(int32_t type);
+typedef struct hobbit_type_info {
+    uint32_t     struct_size;
+    uint32_t     block; /* elements */
+    uint32_t     block_bytes;
+    uint32_t     needs_imatrix; /* 1: quantising to it is impossible without an importance matrix */
+    uint32_t     computable;    /* 1: ggml can multiply by a matrix of this type (MUL_MAT_ID on the CPU) */
+    const char * name;          /* as llama.cpp prints it: "q8_0" */
+} hobbit_type_info;
+
+/* False for an unknown type. */
+HOBBIT_API bool hobbit_type(int32_t type, hobbit_type_info * info);
 
 /* n_rows x n_per_row floats -> `dst` (n_rows rows of the type). Safe to call from several threads on disjoint rows after
  * hobbit_quantize_init(type). `imatrix`: NULL or n_per_row weights, finite and not below 0. */

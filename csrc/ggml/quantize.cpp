@@ -1,10 +1,6 @@
-// The quantisation section of hobbit.h: ggml's public quantisers behind checks, and our own of IQ4_NL.
-//
-// ggml asserts on what it cannot do: a row that its block does not divide, a missing importance matrix, a NaN in an IQ type. An
-// assertion ends the process, so all of this is refused here first.
+#include "quantize.h"
 
 #include "../base/error.h"
-#include "../hobbit.h"
 #include "error-feedback.h"
 #include "iq4-nl.h"
 
@@ -13,7 +9,6 @@
 
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 
 namespace hobbit {
@@ -23,18 +18,6 @@ namespace {
 // Removed types keep their number and a row in ggml's table, with a block of 0.
 bool known_type(int32_t type) {
     return type >= 0 && type < GGML_TYPE_COUNT && ggml_get_type_traits((ggml_type) type)->blck_size > 0;
-}
-
-bool same_name(const char * a, const char * b) {
-    for (; *a != '\0' && *b != '\0'; a++, b++) {
-        // ASCII by hand: tolower() would follow the locale
-        const char ca = *a >= 'A' && *a <= 'Z' ? (char) (*a + 32) : *a;
-        const char cb = *b >= 'A' && *b <= 'Z' ? (char) (*b + 32) : *b;
-        if (ca != cb) {
-            return false;
-        }
-    }
-    return *a == *b;
 }
 
 // The cases of ggml_quantize_chunk, which has no way to say no.
@@ -133,6 +116,8 @@ void quantize_rows(ggml_type type, const float * src, void * dst, int64_t n_rows
     }
 }
 
+}  // namespace
+
 void quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row, const float * imatrix) {
     if (check_rows(type, src, dst, n_rows, n_per_row, imatrix != nullptr)) {
         quantize_rows((ggml_type) type, src, dst, n_rows, n_per_row, imatrix);
@@ -190,60 +175,23 @@ void quantize_feedback(int32_t type_id, const float * src, void * dst, int64_t n
                            factor);
 }
 
-}  // namespace
-
-}  // namespace hobbit
-
-extern "C" {
-
-int32_t hobbit_type_from_name(const char * name) {
-    if (name == nullptr) {
-        return -1;
+bool type_facts(int32_t type, hobbit_type_info & out) {
+    if (!known_type(type)) {
+        return false;
     }
-    for (int32_t type = 0; type < GGML_TYPE_COUNT; type++) {
-        if (hobbit::known_type(type) && hobbit::same_name(name, ggml_type_name((ggml_type) type))) {
-            return type;
-        }
-    }
-    return -1;
+    const auto t      = (ggml_type) type;
+    out.name          = ggml_type_name(t);
+    out.block         = (uint32_t) ggml_blck_size(t);
+    out.block_bytes   = (uint32_t) ggml_type_size(t);
+    out.needs_imatrix = ggml_quantize_requires_imatrix(t);
+    out.computable    = ggml_get_type_traits_cpu(t)->vec_dot != nullptr;
+    return true;
 }
 
-const char * hobbit_type_name(int32_t type) { return hobbit::known_type(type) ? ggml_type_name((ggml_type) type) : nullptr; }
-
-uint32_t hobbit_type_block(int32_t type) {
-    return hobbit::known_type(type) ? (uint32_t) ggml_blck_size((ggml_type) type) : 0;
-}
-
-uint64_t hobbit_type_block_bytes(int32_t type) {
-    return hobbit::known_type(type) ? (uint64_t) ggml_type_size((ggml_type) type) : 0;
-}
-
-int32_t hobbit_type_needs_imatrix(int32_t type) {
-    return hobbit::known_type(type) && ggml_quantize_requires_imatrix((ggml_type) type) ? 1 : 0;
-}
-
-int32_t hobbit_type_computable(int32_t type) {
-    return hobbit::known_type(type) && ggml_get_type_traits_cpu((ggml_type) type)->vec_dot != nullptr ? 1 : 0;
-}
-
-void hobbit_quantize_init(int32_t type) {
-    if (hobbit::known_type(type)) {
+void prepare_quantizer(int32_t type) {
+    if (known_type(type)) {
         ggml_quantize_init((ggml_type) type);
     }
 }
 
-hobbit_status hobbit_quantize(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
-                              const float * imatrix, hobbit_error * error) {
-    return hobbit::guarded(error, [&] { hobbit::quantize(type, src, dst, n_rows, n_per_row, imatrix); });
-}
-
-hobbit_status hobbit_quantize_feedback(int32_t type, const float * src, void * dst, int64_t n_rows, int64_t n_per_row,
-                                       const float * factor, hobbit_error * error) {
-    return hobbit::guarded(error, [&] { hobbit::quantize_feedback(type, src, dst, n_rows, n_per_row, factor); });
-}
-
-hobbit_status hobbit_dequantize(int32_t type, const void * src, float * dst, int64_t n, hobbit_error * error) {
-    return hobbit::guarded(error, [&] { hobbit::dequantize(type, src, dst, n); });
-}
-
-}  // extern "C"
+}  // namespace hobbit

@@ -338,7 +338,7 @@ def test_tuning_a_fraction_finds_the_bytes(target: float) -> None:
         return 100 * math.exp(-f)
 
     found = tune_fraction(bytes_at, 100.0, 4.0, target)
-    assert abs(found.off) <= 0.03 and len(tries) <= 6
+    assert abs(found.bytes_per_token / found.target - 1) <= 0.03 and len(tries) <= 6
     assert found.bytes_per_token == pytest.approx(100 * math.exp(-found.value))
 
 

@@ -133,8 +133,6 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _opener(args: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
     from hobbit_cpp.evaluate.scorer import LlamaScorer
 
     def load(setting: Any, n_ctx: int, width: int, pool: int | None) -> Any:

@@ -105,17 +105,18 @@ def load_types() -> TypeTable:
 
     ffi, lib = core()
     types = []
+    info = ffi.new("hobbit_type_info *")
+    info.struct_size = ffi.sizeof("hobbit_type_info")
     for type_id in range(_MAX_TYPE_ID):
-        block = int(lib.hobbit_type_block(type_id))
-        if block > 0:
+        if lib.hobbit_type(type_id, info):
             types.append(
                 TypeInfo(
                     id=type_id,
-                    name=ffi.string(lib.hobbit_type_name(type_id)).decode().upper(),
-                    block=block,
-                    block_bytes=int(lib.hobbit_type_block_bytes(type_id)),
-                    needs_imatrix=bool(lib.hobbit_type_needs_imatrix(type_id)),
-                    computable=bool(lib.hobbit_type_computable(type_id)),
+                    name=ffi.string(info.name).decode().upper(),
+                    block=int(info.block),
+                    block_bytes=int(info.block_bytes),
+                    needs_imatrix=bool(info.needs_imatrix),
+                    computable=bool(info.computable),
                 )
             )
     return TypeTable(types)

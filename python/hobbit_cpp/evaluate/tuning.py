@@ -18,11 +18,6 @@ class Tuned:
     target: float
     tried: List[Tuple[float, float]] = field(default_factory=list)
 
-    @property
-    def off(self) -> float:
-        """By which share the bytes miss the target."""
-        return self.bytes_per_token / self.target - 1 if self.target > 0 else 0.0
-
 
 def _nearest(tried: Dict[float, float], target: float) -> Tuned:
     best = min(tried, key=lambda v: abs(tried[v] - target))
