@@ -1,7 +1,7 @@
 /*
  * hobbit.h - the C API of hobbit-cpp, declared only here.
  *
- * Read by C++, by the C test, by cffi (which strips the preprocessor lines) and by people.
+ * Read by C++, by the C test, by cffi (scripts/gen_cffi.py leaves it the declarations and the integer defines) and by people.
  *
  * Conventions
  *  - Handles are opaque and come in init/free pairs; free accepts NULL.
@@ -91,6 +91,7 @@ typedef struct hobbit_model_info {
     uint64_t slot_low;
     uint64_t pool_min;     /* the smallest expert pool that works */
     uint64_t pool_max;     /* a pool that holds every expert */
+    uint32_t can_resize;   /* 1: the pool can change its size, since layers have no slots of their own */
     uint32_t direct_io;    /* 1: reads go past the page cache */
     uint32_t io_alignment; /* of direct reads; 1 when buffered */
     uint64_t bytes_tables; /* what the cache's tables and the correction of predictions come to hold, beside the pool */
@@ -179,9 +180,9 @@ HOBBIT_API void *       hobbit_abort_callback(void);
 /* Before the model is loaded: its token embeddings are not, their rows are read as tokens come (with 4 MiB of them kept). */
 HOBBIT_API void hobbit_session_keep_embeddings_on_disk(hobbit_session * session);
 
-/* Lays the compute buffers of a context out for batches of at most `n_tokens` (cut to n_ubatch) and gives their pages back: from now on
- * these touch at most `*buffers` bytes of them, and `*work` of what ggml works in, which is kept once it was touched. A larger batch is
- * computed as well, in more. `context` is a llama_context * that computes nothing now. HOBBIT_ERR_NO_MEMORY. */
+/* Lays the compute buffers of a context (a llama_context * that computes nothing now) out for batches of at most `n_tokens` (cut to
+ * n_ubatch) and gives their pages back to the system. *buffers: bytes of them that such batches will touch at most. *work: bytes
+ * of ggml's work buffer, which stay once they were touched. Larger batches still work, and take more. HOBBIT_ERR_NO_MEMORY. */
 HOBBIT_API hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * buffers, uint64_t * work,
                                             hobbit_error * error);
 /* Model and context (KV) bytes of the ggml buffers of a llama context, host memory only. */
@@ -193,10 +194,10 @@ HOBBIT_API hobbit_status hobbit_session_start(hobbit_session * session, uint64_t
 /* Stops the threads, for good: decoding fails from then on. Call before the llama model is freed; another needs another session. */
 HOBBIT_API void hobbit_session_stop(hobbit_session * session);
 
-/* Compute threads that stay from one graph to the next, for one llama_context: as many as it has now, and not more later. The
- * context computes no more once the session is freed. Without it llama.cpp starts new ones for every token, and on two
- * processors with slow reads Linux puts both on the same one: they take turns at every barrier until the first expert
- * product, 14 of 70 ms a token. HOBBIT_ERR_STATE the second time (not where there is but one). */
+/* Keeps one pool of compute threads for a llama_context from graph to graph: the more of its n_threads and n_threads_batch as they
+ * are now. The context must not compute after the session was freed. Why: llama.cpp starts new threads for every token, and on
+ * two processors with slow reads Linux put both on one of them, where they took turns at every barrier until the first expert
+ * product, 14 of 70 ms a token. HOBBIT_ERR_STATE the second time (not where there is but one thread). */
 HOBBIT_API hobbit_status hobbit_session_keep_threads(hobbit_session * session, void * context, hobbit_error * error);
 
 /* From now on the expert pool may take `pool_bytes` (at most what is of use): shrinking gives memory back to the system, what is in
@@ -210,10 +211,12 @@ HOBBIT_API hobbit_status hobbit_session_resize(hobbit_session * session, uint64_
 HOBBIT_API hobbit_status hobbit_session_set_thresholds(hobbit_session * session, float t1, float t2, hobbit_error * error);
 
 /* How much it costs to serve each MoE layer low (`hobbit calibrate`): `a` [n], n = n_moe_layer, in proportion to the root of the
- * divergence from exact mode when that layer alone is low. In place of HOBBIT's eq. 2, T1 is then compared with 1 - a g and T2 with 1 - g,
- * where g is a selection's share of its token's router weight: above T2 it is skipped, if it is not the largest of the token, else up to
- * T1 > 0 high, else low; T1 may be above T2. NULL: eq. 2 again.
- * For a session that is started, from the next batch on. Not during llama_decode. */
+ * divergence from exact mode when that layer alone is low. It replaces HOBBIT's eq. 2. With g, a selection's share of its token's
+ * router weight:
+ *     1 - g > T2, and not the largest of the token  ->  skip
+ *     T1 > 0 and 1 - a g <= T1                      ->  high
+ *     else                                          ->  low
+ * T1 may be above T2. NULL: eq. 2 again. For a session that is started, from the next batch on. Not during llama_decode. */
 HOBBIT_API hobbit_status hobbit_session_set_sensitivity(hobbit_session * session, const float * a, uint64_t n,
                                                         hobbit_error * error);
 

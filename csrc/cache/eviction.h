@@ -29,16 +29,16 @@ struct eviction_weights {
 };
 
 struct eviction_context {
-    uint32_t         token    = 0;     // T: tokens so far in this sequence, with the batch that is running
-    uint32_t         layer    = 0;     // l_i: layer now running
-    uint32_t         n_layer  = 1;     // l_n
-    float            low_cost = 0.5f;  // bytes_low / bytes_high
-    eviction_weights weights  = { 0.25f, 0.25f, 0.25f, 0.25f };
-    const float *    discount = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
-    float            recency  = 0.0f;  // of priority_foresight: how far it goes by the time since the last use alone, 0 to 1
-    uint64_t         clock    = 0;     // tokens of all sequences, as use_record::used_at
-    uint32_t         token_before    = 0;     // T without the batch that is running
-    bool             high_serves_low = true;  // policy::high_serves_low(): of two copies the low one is of no use then
+    uint32_t         token           = 0;     // T: tokens so far in this sequence, with the batch that is running
+    uint32_t         layer           = 0;     // l_i: layer now running
+    uint32_t         n_layer         = 1;     // l_n
+    float            low_cost        = 0.5f;  // bytes_low / bytes_high
+    eviction_weights weights         = { 0.25f, 0.25f, 0.25f, 0.25f };
+    const float *    discount        = nullptr;  // FORESIGHT_GAMMA^(D / l_n) for D = 0 .. l_n; for priority_foresight
+    float            recency         = 0.0f;     // of priority_foresight: 0: expected uses alone, 1: the order of LRU
+    uint64_t         clock           = 0;        // tokens of all sequences, as use_record::used_at
+    uint32_t         token_before    = 0;        // T without the batch that is running
+    bool             high_serves_low = true;     // policy::high_serves_low(): of two copies the low one is of no use then
 };
 
 // How the high-precision slots are shared among the layers. Low-precision copies compete with one another everywhere.

@@ -10,8 +10,8 @@ namespace {
 // Rates follow with these steps, a token each.
 constexpr float RECENT_STEP = 0.4f;
 constexpr float RATE_STEP   = 0.01f;
-// How far `recency` goes a token for the share of its uses by which LRU is ahead; and how much of it, for the share that misses, is given
-// up: in the order of LRU nobody can tell whether the other would do better by now.
+// Per token `recency` moves by RECENCY_STEP x (LRU's lead - RECENCY_LEAK x recency x our misses), both as shares of all that was judged.
+// Hence the leak: while the order is LRU's nobody can measure whether ours would have done better.
 constexpr float RECENCY_STEP = 0.25f;
 constexpr float RECENCY_LEAK = 0.05f;
 // How much less a neighbour counts that shares fewer experts: e^-LIKENESS for one that shares none.

@@ -81,8 +81,7 @@ class foresight {
     // LRU holds what was used up to so many tokens ago, and a part of what was used one before that.
     uint64_t lru_age_  = 0;
     float    lru_part_ = 0.0f;
-    // Of the running token, by what they would have cost to read: what LRU would have had and we had not, less the reverse; what we had
-    // not; all that was judged.
+    // Uses of the running token, weighted by what a read costs: LRU's hits less ours; our misses; all that were judged.
     float ahead_   = 0.0f;
     float misses_  = 0.0f;
     float judged_  = 0.0f;

@@ -34,7 +34,7 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.w_lhu           = 0.25f;
     p.w_fld           = 0.25f;
     p.prefetch_depth  = mode.prefetch_depth;
-    p.prefetch_reads  = 3;  // a demand read comes behind them
+    p.prefetch_reads  = 3;  // a demand read waits for those that are running
     p.norm_correction = 1;
     p.io_threads      = 8;
     p.io_block        = 512 * 1024;
@@ -43,10 +43,10 @@ hobbit_params defaults(const hobbit::policy::mode & mode) {
     p.drop_fraction   = 0.0f;
     p.max_experts     = 0;
     p.prefetch_extra  = mode.prefetch_extra;
-    p.prefill_low     = mode.precision_rule == HOBBIT_PRECISION_DEMAND ? hobbit::policy::UNPOPULAR_SHARE : 0.0f;
-    p.prefetch_always = mode.precision_rule == HOBBIT_PRECISION_DEMAND;  // what is not read ahead is low
+    p.prefill_low     = mode.prefill_low;
+    p.prefetch_always = mode.prefetch_always;
     p.fixed_split     = 0;
-    p.gate_correction = mode.precision_rule != HOBBIT_PRECISION_DEMAND;  // Fate's predictions are as they are
+    p.gate_correction = mode.gate_correction;
     return p;
 }
 
@@ -75,7 +75,7 @@ hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobb
         if (row == nullptr) {
             hobbit::fail(HOBBIT_ERR_INVALID_ARGUMENT,
                          hobbit::format("unknown mode '%s'; there are: %s", mode == nullptr ? "" : mode,
-                                        hobbit::policy::mode_names()));
+                                        hobbit::policy::mode_names().c_str()));
         }
         copy_out(params, defaults(*row));
     });
@@ -137,12 +137,13 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         for (const auto & layer : index.layers()) {
             i.bytes_cycle += layer.n_used * layer.expert_bytes(hobbit::precision::high);
         }
-        i.slot_high                          = index.max_slot[0];
-        i.slot_low                           = index.max_slot[1];
-        i.pool_min                           = hobbit::pool_min(index);
-        i.pool_max                           = hobbit::pool_max(index, s->core->params());
-        i.direct_io                          = index.direct();
-        i.io_alignment                       = index.alignment();
+        i.slot_high    = index.max_slot[0];
+        i.slot_low     = index.max_slot[1];
+        i.pool_min     = hobbit::pool_min(index);
+        i.pool_max     = hobbit::pool_max(index, s->core->params());
+        i.can_resize   = hobbit::find_eviction_rule(s->core->params().eviction_rule)->split == hobbit::slot_split::none;
+        i.direct_io    = index.direct();
+        i.io_alignment = index.alignment();
         const hobbit::embedding_table & rows = index.embeddings();
         if (rows.n_rows > 0) {
             i.bytes_embeddings = (uint64_t) rows.n_rows * rows.source.row_bytes;

@@ -48,7 +48,7 @@ class dispatcher {
     expert_store & store() { return store_; }
 
     // By a compute thread that can be spared: predicts what comes, if that is still to be done. True when it did.
-    bool idle() { return prefetcher_ && prefetcher_->run_pending(); }
+    bool predict_pending() { return prefetcher_ && prefetcher_->run_pending(); }
 
     // Any thread.
     void stats(hobbit_stats & out);

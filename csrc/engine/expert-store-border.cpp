@@ -109,7 +109,7 @@ void expert_store::move_border() {
     if (resizing_) {
         return;
     }
-    // What was in use when the pool was resized.
+    // What resize() had to leave because slots were in use.
     if (all_high_) {
         try {
             fill_with_high();

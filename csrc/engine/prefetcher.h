@@ -1,4 +1,4 @@
-// The prefetch thread: HOBBIT's layer-level adaptive prefetch (arXiv 2411.01433, section 3.3).
+// HOBBIT's layer-level adaptive prefetch (arXiv 2411.01433, section 3.3).
 //
 // The router input of layer l is put through the routers of layers l+1 .. l+p. Going outwards, the predicted experts that are
 // cached are protected from eviction until their layer has passed, and the missing ones are queued: in the paper at the first layer

@@ -36,7 +36,7 @@ class session : public std::enable_shared_from_this<session> {
     bool running() const { return dispatcher_ != nullptr; }
 
     // A compute thread can be spared, or has nothing to do but wait: see dispatcher::idle.
-    bool idle() { return dispatcher_->idle(); }
+    bool predict_pending() { return dispatcher_->predict_pending(); }
 
     // See expert_store::resize. HOBBIT_ERR_STATE before start().
     void resize(uint64_t pool_bytes);

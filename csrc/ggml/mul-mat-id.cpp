@@ -39,7 +39,7 @@ class product {
         prepare(pass);
         ggml_barrier(params_->threadpool);
         // First of all, by one thread while the others compute: what is predicted now is read meanwhile.
-        owner_.idle();
+        owner_.predict_pending();
         work(pass);
         owner_.places().settle(params_->ith, params_->nth);
         if (params_->ith == 0) {
@@ -183,7 +183,7 @@ class product {
                 break;
             }
             if (left.size() == before) {
-                if (owner_.idle()) {
+                if (owner_.predict_pending()) {
                     continue;
                 }
                 const auto begin = steady::now();

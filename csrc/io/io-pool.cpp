@@ -49,7 +49,7 @@ void io_pool::demand(const std::vector<io_request> & requests) {
             push_demand(r);
         }
     }
-    // Who comes wakes the next, as long as there is work: the caller is not kept, and nobody wakes in vain.
+    // One is woken, and each that takes work wakes the next while there is more: the caller is not kept, and no thread wakes for nothing.
     work_.notify_one();
 }
 

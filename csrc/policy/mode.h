@@ -3,6 +3,8 @@
 
 #include "../hobbit.h"
 
+#include <string>
+
 namespace hobbit::policy {
 
 struct mode {
@@ -12,12 +14,15 @@ struct mode {
     uint32_t     prefetch_depth;
     float        low_share;
     uint32_t     prefetch_extra;
+    float        prefill_low     = 0.0f;
+    bool         prefetch_always = false;
+    bool         gate_correction = true;
 };
 
 // NULL for an unknown name.
 const mode * find_mode(const char * name);
 
 // "hobbit, fate, lru": for messages.
-const char * mode_names();
+std::string mode_names();
 
 }  // namespace hobbit::policy

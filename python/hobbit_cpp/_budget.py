@@ -13,7 +13,7 @@ from ._memory import Size, human
 from ._observed import Observed
 from ._pressure import Monitor, Yielding, read_all
 from .errors import MemoryBudgetError, OutOfMemoryError
-from .params import OWN_SLOTS, OffloadParams
+from .params import OffloadParams
 
 __all__ = ["ROUGHLY", "SLACK", "SLACK_SHARE", "Budgeted", "everything_fits"]
 
@@ -117,8 +117,7 @@ class Budgeted(Observed):
 
     def lends(self) -> bool:
         """Whether the pool can lend large batches memory for their buffers: nobody has given it a size, and it can change it."""
-        rule = self.params.eviction or self.params.mode
-        return self.params.expert_cache is None and rule not in OWN_SLOTS
+        return self.params.expert_cache is None and self.info.can_resize
 
     def _divide(self, context: int, extra: int, n_ubatch: int, n_least: int, lends: bool) -> int:
         """Bytes of the pool out of what the budget leaves; the arguments are those of `start`."""
@@ -229,7 +228,7 @@ class Budgeted(Observed):
 
     def _make_room(self, n_tokens: int) -> None:
         """Before a batch: it borrows its buffers from the pool, or what an earlier one has borrowed goes back."""
-        with self._resizing:  # which another thread may be replacing the room under
+        with self._resizing:  # resize_expert_cache may give another room at the same time
             room = self._room
             n = None if room is None else room.to_lay_out(n_tokens)
             if room is None or n is None:

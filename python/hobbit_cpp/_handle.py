@@ -31,6 +31,7 @@ class ModelInfo:
     slot_low: int
     pool_min: int
     pool_max: int
+    can_resize: bool
     direct_io: bool
     io_alignment: int
     bytes_tables: int
@@ -69,7 +70,7 @@ class Handle:
         info = self._new_struct("hobbit_model_info")
         self._check(self._lib.hobbit_session_info(self._handle, info, error), error)
         fields = struct_fields(self._ffi, info)
-        fields.update(has_low=bool(info.has_low), direct_io=bool(info.direct_io))
+        fields.update({name: bool(fields[name]) for name in ("has_low", "can_resize", "direct_io")})
         self.info = ModelInfo(**fields)
 
     def _refused(self, error: HobbitError) -> HobbitError:

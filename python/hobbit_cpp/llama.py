@@ -60,13 +60,13 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
 
     Args:
         model_path: a GGUF; of a split one the first part.
-        offload: "hobbit" (HOBBIT, arXiv 2411.01433: mixed precision on a miss, layer-ahead prefetch, cost-aware cache),
-            "lru" (load on demand), `OffloadParams`, or None: stock llama.cpp, without any of the engine.
+        offload: "hobbit" (HOBBIT, arXiv 2411.01433: mixed precision on a miss, layer-ahead prefetch; the cache is ours), "fate"
+            (Fate, arXiv 2502.12224), "lru" (load on demand), `OffloadParams`, or None: stock llama.cpp, nothing of the engine.
         memory: what the whole process may take: "4GiB", "50%" of the memory there is, or bytes. Covers dense weights, KV
             cache, compute buffers and the expert pool. Default: most of what is free, seen through cgroup limits.
         expert_cache: size of the expert pool alone.
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
-        precision_rule: "miss" (the paper's) or "weight" (reproducible); see `OffloadParams`.
+        precision_rule: "miss" (the paper's), "weight" (reproducible) or "drop" (no low precision); see `OffloadParams`.
         low_model, calibration: files with low-precision copies (`hobbit convert --sidecar`) and of `hobbit calibrate`; None:
             `model.low.gguf` and `model.calibration.json` beside `model.gguf` if they are there; False or "none": none.
         quality: how much may be lost: "exact", "1%" (perplexity above that of exact mode, at most, by the model's calibration:

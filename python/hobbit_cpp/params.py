@@ -12,8 +12,6 @@ from .errors import ParameterError
 
 _PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
 EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4, "layer-lru": 5, "layer-arc": 6, "fate": 7}
-# With slots of its own for each layer: such a pool keeps its size. "fate" is the mode's, too.
-OWN_SLOTS = ("layer-lru", "layer-arc", "fate")
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,8 @@ class OffloadParams:
     """Parameters of the offload; None means the mode's default.
 
     Attributes:
-        mode: "hobbit" (mixed precision, prefetch, cost-aware cache), "fate" (on demand low, ahead high, a cache that favours
-            the first layers) or "lru" (load on demand: the baseline).
+        mode: "hobbit" (HOBBIT's mixed precision and prefetch, our cache), "fate" (on demand low, ahead high, a cache that
+            favours the first layers) or "lru" (load on demand: the baseline).
         exact: only high precision: the logits of stock llama.cpp, bit for bit.
         precision_rule: "miss" (HOBBIT: an expert of little weight that is not cached is read in low precision or skipped)
             or "weight" (by scores alone, whatever is cached: lossy, but the same text for the same prompt),

@@ -135,12 +135,12 @@ class decoding {
         for (uint32_t part = 0; part < files_.n_parts(); ++part) {
             pass.begin_streams(part);
             on_threads(2, [&](int) {
-                engine_->idle();
+                engine_->predict_pending();
                 for (size_t i = 0; i < pass.items().size(); ++i) {
                     const pass_item & item = pass.items()[i];
                     const std::byte * data = nullptr;
                     while ((data = pass.slice(part, i)) == nullptr && !engine_->store().failed()) {
-                        if (!engine_->idle()) {
+                        if (!engine_->predict_pending()) {
                             std::this_thread::yield();
                         }
                     }
