@@ -9,6 +9,7 @@ from typing import Optional, Tuple
 
 from . import _memory
 from ._batches import SMALL, BatchRoom
+from ._lib import call
 from ._memory import Size, human
 from ._observed import Observed
 from ._pressure import Monitor, Yielding, read_all
@@ -94,9 +95,9 @@ class Budgeted(Observed):
 
     def fit_batches(self, context: int, n_tokens: int) -> Tuple[int, int]:
         """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
-        buffers, work, error = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *"), self._ffi.new("hobbit_error *")
+        buffers, work = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *")
         ctx = self._ffi.cast("void *", context)
-        self._check(self._lib.hobbit_context_fit(ctx, n_tokens, buffers, work, error), error)
+        call(self._lib.hobbit_context_fit, ctx, n_tokens, buffers, work)
         return int(buffers[0]), int(work[0])
 
     def _refusal(self, held: int) -> MemoryBudgetError:
@@ -215,8 +216,7 @@ class Budgeted(Observed):
             self._whole_pool = self.pool_bytes() + self._lent  # a number of slots
 
     def _resize(self, pool: int) -> None:
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_resize(self._alive(), pool, error), error)
+        call(self._lib.hobbit_session_resize, self._alive(), pool)
 
     def pool_bytes(self) -> int:
         """What the expert pool may take now."""

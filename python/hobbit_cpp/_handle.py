@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Dict
 
-from . import _lib, _sidecar
+from . import _sidecar
+from ._lib import call, core
 from .errors import HobbitError, SidecarError, StateError, from_c
 from .params import OffloadParams
 
@@ -53,22 +54,22 @@ class Handle:
     """Opened on a file."""
 
     def __init__(self, path: str, params: OffloadParams) -> None:
-        self._ffi, self._lib = _lib.core()
+        self._ffi, self._lib = core()
         self.params = params
         self.path = path
         self._pid = os.getpid()
         self._handle = self._ffi.NULL
-        error = self._ffi.new("hobbit_error *")
         c = self._new_struct("hobbit_params")
-        self._check(self._lib.hobbit_params_init(c, params.mode.encode(), error), error)
+        call(self._lib.hobbit_params_init, c, params.mode.encode())
         params.apply_to(c)
         self.low_path = _sidecar.low_path(path, params.low_model)
         low = self._ffi.NULL if self.low_path is None else os.fsencode(self.low_path)
+        error = self._ffi.new("hobbit_error *")
         self._handle = self._lib.hobbit_session_init(os.fsencode(path), low, c, error)
         if self._handle == self._ffi.NULL:
             raise self._refused(from_c(self._ffi, self._lib, error))
         info = self._new_struct("hobbit_model_info")
-        self._check(self._lib.hobbit_session_info(self._handle, info, error), error)
+        call(self._lib.hobbit_session_info, self._handle, info)
         fields = struct_fields(self._ffi, info)
         fields.update({name: bool(fields[name]) for name in ("has_low", "can_resize", "direct_io")})
         self.info = ModelInfo(**fields)
@@ -86,10 +87,6 @@ class Handle:
         struct = self._ffi.new(f"{name} *")
         struct.struct_size = self._ffi.sizeof(name)
         return struct
-
-    def _check(self, status: int, error: Any) -> None:
-        if status != self._lib.HOBBIT_OK:
-            raise from_c(self._ffi, self._lib, error)
 
     def _alive(self) -> Any:
         if self._handle == self._ffi.NULL:
@@ -119,9 +116,8 @@ def fingerprint(path: str) -> str:
     Raises:
         ModelFileError, ModelFormatError, NotMoeError, UnsupportedModelError: nothing that could be offloaded.
     """
-    ffi, lib = _lib.core()
-    error, text = ffi.new("hobbit_error *"), ffi.new("char[128]")
-    if lib.hobbit_fingerprint(os.fsencode(path), text, len(text), error) != lib.HOBBIT_OK:
-        raise from_c(ffi, lib, error)
+    ffi, lib = core()
+    text = ffi.new("char[128]")
+    call(lib.hobbit_fingerprint, os.fsencode(path), text, len(text))
     out: str = ffi.string(text).decode()
     return out

@@ -20,9 +20,10 @@ import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from . import _log
+from .errors import from_c
 
 try:
     from . import _build_info
@@ -174,6 +175,8 @@ def _check_core(core: Core) -> None:
 def core() -> Core:
     """The core (libhobbit) through cffi, loaded at the first call."""
     global _core
+    if _core is not None:
+        return _core
     with _lock:
         if _core is None:
             try:
@@ -185,6 +188,14 @@ def core() -> Core:
             _check_mapped()
             _core = loaded
         return _core
+
+
+def call(function: Callable[..., int], *args: Any) -> None:
+    """Calls one of the core's functions that take a `hobbit_error *` after `args`, and raises the error that it gives."""
+    ffi, lib = core()
+    error = ffi.new("hobbit_error *")
+    if function(*args, error) != lib.HOBBIT_OK:
+        raise from_c(ffi, lib, error)
 
 
 def core_is_loaded() -> bool:

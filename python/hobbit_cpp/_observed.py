@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 
 from . import _memory, _recording
 from ._handle import Handle, struct_fields
+from ._lib import call
 from ._pressure import Monitor
 from .errors import StateError
 from .params import OffloadParams
@@ -26,13 +27,13 @@ class Observed(Handle):
 
     def probe_read(self, low: bool, depth: int, seconds: float) -> Tuple[int, int, float]:
         """Reads expert slices at random places, `depth` at a time. Returns reads, bytes, seconds."""
-        error, probe = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_read_probe")
-        self._check(self._lib.hobbit_probe_read(self._alive(), low, depth, seconds, probe, error), error)
+        probe = self._new_struct("hobbit_read_probe")
+        call(self._lib.hobbit_probe_read, self._alive(), low, depth, seconds, probe)
         return int(probe.reads), int(probe.bytes), float(probe.seconds)
 
     def _stats(self) -> Any:
-        error, c = self._ffi.new("hobbit_error *"), self._new_struct("hobbit_stats")
-        self._check(self._lib.hobbit_session_stats(self._alive(), c, error), error)
+        c = self._new_struct("hobbit_stats")
+        call(self._lib.hobbit_session_stats, self._alive(), c)
         return c
 
     def _served(self) -> Served:
@@ -50,12 +51,12 @@ class Observed(Handle):
         )
 
     def stats(self) -> OffloadStats:
-        handle, error = self._alive(), self._ffi.new("hobbit_error *")
+        handle = self._alive()
         c = self._stats()
         layers = []
         for i in range(c.n_moe_layer):
             counts, block = self._ffi.new("hobbit_counts *"), self._ffi.new("uint32_t *")
-            self._check(self._lib.hobbit_session_layer_stats(handle, i, counts, block, error), error)
+            call(self._lib.hobbit_session_layer_stats, handle, i, counts, block)
             layers.append(LayerCounts(**struct_fields(self._ffi, counts), block=int(block[0])))
         recall = {d + 1: c.predicted_right[d] / c.predicted[d] for d in range(len(c.predicted)) if c.predicted[d]}
         return OffloadStats(
@@ -119,8 +120,7 @@ class Observed(Handle):
 
     def trace(self, on: bool, predictions: int = 0, max_tokens: int = 2**64 - 1) -> None:
         """Starts recording the routing of so many tokens, anew, or ends it; with predictions up to so many layers ahead."""
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_trace(self._alive(), on, predictions, max_tokens, error), error)
+        call(self._lib.hobbit_session_trace, self._alive(), on, predictions, max_tokens)
 
     def trace_read(self) -> Any:
         """(ids, weights) of the tokens since trace(True): uint16 and float32 arrays [tokens, MoE layers, k]."""
@@ -154,8 +154,7 @@ class Observed(Handle):
         Args:
             rows: what `input_rows` gives as well.
         """
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_collect_inputs(self._alive(), on, rows, error), error)
+        call(self._lib.hobbit_session_collect_inputs, self._alive(), on, rows)
 
     def inputs(self) -> Iterator[Tuple[str, Any, Any]]:
         """For each expert tensor its name, the sums of the squares of its inputs, float32 [experts, columns], and their numbers,

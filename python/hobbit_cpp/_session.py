@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 from . import _heat
 from ._budget import Budgeted
 from ._handle import fingerprint
+from ._lib import call
 from .errors import HobbitError, HobbitWarning, from_c
 from .params import OffloadParams
 
@@ -83,10 +84,9 @@ class Session(Budgeted):
             lends: the pool lends larger ones than a token their buffers, which takes that every batch comes by `decoding`.
         """
         pool = self._divide(context, extra, n_ubatch, n_least, lends)
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_start(self._alive(), pool, error), error)
+        call(self._lib.hobbit_session_start, self._alive(), pool)
         ctx = self._ffi.cast("void *", context)
-        self._check(self._lib.hobbit_session_keep_threads(self._alive(), ctx, error), error)
+        call(self._lib.hobbit_session_keep_threads, self._alive(), ctx)
         stats = self.stats()
         self._whole_pool = self.pool_bytes()
         if self.params.yield_memory:
@@ -117,9 +117,8 @@ class Session(Budgeted):
             self._heat = file
             kept = file.load()
             if kept is not None:
-                error = self._ffi.new("hobbit_error *")
                 heat = self._ffi.from_buffer("hobbit_heat[]", kept)
-                self._check(self._lib.hobbit_session_warm(self._alive(), heat, len(heat), error), error)
+                call(self._lib.hobbit_session_warm, self._alive(), heat, len(heat))
 
     def _heat_floats(self) -> bytes:
         """As in the file; empty where no rates are kept."""
@@ -133,15 +132,13 @@ class Session(Budgeted):
 
     def set_thresholds(self, t1: float, t2: float) -> None:
         """Other T1, T2 from the next batch on."""
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_set_thresholds(self._alive(), t1, t2, error), error)
+        call(self._lib.hobbit_session_set_thresholds, self._alive(), t1, t2)
         self._thresholds = (t1, t2)
 
     def set_sensitivity(self, a: Optional[Sequence[float]]) -> None:
         """How much each MoE layer suffers from low precision (hobbit_session_set_sensitivity); None: by eq. 2 again."""
-        error = self._ffi.new("hobbit_error *")
         values = self._ffi.NULL if a is None else self._ffi.new("float[]", list(a))
-        self._check(self._lib.hobbit_session_set_sensitivity(self._alive(), values, len(a or ()), error), error)
+        call(self._lib.hobbit_session_set_sensitivity, self._alive(), values, len(a or ()))
 
     def begin_sequence(self) -> None:
         self._lib.hobbit_session_begin_sequence(self._alive())
@@ -188,8 +185,7 @@ class Session(Budgeted):
     def set_routing(self, trace: Optional[Trace]) -> None:
         """From the next batch on the routing of `trace` instead of the model's own; None: its own again."""
         routing, keep = c_routing(self._ffi, trace)
-        error = self._ffi.new("hobbit_error *")
-        self._check(self._lib.hobbit_session_set_routing(self._alive(), routing, error), error)
+        call(self._lib.hobbit_session_set_routing, self._alive(), routing)
         del keep  # copied
 
     def stop(self) -> None:

@@ -150,12 +150,14 @@ def probe_compute(
     if kept is not None and isinstance(kept.get("rate"), (int, float)):
         return float(kept["rate"])
     ffi, lib = _lib.core()
-    rate, error = ffi.new("double *"), ffi.new("hobbit_error *")
+    rate = ffi.new("double *")
     best = 0.0
     # Where other programs hold the cores, threads wait for one another and one alone is quicker: what it does they can
     # at least.
     for n in sorted({1, threads}):
-        if lib.hobbit_probe_compute(type_id, n_in, n_out, n, seconds, rate, error) != lib.HOBBIT_OK:
+        try:
+            _lib.call(lib.hobbit_probe_compute, type_id, n_in, n_out, n, seconds, rate)
+        except HobbitError:
             return None
         best = max(best, float(rate[0]))
     _remember(key, {"rate": best, "measured": time.time()})

@@ -205,9 +205,7 @@ class Replay:
         elif policy == "default":
             given = replace(given, precision_rule=settings.precision_rule)
         c = self._new("hobbit_params")
-        error = self._ffi.new("hobbit_error *")
-        if self._lib.hobbit_params_init(c, mode.encode(), error) != self._lib.HOBBIT_OK:
-            raise from_c(self._ffi, self._lib, error)
+        _lib.call(self._lib.hobbit_params_init, c, mode.encode())
         given.apply_to(c)
         if settings.prefetch is not None:
             c.prefetch_depth = settings.prefetch
@@ -223,9 +221,8 @@ class Replay:
         return c
 
     def _call(self, function: Callable[..., int], params: Any, setup: Any) -> Any:
-        result, error = self._new("hobbit_replay_result"), self._ffi.new("hobbit_error *")
-        if function(self._handle, params, setup, result, error) != self._lib.HOBBIT_OK:
-            raise from_c(self._ffi, self._lib, error)
+        result = self._new("hobbit_replay_result")
+        _lib.call(function, self._handle, params, setup, result)
         return result
 
     def _row(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, Iterator
 
 import numpy as np
 import numpy.typing as npt
+
+from hobbit_cpp._lib import call, core
+from hobbit_cpp.errors import HobbitError
 
 from .errors import ConvertError
 from .ggtypes import TypeInfo
@@ -29,8 +33,6 @@ class Quantiser:
     """The quantisation calls of the C API. Safe from several threads."""
 
     def __init__(self, imatrix: Imatrix | None = None) -> None:
-        from hobbit_cpp._lib import core
-
         self._ffi, self._lib = core()
         self._imatrix = imatrix
         self._moments = None if imatrix is None else Moments(imatrix.samples)
@@ -41,11 +43,8 @@ class Quantiser:
 
     def to_float(self, kind: TypeInfo, data: Bytes, out: Floats, what: str) -> None:
         """`data`, stored as `kind`, into `out`. `what` is for messages."""
-        error = self._ffi.new("hobbit_error *")
-        status = self._lib.hobbit_dequantize(
-            kind.id, self._pointer("char[]", data), self._pointer("float[]", out), out.size, error
-        )
-        self._check(status, error, what)
+        with _naming(what):
+            call(self._lib.hobbit_dequantize, kind.id, self._pointer("char[]", data), self._pointer("float[]", out), out.size)
 
     def quantise_rows(self, kind: TypeInfo, values: Floats, out: Bytes, tensor: Tensor, first_row: int) -> None:
         """`values`, whole rows of `tensor` from `first_row` on, into `out`, by the importance matrix if it has data.
@@ -90,21 +89,19 @@ class Quantiser:
     def _quantise(
         self, function: Any, kind: TypeInfo, values: Floats, out: Bytes, row: int, what: str, by: Floats | None
     ) -> None:
-        error = self._ffi.new("hobbit_error *")
-        status = function(
-            kind.id,
-            self._pointer("float[]", values),
-            self._pointer("char[]", out),
-            values.size // row,
-            row,
-            self._ffi.NULL if by is None else self._pointer("float[]", by),
-            error,
-        )
-        self._check(status, error, what)
+        source, target = self._pointer("float[]", values), self._pointer("char[]", out)
+        weights = self._ffi.NULL if by is None else self._pointer("float[]", by)
+        with _naming(what):
+            call(function, kind.id, source, target, values.size // row, row, weights)
 
     def _pointer(self, ctype: str, array: npt.NDArray[Any]) -> Any:
         return self._ffi.from_buffer(ctype, array)
 
-    def _check(self, status: int, error: Any, what: str) -> None:
-        if status != 0:
-            raise ConvertError(f"{what}: {self._ffi.string(error.message).decode('utf-8', 'replace')}")
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """An error of the core says what it could not be done to."""
+    try:
+        yield
+    except HobbitError as e:
+        raise ConvertError(f"{what}: {e}") from e
