@@ -181,10 +181,11 @@ HOBBIT_API void *       hobbit_abort_callback(void);
 HOBBIT_API void hobbit_session_keep_embeddings_on_disk(hobbit_session * session);
 
 /* Lays the compute buffers of a context (a llama_context * that computes nothing now) out for batches of at most `n_tokens` (cut to
- * n_ubatch) and gives their pages back to the system. *buffers: bytes of them that such batches will touch at most. *work: bytes
- * of ggml's work buffer, which stay once they were touched. Larger batches still work, and take more. HOBBIT_ERR_NO_MEMORY. */
-HOBBIT_API hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * buffers, uint64_t * work,
-                                            hobbit_error * error);
+ * n_ubatch), of which at most `n_outputs` want logits, and gives their pages back to the system. *buffers: bytes of them that such
+ * batches will touch at most. *work: bytes of ggml's work buffer, which stay once they were touched. Larger batches, and more
+ * outputs, still work and take more. HOBBIT_ERR_NO_MEMORY. */
+HOBBIT_API hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint32_t n_outputs, uint64_t * buffers,
+                                            uint64_t * work, hobbit_error * error);
 /* Model and context (KV) bytes of the ggml buffers of a llama context, host memory only. */
 HOBBIT_API uint64_t hobbit_context_resident_bytes(const void * context);
 

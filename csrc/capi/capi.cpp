@@ -171,11 +171,11 @@ const void * hobbit_session_buft_overrides(hobbit_session * s) {
 
 void * hobbit_abort_callback(void) { return (void *) abort_on_failure; }
 
-hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint64_t * buffers, uint64_t * work,
+hobbit_status hobbit_context_fit(void * context, uint32_t n_tokens, uint32_t n_outputs, uint64_t * buffers, uint64_t * work,
                                  hobbit_error * error) {
     return guarded(error, [&] {
         require(context != nullptr && buffers != nullptr && work != nullptr, "context, buffers or work is NULL");
-        const hobbit::batch_bytes bytes = hobbit::fit_batches((llama_context *) context, n_tokens);
+        const hobbit::batch_bytes bytes = hobbit::fit_batches((llama_context *) context, n_tokens, n_outputs);
         *buffers                        = bytes.buffers;
         *work                           = bytes.work;
     });

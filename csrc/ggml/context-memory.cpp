@@ -50,7 +50,7 @@ static std::unordered_map<ggml_backend_buffer_t, size_t> laid_out(ggml_cgraph * 
     return ends;
 }
 
-batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
+batch_bytes fit_batches(llama_context * context, uint32_t n_tokens, uint32_t n_outputs) {
     context->sched_reserve();  // what it has put off, a new scheduler at worst, would undo this at the next llama_decode
     const auto &                   cparams = context->get_cparams();
     ggml_backend_sched_t           sched   = context->get_sched();
@@ -64,8 +64,8 @@ batch_bytes fit_batches(llama_context * context, uint32_t n_tokens) {
     // pooling ends the process where the outputs are fewer.
     const uint32_t most_seqs = std::min(n, cparams.n_seq_max);
     const uint32_t n_seqs    = n % most_seqs == 0 ? most_seqs : 1;
-    ggml_cgraph *  graph     = context->graph_reserve(n, n_seqs, std::min(n, cparams.n_outputs_max), full.get(), !loaded,
-                                                 loaded ? nullptr : sizes.data());
+    ggml_cgraph *  graph = context->graph_reserve(n, n_seqs, std::min({ n, n_outputs, cparams.n_outputs_max }), full.get(),
+                                                  !loaded, loaded ? nullptr : sizes.data());
     if (graph == nullptr) {
         fail(HOBBIT_ERR_NO_MEMORY, "no memory for the compute buffers of " + std::to_string(n) + " tokens");
     }

@@ -18,10 +18,10 @@ struct batch_bytes {
     uint64_t work = 0;
 };
 
-// Lays the compute buffers out for batches of at most `n_tokens`, so that these touch no more of them than is returned, and gives all of
+// Lays the compute buffers out for batches of at most `n_tokens`, `n_outputs` of which want logits, so that these touch no more of them than is returned, and gives all of
 // their pages back to the system. llama.cpp lays them out once, for n_ubatch tokens, and what a prompt has touched would stay until the
 // end. Nothing in them is needed from one llama_decode to the next. `n_tokens` is cut to n_ubatch. Not while it computes. Throws
 // HOBBIT_ERR_NO_MEMORY.
-batch_bytes fit_batches(llama_context * context, uint32_t n_tokens);
+batch_bytes fit_batches(llama_context * context, uint32_t n_tokens, uint32_t n_outputs);
 
 }  // namespace hobbit

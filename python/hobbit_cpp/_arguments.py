@@ -7,10 +7,11 @@ import difflib
 import inspect
 import os
 import re
-from typing import Any, Callable, Dict
+import warnings
+from typing import Any, Callable, Dict, Iterable, Set
 
 from ._memory import MOST_THREADS
-from .errors import ModelFileError, ModelFormatError, ParameterError
+from .errors import HobbitWarning, ModelFileError, ModelFormatError, ParameterError
 from .params import OffloadParams
 
 _REFUSED = {
@@ -31,20 +32,26 @@ def check_without_offload(**ours: Any) -> None:
         raise ParameterError(f"{', '.join(given)} needs an offload: 'hobbit', 'fate' or 'lru'")
 
 
-def check_with_offload(path: str, kwargs: Dict[str, Any], *constructors: Callable[..., Any]) -> None:
-    """What goes on to llama-cpp-python's class, which ignores names that it does not know: a misspelt memory limit must not be.
+def check_with_offload(path: str, kwargs: Dict[str, Any], ours: Iterable[str], upstream: Callable[..., Any]) -> None:
+    """What goes on to llama-cpp-python's class. That ignores names that it does not know, which other programs rely on
+    (LangChain passes arguments of years ago); a misspelt memory limit must not be ignored.
 
     Args:
-        constructors: whose arguments are known.
+        ours: names of our arguments.
+        upstream: the constructor whose arguments are known as well.
 
     Raises:
-        ParameterError: an argument that there is not, or that does not go with offload.
+        ParameterError: an argument that is nearly one of ours, or that does not go with offload.
         ModelFileError, ModelFormatError: a file that is not there, or an adapter that is none.
     """
-    known = {name for f in constructors for name in inspect.signature(f).parameters}
-    for name in kwargs:
-        if name not in known:
-            raise ParameterError(_no_such(name, known))
+    known = {*ours, *inspect.signature(upstream).parameters}
+    unknown = [name for name in kwargs if name not in known]
+    for name in unknown:
+        _check_ours(name, known, set(ours))
+    if unknown:
+        warnings.warn(
+            f"Llama has no argument {', '.join(unknown)}: ignored, as llama-cpp-python does", HobbitWarning, stacklevel=4
+        )
     for name, why in _REFUSED.items():
         if kwargs.get(name):
             raise ParameterError(f"{name}=True does not go with offload: {why}")
@@ -78,11 +85,13 @@ def check_depth(grammar: str) -> None:
             raise ValueError(f"the grammar has more than {_DEEPEST} groups in one another: limit repetitions (maxItems) to fewer")
 
 
-def _no_such(name: str, known: set[str]) -> str:
+def _check_ours(name: str, known: Set[str], ours: Set[str]) -> None:
+    """ParameterError when an unknown name stands for something about the offload."""
     if name in {field.name for field in dataclasses.fields(OffloadParams)}:
-        return f"{name} is one of OffloadParams: offload=OffloadParams({name}=...)"
+        raise ParameterError(f"{name} is one of OffloadParams: offload=OffloadParams({name}=...)")
     close = difflib.get_close_matches(name, known, 1)
-    return f"Llama has no argument {name!r}" + (f": is {close[0]!r} meant?" if close else "")
+    if close and close[0] in ours:
+        raise ParameterError(f"Llama has no argument {name!r}: is {close[0]!r} meant?")
 
 
 def _check_lora(path: str) -> None:

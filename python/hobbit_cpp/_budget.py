@@ -42,6 +42,7 @@ class Budgeted(Observed):
         self._resizing = threading.RLock()
         self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
         self._room: Optional[BatchRoom] = None
+        self.n_outputs = 1  # tokens of a batch whose logits are asked for; of more, buffers take what no budget knows of
         self._context = self._least = 0
         self._given_back = 0  # of it, because memory is short: see _yield_memory
         self._lent = 0  # of it, for what is no batch: see lend
@@ -97,7 +98,7 @@ class Budgeted(Observed):
         """hobbit_context_fit: bytes of compute buffers for batches of so many tokens, and of what ggml works in."""
         buffers, work = self._ffi.new("uint64_t *"), self._ffi.new("uint64_t *")
         ctx = self._ffi.cast("void *", context)
-        call(self._lib.hobbit_context_fit, ctx, n_tokens, buffers, work)
+        call(self._lib.hobbit_context_fit, ctx, n_tokens, self.n_outputs, buffers, work)
         return int(buffers[0]), int(work[0])
 
     def _refusal(self, held: int) -> MemoryBudgetError:

@@ -53,10 +53,6 @@ class UpstreamFields:
         if self._session is not None:
             params.abort_callback = ctypes.cast(self._session.abort_callback(), _c.ggml_abort_callback)
             params.abort_callback_data = self._session.address()
-            # Mostly only the last token's logits are asked for; for a whole batch of them (0) llama.cpp would reserve
-            # n_ubatch * n_vocab floats.
-            only_last = not self.__dict__.get("_logits_all", True) and not params.embeddings
-            params.n_outputs_max = 1 if only_last else 0
         return params
 
     @context_params.setter

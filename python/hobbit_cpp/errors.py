@@ -32,8 +32,8 @@ class ParameterError(HobbitError, ValueError):
     """A parameter is unknown or out of range."""
 
 
-class ModelFileError(HobbitError, OSError):
-    """A model file cannot be opened."""
+class ModelFileError(HobbitError, OSError, ValueError):
+    """A model file cannot be opened. llama-cpp-python raises ValueError for one that is not there."""
 
 
 class ModelFormatError(HobbitError, ValueError):

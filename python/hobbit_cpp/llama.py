@@ -7,6 +7,7 @@ import contextlib
 import copy
 import ctypes
 import os
+import threading
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Union
@@ -24,9 +25,10 @@ from ._memory import Size
 from ._offloaded import OffloadMethods
 from ._session import Session
 from ._sidecar import LowModel
+from ._signatures import own_arguments, sign_as
 from .calibrate import dial
 from .calibrate.quality import CalibrationFile
-from .errors import HobbitWarning, NotMoeError, StateError
+from .errors import EvaluationCancelled, HobbitWarning, NotMoeError, StateError
 from .params import OffloadParams
 
 llama_cpp: Any = _lib.load_bindings()
@@ -49,6 +51,9 @@ _open_models: weakref.WeakSet[Llama] = weakref.WeakSet()
 @atexit.register
 def _close_models() -> None:
     """At exit, while threads still run: a decode of a daemon thread would go on in libraries that are being taken down."""
+    hook = threading.excepthook
+    # Its call ends as cancelled, which is nobody's concern any more.
+    threading.excepthook = lambda args: None if args.exc_type is EvaluationCancelled else hook(args)
     for model in list(_open_models):
         model.close()
 
@@ -113,7 +118,7 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
             return
 
         params = OffloadParams.of(offload, **ours)
-        check_with_offload(path, kwargs, Llama.__init__, _Llama.__init__)
+        check_with_offload(path, kwargs, _ARGUMENTS, _Llama.__init__)
         if kwargs.get("embedding"):
             # Pooling needs the whole batch at once: llama.cpp aborts otherwise.
             kwargs["n_ubatch"] = max(kwargs.get("n_ubatch", 512), kwargs.get("n_batch", 512))
@@ -139,10 +144,12 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
                 self._no_alloc = True
                 with errors_explained(path):
                     super().__init__(path, **{**kwargs, "lora_path": None})
+                session.n_outputs = self._n_outputs()
                 raise session.refuse_unloaded(self._context_address(), self._memory_to_come(), self._least_batch())
             with session.bound(), errors_explained(path):
                 super().__init__(path, **kwargs)
             self._fit_arrays()
+            session.n_outputs = self._n_outputs()
             session.start(
                 self._context_address(),
                 self._memory_to_come(),
@@ -179,6 +186,10 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
         elif self.context_params.embeddings:
             rows = n_batch  # llama.cpp's output buffer has logits all the same
         return n_vocab * (64 + 4 * rows)
+
+    def _n_outputs(self) -> int:
+        """Tokens of a batch whose logits are asked for: mostly the last alone."""
+        return int(self.n_batch) if self._logits_all or self.context_params.embeddings else 1
 
     def _n_ubatch(self) -> int:
         return int(_c.llama_n_ubatch(self._ctx.ctx))
@@ -411,3 +422,7 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
         with gate:
             if session is not None:
                 session.close()
+
+
+_ARGUMENTS = own_arguments(Llama)
+sign_as(Llama, _Llama)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 import hobbit_cpp._lib as _lib
 from decode import TEXT, logits, words
-from hobbit_cpp import HobbitError, Llama, ModelFormatError, OffloadParams, ParameterError, StateError
+from hobbit_cpp import HobbitError, HobbitWarning, Llama, ModelFormatError, OffloadParams, ParameterError, StateError
 from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main as cli
 from models import tiny, tiny_dual
@@ -337,12 +338,43 @@ def test_arguments_that_there_are_not() -> None:
     for wrong, says in (
         ({"memroy": "1GiB"}, "is 'memory' meant"),
         ({"prefetch_depth": 0}, r"OffloadParams\(prefetch_depth="),
-        ({"quite_else": 1}, "no argument 'quite_else'"),
         ({"n_threads": 513}, "n_threads=513: .* at most 512"),
         ({"n_threads_batch": -1}, "n_threads_batch=-1"),
     ):
         with pytest.raises(ParameterError, match=says):
             Llama(path, offload="hobbit", verbose=False, **wrong)
+    # Other programs pass what upstream had once, or what only its server knows.
+    with pytest.warns(HobbitWarning, match="no argument n_parts, f16_kv, rpc_servers: ignored"):
+        Llama(path, offload="hobbit", n_ctx=64, n_parts=-1, f16_kv=True, rpc_servers=None, verbose=False).close()
+
+
+def test_signatures_are_upstreams_with_ours_besides() -> None:
+    own, theirs = (inspect.signature(cls).parameters for cls in (Llama, llama_cpp.Llama))
+    assert set(theirs) < set(own) and {"offload", "memory", "quality"} <= set(own) - set(theirs)
+    for name, method in vars(llama_cpp.Llama).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            ours = getattr(Llama, name)
+            assert inspect.signature(ours) == inspect.signature(method), name
+            assert ours.__doc__ or not method.__doc__, name
+
+
+def test_all_outputs_of_a_batch_that_nobody_announced() -> None:
+    """With logits_all=False, as programs do that call llama.cpp themselves; buffers are laid out for one output."""
+    rows = []
+    for llm in (make(), offloaded()):
+        tokens = llm.tokenize(b"the fox and the dog run through the wood")
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
+        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+        got = [llama_cpp.llama_get_logits_ith(llm.ctx, i)[: llm.n_vocab()] for i in range(len(tokens))]
+        rows.append(np.array(got))
+        llama_cpp.llama_batch_free(batch)
+        llm.reset()
+        assert llm.create_completion("the fox", max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
+        llm.close()
+    assert np.array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("new", [make, offloaded], ids=["stock", "offloaded"])

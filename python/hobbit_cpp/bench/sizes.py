@@ -112,6 +112,7 @@ class _Unloaded(Llama):
     def sizes(self) -> Sizes:
         session = self._session
         assert session is not None
+        session.n_outputs = self._n_outputs()
         address = self._context_address()
         ctx = session._ffi.cast("void *", address)
         weights = int(self._model.size())

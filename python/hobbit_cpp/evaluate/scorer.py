@@ -57,16 +57,8 @@ class LlamaScorer(Llama):
     def vocabulary(self) -> int:
         return int(self.n_vocab())
 
-    @property
-    def context_params(self) -> Any:
-        params = super().context_params
-        if self._session is not None:
-            params.n_outputs_max = max(1, self.__dict__.get("n_batch", 1))
-        return params
-
-    @context_params.setter
-    def context_params(self, value: Any) -> None:
-        self.__dict__["_context_params"] = value
+    def _n_outputs(self) -> int:
+        return int(self.n_batch)
 
     def _memory_to_come(self) -> int:
         # llama.cpp's output buffer, and a few rows in double precision while one is scored
