@@ -10,7 +10,7 @@ from ._sidecar import LowModel
 from .calibrate.quality import CalibrationFile, parse_quality
 from .errors import ParameterError
 
-_PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
+PRECISION_RULES = {"exact": 0, "miss": 1, "weight": 2, "drop": 3}
 EVICTION_RULES = {"lru": 0, "lfu": 1, "hobbit": 2, "lcu": 3, "foresight": 4, "layer-lru": 5, "layer-arc": 6, "fate": 7}
 
 
@@ -154,9 +154,9 @@ class OffloadParams:
     def apply_to(self, c: Any) -> None:
         """Writes what is set over the mode's defaults in a `hobbit_params`."""
         if self.exact:
-            c.precision_rule = _PRECISION_RULES["exact"]
+            c.precision_rule = PRECISION_RULES["exact"]
         elif self.precision_rule != "miss":
-            c.precision_rule = _PRECISION_RULES[self.precision_rule]
+            c.precision_rule = PRECISION_RULES[self.precision_rule]
         if self.eviction is not None:
             c.eviction_rule = EVICTION_RULES[self.eviction]
         if self.t1 is not None and self.t2 is not None:

@@ -45,7 +45,7 @@ from .trace import Trace
 BYTES_HIGH = 8 << 20
 LOW_OF_HIGH = 18 / 34
 
-_PRECISION_NAMES = ("exact", "miss", "weight", "drop", "demand")  # hobbit_precision_rule
+PRECISION_NAMES = ("exact", "miss", "weight", "drop", "demand")  # hobbit_precision_rule
 _TEXTBOOK = ("lru", "layer-lru", "lfu")
 _MODES = {"default": OffloadParams().mode, "fate": "fate"}
 POLICIES = (*(name for name in EVICTION_RULES if name not in _MODES), *sorted(_MODES), "belady")
@@ -247,7 +247,7 @@ class Replay:
             policy=policy,
             cache=cache,
             cache_bytes=int(cache * experts + 1e-6) * self.bytes_high,
-            precision=_PRECISION_NAMES[params.precision_rule],
+            precision=PRECISION_NAMES[params.precision_rule],
             accesses=accesses,
             uses=uses,
             prefetch=int(params.prefetch_depth),

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import pytest
@@ -31,8 +31,11 @@ from hobbit_cpp import (
     StateError,
 )
 from hobbit_cpp._memory import parse_size
+from hobbit_cpp._recording import EVENT_KINDS
 from hobbit_cpp._session import Session
 from hobbit_cpp.errors import STATUS_TO_EXCEPTION
+from hobbit_cpp.params import EVICTION_RULES, PRECISION_RULES
+from hobbit_cpp.replay import PRECISION_NAMES
 from hobbit_cpp.stats import OffloadCounts
 from models import tiny, tiny_dense, tiny_dual
 from tiny_models import SHAPES
@@ -412,6 +415,21 @@ def test_errors_and_statuses_are_one_to_one() -> None:
         e = pickle.loads(pickle.dumps(cls("why", errno.EIO)))
         assert type(e) is cls and str(e) == "why" and e.os_errno == errno.EIO
         assert not isinstance(e, OSError) or e.errno == errno.EIO
+
+
+def test_numbers_of_names_are_those_of_the_c_api() -> None:
+    _ffi, lib = _lib.core()
+
+    def numbers(prefix: str, but: str = "") -> Dict[str, int]:
+        found = {
+            name[len(prefix) :].lower().replace("_", "-"): int(getattr(lib, name)) for name in dir(lib) if name.startswith(prefix)
+        }
+        return {name: number for name, number in found.items() if name != but}
+
+    assert numbers("HOBBIT_EVICT_") == EVICTION_RULES
+    assert numbers("HOBBIT_PRECISION_", but="demand") == PRECISION_RULES
+    assert numbers("HOBBIT_EVENT_") == {name: number for number, name in enumerate(EVENT_KINDS)}
+    assert numbers("HOBBIT_PRECISION_") == {name: number for number, name in enumerate(PRECISION_NAMES)}
 
 
 def test_offload_none_loads_no_engine() -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from . import bench, calibrate, chat, convert, evaluate, imatrix, inspect, plan, replay, report, run, serve, trace
-from .output import one_line
+from .output import debugging, one_line
 from .signals import sigint_is_heard
 
 __all__ = ["build_parser", "main"]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else EXIT_ERROR
     except Exception as e:  # --version, in an installation that is not whole
-        return _complain(e, debug=_debug())
+        return _complain(e, debug=debugging())
     if args.command is None:
         parser.print_usage(sys.stderr)
         print("hobbit: a command is missing: hobbit --help lists them", file=sys.stderr)
@@ -68,16 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as e:
-        return _complain(e, debug=_debug() or getattr(args, "verbose", False))
+        return _complain(e, debug=debugging() or getattr(args, "verbose", False))
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """A warning is one line too, without the source line that Python shows."""
     print(f"hobbit: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _debug() -> bool:
-    return os.environ.get("HOBBIT_DEBUG", "") not in ("", "0")
 
 
 def _complain(e: Exception, debug: bool) -> int:

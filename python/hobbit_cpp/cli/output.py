@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from .._files import replacing
 
-__all__ = ["check_writable", "one_line", "write_json", "write_stdout", "write_whole"]
+__all__ = ["check_writable", "debugging", "one_line", "write_json", "write_stdout", "write_whole"]
 
 
 def write_stdout(text: str) -> None:
@@ -88,6 +88,11 @@ def write_whole(path: Path, text: str) -> None:
 def _is_stream(path: Path) -> bool:
     """A device, a pipe, or a name of an open file such as /dev/stdout, which must be neither replaced nor emptied."""
     return str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/")) or (path.exists() and not path.is_file())
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted."""
+    return os.environ.get("HOBBIT_DEBUG", "") not in ("", "0")
 
 
 def one_line(e: BaseException) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-from ..output import one_line, write_stdout
+from ..output import debugging, one_line, write_stdout
 from . import commands
 from .session import Chat, Turn
 from .status import status_parts
@@ -109,7 +109,7 @@ class Terminal:
             with _no_echo():
                 turn = work()
         except Exception as e:
-            if os.environ.get("HOBBIT_DEBUG", "") not in ("", "0"):
+            if debugging():
                 import traceback
 
                 self._say(traceback.format_exc().rstrip(), _RED)
