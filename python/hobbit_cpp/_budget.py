@@ -158,11 +158,14 @@ class Budgeted(Observed):
     # ---- while it runs ----
 
     def close(self) -> None:
-        with self._resizing:
+        with (
+            self._resizing if self._ours() else contextlib.nullcontext()
+        ):  # in a child of a fork who holds it stayed in the parent
             super().close()
 
     def resize_expert_cache(self, size: Size) -> None:
         """See `Llama.resize_expert_cache`."""
+        self._alive()  # not in a child of a fork, where who holds the lock stayed in the parent
         wanted = min(self._parse_pool(size), self.info.pool_max)
         with self._resizing:
             before = self.pool_bytes()

@@ -118,7 +118,7 @@ def test_a_fork_while_another_thread_uses_the_model(model: Path) -> None:
         llm = open_model(model, "hobbit", pool=2 * smallest(model))
         taken, leave = threading.Event(), threading.Event()
         def hold():
-            with llm._calls._lock, llm._calls.gate:
+            with llm._calls._lock, llm._calls.gate, llm._session._resizing:
                 taken.set()
                 leave.wait()
         holder = threading.Thread(target=hold, daemon=True)
@@ -127,7 +127,8 @@ def test_a_fork_while_another_thread_uses_the_model(model: Path) -> None:
         pid = os.fork()
         if pid == 0:
             signal.alarm(20)
-            for call in (llm.offload_stats, lambda: llm.eval([1]), lambda: llm.create_completion("the")):
+            resize = lambda: llm.resize_expert_cache("50%")
+            for call in (llm.offload_stats, lambda: llm.eval([1]), lambda: llm.create_completion("the"), resize):
                 raises(StateError, call)
             llm.cancel()
             llm.close()
