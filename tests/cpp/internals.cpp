@@ -1,11 +1,10 @@
-// What the property tests (tests/python/test_properties.py) see of the core: cache, eviction, precision, top-k, index and
-// pool plan as C functions over plain numbers. A library of its own; nothing of this is in libhobbit.
+// What the property tests (tests/python/test_properties.py) see of the core: cache, eviction, precision, index and pool
+// plan as C functions over plain numbers. A library of its own; nothing of this is in libhobbit.
 #include "base/error.h"
 #include "cache/expert-cache.h"
 #include "engine/pool-plan.h"
 #include "io/expert-index.h"
 #include "policy/precision.h"
-#include "policy/top-k.h"
 
 #include <cstring>
 
@@ -138,24 +137,6 @@ EXPORT void t_assess(const float * weights, uint32_t k, int rule, float t1, floa
 EXPORT int t_resolve(int rule, int need, int high, int low) {
     return (int) policy::resolve((policy::precision_rule) rule, (policy::need) need, (policy::copy_state) high,
                                  (policy::copy_state) low);
-}
-
-EXPORT void t_quantiles(const float * scores, uint32_t n, uint32_t k, float * out) {
-    policy::threshold_profile profile;
-    for (uint32_t i = 0; i < n; ++i) {
-        profile.add(scores + (size_t) i * k, k);
-    }
-    const policy::thresholds t = profile.at_quantiles({ -1.0f, -1.0f });
-    out[0]                     = t.t1;
-    out[1]                     = t.t2;
-}
-
-EXPORT void t_top_k(const uint32_t * shape, float * logits, const float * bias, uint16_t * experts, float * weights) {
-    const policy::router_shape s = { shape[0], shape[1], (policy::gating) shape[2], shape[3], shape[4] };
-    policy::prediction         out;
-    policy::predict_top_k(s, logits, bias, out);
-    memcpy(experts, out.experts.data(), out.experts.size() * sizeof(uint16_t));
-    memcpy(weights, out.weights.data(), out.weights.size() * sizeof(float));
 }
 
 // ---- index and pool ----------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <mutex>
 #include <numeric>
 #include <random>
+#include <thread>
 
 using namespace test;
 using hobbit::dispatcher;
@@ -23,7 +25,9 @@ constexpr uint32_t N_EXPERT = 8;
 // Routers that rotate their input: expert e of layer l has the logit x[(e + l) % 8].
 class rotating_routers : public hobbit::router_source {
   public:
-    explicit rotating_routers(uint32_t k) : k_(k) {}
+    explicit rotating_routers(uint32_t k, bool biased = false) : k_(k), biased_(biased) {}
+
+    static constexpr float BIAS[N_EXPERT] = { 3.0f, -3.0f, 2.0f, -2.0f, 0.0f, 1.0f, -1.0f, 0.5f };
 
     bool shape(uint32_t, hobbit::policy::router_shape & out) override {
         out          = {};
@@ -34,24 +38,25 @@ class rotating_routers : public hobbit::router_source {
 
     bool logits(uint32_t, uint32_t to, const float * x, bool, float * out) override {
         for (uint32_t e = 0; e < N_EXPERT; ++e) {
-            out[e] = x[(e + to) % N_EXPERT];
+            out[e] = x[(e + to) % N_EXPERT] + (biased_ ? BIAS[e] : 0.0f);
         }
         return true;
     }
 
-    const float * bias(uint32_t) override { return nullptr; }
+    const float * bias(uint32_t) override { return biased_ ? BIAS : nullptr; }
 
     const float * selection_bias(uint32_t) override { return nullptr; }
 
   private:
     const uint32_t k_;
+    const bool     biased_;
 };
 
 // A model that decodes, its input drifting from layer to layer.
 class decoding {
   public:
-    decoding(precision_rule rule, std::vector<float> sensitivity) :
-        routers_(files_.index().n_expert_used), k_(files_.index().n_expert_used) {
+    decoding(precision_rule rule, std::vector<float> sensitivity, bool biased = false) :
+        routers_(files_.index().n_expert_used, biased), k_(files_.index().n_expert_used) {
         hobbit_params p   = tiny_params();
         p.precision_rule  = (int32_t) rule;
         p.eviction_rule   = HOBBIT_EVICT_FORESIGHT;
@@ -114,6 +119,9 @@ class decoding {
             for (uint32_t j = 0; j < k_; ++j) {
                 ids[(size_t) t * k_ + j]     = order[j];
                 weights[(size_t) t * k_ + j] = std::exp(row[order[j]]);
+            }
+            for (uint32_t e = 0; e < N_EXPERT && routers_.bias(layer) != nullptr; ++e) {
+                row[e] -= routers_.bias(layer)[e];  // what a router says is told without it
             }
         }
         layer_pass::selections sel;
@@ -212,6 +220,77 @@ TEST("what is read ahead has the precision of the layer that it is for") {
         const hobbit_counts c = model.of_layer(layer);
         CHECK_EQ(layer == 1 ? c.hits_high + c.loads_high : c.hits_low + c.loads_low, 0u);
     }
+}
+
+namespace {
+
+// Remembers which rows it was asked about.
+class noting_routers : public rotating_routers {
+  public:
+    using rotating_routers::rotating_routers;
+
+    bool logits(uint32_t from, uint32_t to, const float * x, bool norm, float * out) override {
+        if (from == 0) {
+            std::lock_guard<std::mutex> lock(mutex);
+            rows.push_back(x[0]);
+        }
+        return rotating_routers::logits(from, to, x, norm, out);
+    }
+
+    std::mutex         mutex;
+    std::vector<float> rows;
+};
+
+}  // namespace
+
+TEST("of a long prompt rows from all of it are predicted from") {
+    tiny_store     files;
+    noting_routers routers(files.index().n_expert_used);
+    hobbit_params  p  = tiny_params();
+    p.prefetch_depth  = 1;
+    p.prefetch_always = 1;
+    hobbit::dispatcher_parts parts;
+    parts.routers = &routers;
+    dispatcher           engine(files.index(), p, hobbit::pool_min(files.index()) + 8 * files.index().max_slot[0], parts);
+    const uint32_t       n = 192, k = files.index().n_expert_used;
+    std::vector<float>   x(n * N_EXPERT), weights(n * k, 1.0f), served(n * k);
+    std::vector<int32_t> ids(n * k);
+    for (uint32_t t = 0; t < n; ++t) {
+        x[t * N_EXPERT] = (float) t;
+        for (uint32_t j = 0; j < k; ++j) {
+            ids[t * k + j] = (int32_t) j;
+        }
+    }
+    layer_pass::selections sel;
+    sel.ids        = ids.data();
+    sel.weights    = weights.data();
+    sel.ids_stride = sel.weights_stride = sel.k = k;
+    sel.n_tokens                                = n;
+    hobbit::router_rows rows;
+    rows.x        = x.data();
+    rows.n_embd   = N_EXPERT;
+    rows.x_stride = N_EXPERT;
+    engine.route(0, nullptr, sel, ids.data(), rows, served.data());
+    for (int i = 0; i < 2000; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        std::lock_guard<std::mutex> lock(routers.mutex);
+        if (routers.rows.size() == 64) {
+            break;
+        }
+    }
+    engine.pass().release();
+    std::lock_guard<std::mutex> lock(routers.mutex);
+    CHECK_EQ(routers.rows.size(), 64u);
+    CHECK(routers.rows[1] == 3.0f && routers.rows[63] == 189.0f);
+}
+
+TEST("a router's bias is a part of what is predicted, and not of what is learned") {
+    decoding model(precision_rule::exact, {}, true);
+    for (int i = 0; i < 300; ++i) {
+        model.batch(1);
+    }
+    const hobbit_stats s = model.stats();
+    CHECK(s.predicted[0] > 0 && (double) s.predicted_right[0] > 0.85 * (double) s.predicted[0]);
 }
 
 TEST_MAIN()

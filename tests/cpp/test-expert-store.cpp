@@ -248,4 +248,38 @@ TEST("two threads acquire while a third prefetches: every slice is right") {
     }
 }
 
+TEST("of two failures each tells its own reason") {
+    tiny_store  s;
+    std::string first, second;
+    const auto  fail_at = [&](uint16_t e) {
+        const wants got = s.acquire(0, { want(e) });
+        s.wait_until([&] { return s.store().failed(); });
+        s.store().io().drain();
+        std::exception_ptr why;
+        std::string        text;
+        CHECK(s.store().take_error(why));
+        status_of(why, text);
+        s.store().release(got);
+        return text;
+    };
+    s.cut_file();
+    first  = fail_at(1);
+    second = fail_at(6);
+    CHECK(!first.empty() && first != second);  // another offset
+    s.restore_file();
+}
+
+TEST("uses and loads of experts are counted, until the statistics are reset") {
+    tiny_store s;
+    s.pass(1, { want(3), want(5, need::high, 2) });
+    s.pass(1, { want(3) });
+    std::vector<uint64_t> uses, loads;
+    s.store().expert_uses(1, uses, loads);
+    CHECK(uses[3] == 2 && uses[5] == 2 && loads[3] == 1 && loads[5] == 1);
+    s.store().reset_stats();
+    s.store().expert_uses(1, uses, loads);
+    CHECK(std::accumulate(uses.begin(), uses.end(), (uint64_t) 0) == 0);
+    CHECK(std::accumulate(loads.begin(), loads.end(), (uint64_t) 0) == 0);
+}
+
 TEST_MAIN()

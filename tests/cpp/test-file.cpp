@@ -7,6 +7,8 @@
 
 #include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <filesystem>
 #include <functional>
 
 using namespace hobbit;
@@ -110,6 +112,27 @@ TEST("a file that was unlinked or renamed over is read as it was") {
     o.read();
     std::filesystem::remove(o.path);
     o.read();
+}
+
+namespace {
+
+uint64_t chars_read() {
+    std::ifstream in("/proc/self/io");
+    std::string   name;
+    uint64_t      n = 0;
+    in >> name >> n;
+    return n;
+}
+
+}  // namespace
+
+TEST("a file that was only touched is looked at once") {
+    opened o(true);
+    std::filesystem::last_write_time(o.path, std::filesystem::file_time_type::clock::now());
+    o.read();
+    const uint64_t before = chars_read();
+    o.read();
+    CHECK(chars_read() - before < 64 << 10);  // to look at it takes a MiB
 }
 
 TEST_MAIN()

@@ -166,4 +166,82 @@ TEST("of a prompt nothing is judged, though its last layer is computed for one t
     CHECK_EQ(memory.recency(), before);
 }
 
+TEST("of a prompt the last layer is computed for its last tokens") {
+    reader                     r;
+    const std::vector<int32_t> prompt { 0, 1, 2, 3, 4, 5 }, last { 6, 7 };  // three tokens
+    r.memory.observe(0, prompt.data(), K, K, 3);
+    r.memory.observe(1, prompt.data(), K, K, 3);
+    r.memory.observe(2, last.data(), K, K, 1);
+    CHECK_EQ(r.cache.use(1, 0).used_at, 1u);
+    CHECK_EQ(r.cache.use(2, 6).used_at, r.memory.clock());
+}
+
+TEST("what was read ahead says nothing of LRU") {
+    std::vector<std::byte> pool(4);
+    cache_shape            shape { 1, N_EXPERT, { 4, 0 }, { 1, 1 } };
+    expert_cache           cache { shape, pool.data(), { priority_foresight } };
+    foresight              memory { cache, 1, N_EXPERT, 0.25f };
+    const auto             read = [&](int32_t expert, int32_t out, bool ahead) {
+        if (ahead) {
+            cache.find(0, (uint32_t) expert, 0)->prefetched = true;
+        }
+        memory.observe(0, &expert, 1, 1, 1);
+        if (cache.find(0, (uint32_t) expert, 0) == nullptr) {
+            if (out >= 0) {
+                cache.remove(cache.find(0, (uint32_t) out, 0));
+            }
+            cache.fulfil(cache.insert(0, (uint32_t) expert, 0, {}));
+        }
+        memory.refresh();
+    };
+    for (int32_t e = 0; e < 4; ++e) {
+        read(e, -1, false);
+    }
+    read(4, 3, false);
+    for (int i = 0; i < 10; ++i) {
+        read(i % 2 == 0 ? 5 : 4, i % 2 == 0 ? 4 : 5, false);
+    }
+    const float before = memory.recency();
+    CHECK(before > 0.9f);
+    for (int32_t e : { 0, 1, 2 }) {  // LRU has lost them: were they hits, it would be behind
+        read(e, -1, true);
+    }
+    CHECK_EQ(memory.recency(), before);
+}
+
+TEST("what was used a whole history ago takes no room in LRU's order") {
+    constexpr uint32_t     N = 64;
+    std::vector<std::byte> pool(8);
+    cache_shape            shape { 1, N, { 8, 0 }, { 1, 1 } };
+    expert_cache           cache { shape, pool.data(), { priority_foresight } };
+    foresight              memory { cache, 1, N, 0.1f };
+    const auto             take = [&](uint32_t expert, uint32_t place_of) {
+        cache.remove(cache.find(0, place_of, 0));
+        cache.fulfil(cache.insert(0, expert, 0, {}));
+    };
+    const auto use = [&](int32_t expert) {
+        memory.observe(0, &expert, 1, 1, 1);
+        memory.refresh();
+    };
+    for (uint32_t e = 0; e < N; ++e) {  // each once
+        use((int32_t) e);
+        if (e < 8) {
+            cache.fulfil(cache.insert(0, e, 0, {}));
+        }
+    }
+    while (memory.clock() < foresight::HISTORY) {
+        use(0);
+    }
+    use(1), use(2), use(3);
+    for (uint32_t e : { 1u, 2u, 3u }) {
+        take(40 + e, e);  // where LRU would not
+    }
+    while (memory.clock() < foresight::HISTORY + N + 8) {
+        use(0);
+    }
+    CHECK_EQ(memory.recency(), 0.0f);
+    use(1), use(2), use(3);  // of the last 70 tokens four experts, which LRU has
+    CHECK(memory.recency() > 0.4f);
+}
+
 TEST_MAIN()

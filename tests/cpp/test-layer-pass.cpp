@@ -463,4 +463,37 @@ TEST("threads leave a pass whose reads fail, and the next one works") {
     CHECK(!s.store().failed());
 }
 
+TEST("what was read ahead in time is a load all the same: who reads ahead goes on") {
+    pass_story   s(slots(4));
+    std::mt19937 random(1);
+    batch        b(random, 1, 1);
+    b.ids[0] = 5;
+    s.store().prefetch(1, 1, { want(5) });
+    s.wait_until([&] { return s.stats().resident_high == 1; });
+    s.build(1, b, precision_rule::exact);
+    CHECK_EQ(s.pass.n_loads(), 1u);
+    s.build(1, b, precision_rule::exact);
+    CHECK_EQ(s.pass.n_loads(), 0u);
+    s.pass.release();
+}
+
+TEST("gains are left as they are, whatever is skipped") {
+    pass_story   s(slots(4));
+    std::mt19937 random(1);
+    batch        b(random, 1, 3);
+    b.weights[0] = 0.8f, b.weights[1] = 0.15f, b.weights[2] = 0.05f;
+    layer_pass::selections sel = b.selections();
+    serving                how;
+    how.rule = precision_rule::weight;
+    how.t    = T;
+    std::vector<float> out(3);
+    for (const bool gains : { false, true }) {
+        sel.gains = gains;
+        s.pass.build(0, sel, how, nullptr, out.data());
+        CHECK(s.pass.skipped().size() > 0);
+        CHECK_EQ(out[0] == 0.8f, gains);
+    }
+    s.pass.release();
+}
+
 TEST_MAIN()

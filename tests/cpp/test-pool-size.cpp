@@ -159,4 +159,15 @@ TEST("by weight high slots of all experts are not given up for low ones that are
     CHECK(s.stats().slots_high >= 22 && s.total().loads_high < 3 * 8 + 20);
 }
 
+TEST("by weight, what every high copy leaves free is for low ones") {
+    tiny_store    s;
+    hobbit_params p  = tiny_params();
+    p.precision_rule = HOBBIT_PRECISION_WEIGHT;
+    p.low_share      = 0.02f;
+    expert_store whole(s.index(), p, pool_max(s.index(), p));
+    hobbit_stats stats = {};
+    whole.stats(stats);
+    CHECK(stats.slots_high == 24 && stats.slots_low == 24);
+}
+
 TEST_MAIN()

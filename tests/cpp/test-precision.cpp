@@ -1,6 +1,7 @@
 // policy/precision.h: HOBBIT's token-level dynamic loading (arXiv 2411.01433, section 3.2, eq. 2), by hand and at random.
 #include "policy/precision.h"
 
+#include "policy/top-k.h"
 #include "test.h"
 
 #include <algorithm>
@@ -325,6 +326,47 @@ TEST("a profile of scores at the ends stays within 0 and 1") {
     const thresholds t = profile.at_quantiles({ -1.0f, -1.0f });
     CHECK_EQ(t.t1, 1.0f);
     CHECK_EQ(t.t2, 1.0f);
+}
+
+TEST("popularity: the least popular are low up to the share, that much included") {
+    const uint32_t    counts[] = { 1, 3, 0, 4 };
+    std::vector<need> needs(4);
+    classify_popularity(counts, 4, 0.5f, needs.data());
+    CHECK_EQ(letters(needs), "llhh");
+    classify_popularity(counts, 4, 0.4f, needs.data());
+    CHECK_EQ(letters(needs), "lhhh");
+}
+
+TEST("default thresholds by hand") {
+    CHECK(default_thresholds(5).t1 == 0.63f && default_thresholds(5).t2 == 0.87f);
+    CHECK(default_thresholds(7).t1 == 0.76f && default_thresholds(8).t1 == 0.80f);
+}
+
+TEST("top-k: a selection bias counts for the ranking, not for the weights") {
+    router_shape shape;
+    shape.n_expert       = 4;
+    shape.k              = 2;
+    shape.function       = gating::sigmoid;
+    float       logits[] = { 2.0f, 1.0f, 0.0f, -1.0f };
+    const float bias[]   = { 0.0f, 0.0f, 0.0f, 5.0f };
+    prediction  out;
+    predict_top_k(shape, logits, bias, out);
+    CHECK(out.experts == (std::vector<uint16_t> { 3, 0 }));
+    const float a = 1.0f / (1.0f + std::exp(1.0f)), b = 1.0f / (1.0f + std::exp(-2.0f));
+    CHECK(near(out.weights, { a / (a + b), b / (a + b) }));
+}
+
+TEST("top-k: groups are ranked by their two best scores") {
+    router_shape shape;
+    shape.n_expert      = 6;
+    shape.k             = 2;
+    shape.n_group       = 2;
+    shape.n_group_used  = 1;
+    shape.function      = gating::sigmoid;
+    float      logits[] = { 3.0f, -9.0f, -9.0f, 2.0f, 2.0f, -9.0f };
+    prediction out;
+    predict_top_k(shape, logits, nullptr, out);
+    CHECK(out.experts == (std::vector<uint16_t> { 3, 4 }));
 }
 
 TEST_MAIN()

@@ -176,4 +176,68 @@ TEST("a prefetch that fails is nobody's error: the expert is simply not there") 
     s.check_counts();
 }
 
+TEST("what was read in vain was not needed") {
+    tiny_store s(slots(2));
+    s.store().prefetch(0, 0, { want(5) });
+    s.wait_until([&] { return s.stats().resident_high == 1; });
+    s.pass(1, { want(0), want(1) });
+    CHECK(s.total().bytes_wasted > 0);
+    CHECK_EQ(s.store().bytes_needed(), s.total().bytes_demand);
+}
+
+TEST("of a prefetch that was dropped, predicted again and never used, no byte is wasted twice") {
+    std::atomic<bool> arrived { false }, go_on { false };
+    std::atomic<int>  parts { 0 };
+    store_setup       setup = slots(4);
+    setup.params.io_threads = setup.params.prefetch_reads = 1;
+    setup.on_arrival                                      = [&](uint32_t layer, uint32_t, precision, std::byte *) {
+        if (layer == 1 && ++parts == 2) {  // the first part has been counted by now
+            arrived = true;
+            while (!go_on) {
+                std::this_thread::yield();
+            }
+        }
+    };
+    tiny_store s(setup);
+    s.store().prefetch(1, 1, { want(5) });
+    while (!arrived) {
+        std::this_thread::yield();
+    }
+    s.store().release(s.acquire(1, {}));
+    s.store().prefetch(1, 0, { want(5) });
+    go_on = true;
+    s.wait_until([&] { return s.stats().resident_high == 1; });
+    s.pass(2, { want(0), want(1), want(2), want(3) });
+    s.check_counts();
+    CHECK_EQ(s.total().prefetches_wasted, 2u);
+    CHECK_EQ(s.total().bytes_wasted, s.total().bytes_prefetch);
+}
+
+TEST("of a prefetch that is under way at a reset, what was read before counts with what is wasted of it") {
+    std::atomic<bool> arrived { false }, go_on { false };
+    std::atomic<int>  parts { 0 };
+    store_setup       setup = slots(4);
+    setup.params.io_threads = setup.params.prefetch_reads = 1;
+    setup.on_arrival                                      = [&](uint32_t layer, uint32_t, precision, std::byte *) {
+        if (layer == 1 && ++parts == 2) {
+            arrived = true;
+            while (!go_on) {
+                std::this_thread::yield();
+            }
+        }
+    };
+    tiny_store s(setup);
+    s.store().prefetch(1, 1, { want(5) });
+    while (!arrived) {
+        std::this_thread::yield();
+    }
+    s.store().reset_stats();
+    s.store().release(s.acquire(1, {}));  // the router does not want it
+    const hobbit_counts c = s.total();
+    go_on                 = true;
+    CHECK(c.bytes_wasted > 0 && c.bytes_prefetch >= c.bytes_wasted);
+    s.wait_until([&] { return s.stats().total.bytes_prefetch > 0 && s.stats().resident_high == 0; });
+    s.check_counts();
+}
+
 TEST_MAIN()

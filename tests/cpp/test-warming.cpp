@@ -173,4 +173,48 @@ TEST("rules that keep no rates have no heat") {
     CHECK_THROWS(s.store().warm(some_heat(s).data()));
 }
 
+TEST("the first layer that asks for experts ends it") {
+    store_setup       setup = warm_slots(16);
+    std::atomic<bool> go { false };
+    setup.on_arrival = [&](uint32_t, uint32_t, precision, std::byte *) {
+        while (!go) {
+            std::this_thread::yield();
+        }
+    };
+    tiny_store s(setup);
+    s.store().warm(some_heat(s).data());
+    const wants got = s.acquire(0, { want(7) });
+    go              = true;
+    s.arrive(got);
+    s.store().release(got);
+    s.wait_until([&] { return s.stats().resident_high >= 2; });  // the two that had begun
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK_EQ(s.stats().resident_high, 2u);
+}
+
+TEST("a pool that a layer fills is not warmed: what is in flight would be in its way") {
+    store_setup       setup = warm_slots(2);
+    std::atomic<bool> go { false };
+    setup.on_arrival = [&](uint32_t, uint32_t, precision, std::byte *) {
+        while (!go) {
+            std::this_thread::yield();
+        }
+    };
+    tiny_store s(setup);
+    s.store().warm(some_heat(s).data());
+    const wants got = s.acquire(0, { want(0), want(1) });
+    go              = true;
+    CHECK(loaded(got[0]) && loaded(got[1]));
+    s.arrive(got);
+    s.store().release(got);
+}
+
+TEST("a reset of the statistics forgets what was warmed") {
+    tiny_store s(warm_slots(9));
+    s.store().warm(some_heat(s).data());
+    s.wait_until([&] { return s.stats().warmed == 9; });
+    s.store().reset_stats();
+    CHECK(s.stats().warmed == 0 && s.stats().bytes_warmed == 0);
+}
+
 TEST_MAIN()

@@ -418,3 +418,9 @@ def test_wrong_usage_is_one_line(arguments: List[str], says: str, capsys: pytest
     assert main(["bench", str(tiny("mixtral")), "-q", *arguments]) == 1
     err = capsys.readouterr().err
     assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_stall_is_no_longer_than_a_token() -> None:
+    row: Dict[str, Any] = {"tok_s": 10.0, "mb_token": 1.0, "stall_ms": 130.0}
+    add_roof(row, floor_ms=20.0, bandwidth=1e9)
+    assert row["spent_ms"] == {"compute": 0.0, "stall": 100.0, "other": 0.0}

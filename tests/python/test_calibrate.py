@@ -16,11 +16,14 @@ import pytest
 from curves import made_up_curve
 from decode import load, logits, words
 from hobbit_cpp import CalibrationError, HobbitWarning, Llama, ModelFileError, OffloadParams, ParameterError
+from hobbit_cpp._session import Session
 from hobbit_cpp.calibrate import curve as cv
+from hobbit_cpp.calibrate import measure as m
 from hobbit_cpp.calibrate import weights as wt
 from hobbit_cpp.calibrate.dial import DEFAULT, resolve
 from hobbit_cpp.calibrate.store import Calibration, calibration_path
 from hobbit_cpp.cli import main
+from hobbit_cpp.evaluate import text as scoring
 from hobbit_cpp.inspection import inspect_file
 from hobbit_cpp.trace import Trace
 from models import tiny, tiny_architecture, tiny_dual
@@ -392,3 +395,22 @@ def test_the_flag(calibrated: Path, capsys: Captured) -> None:
         assert main([*args, *more]) == 1
         assert message in capsys.readouterr().err
     assert asdict(OffloadParams())["quality"] is None
+
+
+def test_a_layer_is_measured_low_and_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skips: List[int] = []
+    score = scoring.score_text
+
+    def spy(model: Any, *args: Any, **kwargs: Any) -> Any:
+        before = model.counts().skips
+        out = score(model, *args, **kwargs)
+        skips.append(model.counts().skips - before)
+        return out
+
+    monkeypatch.setattr(scoring, "score_text", spy)
+    text = tmp_path / "t.txt"
+    text.write_text("the expert of the layer and the token in the wood " * 60)
+    model = tiny_dual("mixtral")
+    m.calibrate(model, text, n_tokens=60, window=30, threads=1, expert_cache="100%")
+    n_layer = Session(str(model), OffloadParams()).info.n_moe_layer
+    assert skips[: 1 + n_layer] == [0] * (1 + n_layer)

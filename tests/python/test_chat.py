@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from decode import load as load_model
 from decode import logits
 from fake_chat import Ears, FakeChatModel, chat_with, no_threads_left  # noqa: F401
+from hobbit_cpp import Llama
 from hobbit_cpp.cli.chat.session import Chat, TooLongError
 from hobbit_cpp.cli.chat.template import Template, respell
 from hobbit_cpp.cli.worker import Worker
@@ -311,4 +312,24 @@ def test_templates_of_the_field_evaluate_only_what_is_new(name: str, ears: Ears)
     text = llm.detokenize(llm.input_ids[:context].tolist(), special=True).decode()
     assert text.count("the token") == 1 and text.count("the expert") == 1
     assert not any("no longer" in note for note in ears.notes)
+    llm.close()
+
+
+def test_a_short_answer_needs_little_room() -> None:
+    ears = Ears()
+    chat = chat_with(FakeChatModel(["a", "b"], n_ctx=160), max_tokens=5)
+    chat.send("x" * 60, ears)
+    chat.send("y" * 60, ears)
+    assert ears.notes == [] and chat.conversation.first == 0
+
+
+def test_a_full_context_is_what_ended_the_answer() -> None:
+    ears = Ears()
+    llm: Any = Llama(str(tiny_chat()), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    bias = {int(llm.token_eos()): -1000.0}
+    chat = Chat(
+        llm, Template(llm), Worker(), lambda _: {"max_tokens": None, "temperature": 0.0, "logit_bias": bias}, offload=False
+    )
+    chat.send("the expert", ears)
+    assert ears.notes == [f"the answer was cut off: the context of {chat.n_ctx} tokens is full"]
     llm.close()

@@ -12,7 +12,7 @@ from gguf_files import KINDS, TYPES
 from hobbit_cpp.convert import ConvertError, writer
 from hobbit_cpp.convert.header import TensorInfo, pad, read_header, string_value, u32_value, write_header
 from hobbit_cpp.convert.layout import make_layout
-from hobbit_cpp.convert.plan import ALIGNMENT, LOW_PREFIX, MAX_NAME, Plan, Tensor, is_expert, make_plan
+from hobbit_cpp.convert.plan import ALIGNMENT, LOW_PREFIX, MAX_NAME, Output, Plan, Tensor, is_expert, make_plan
 
 # ---- planning: pure --------------------------------------------------------------------------------------
 
@@ -267,3 +267,25 @@ def test_a_damaged_header_is_a_clear_error_or_a_header(
                 read_header(file, "damaged.gguf", len(data))
             except ConvertError as e:
                 assert "damaged.gguf" in str(e) and "\n" not in str(e)
+
+
+def test_not_smaller_is_noted() -> None:
+    a = [experts("blk.0.ffn_up_exps.weight", 512, "Q4_0"), experts("blk.0.ffn_down_exps.weight", 512, "Q8_0")]
+    b = [experts("blk.0.ffn_up_exps.weight", 512, "Q4_0"), experts("blk.0.ffn_down_exps.weight", 512, "Q4_0")]
+    notes = make_plan(a, TYPES, "keep", None, low_from=b).notes
+    assert any("is not smaller than the high one: blk.0.ffn_up" in n for n in notes)
+
+
+def test_the_same_type_is_not_larger() -> None:
+    assert make_plan([up(512, "Q8_0")], TYPES, "Q8_0", "Q4_0").notes == ()
+
+
+def test_parts_are_no_larger_than_asked_for() -> None:
+    one = TYPES.by_name["F32"]
+    outputs = [
+        Output(f"blk.{i}.a_name_of_some_length_that_takes_room.weight", Tensor(f"t{i}", (8,), one), one, "dense")
+        for i in range(600)
+    ]
+    most = 64 * 4096
+    files = make_layout(outputs, {}, most)
+    assert len(files) > 5 and all(f.size <= most for f in files)

@@ -306,3 +306,17 @@ def test_a_truncated_file_is_a_clear_error(matrix: Path, tmp_path: Path) -> None
     (tmp_path / "short").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConvertError, match="truncated"):
         Imatrix(tmp_path / "short")
+
+
+def test_two_layers_are_in_memory() -> None:
+    class Given:
+        def inputs(self) -> Any:
+            return np.random.default_rng(0).standard_normal((20, 32)).astype(np.float16)
+
+        def selected(self) -> Any:
+            return np.zeros((20, 1), np.int32)
+
+    moments = Moments({str(i): Given() for i in range(5)})
+    for i in range(5):
+        assert moments.factor(str(i), 0) is not None
+    assert len(moments._layers) <= 2

@@ -528,3 +528,53 @@ def test_usage_errors_are_one_line(tmp_path: Path, capsys: Captured) -> None:
         assert main(["eval", *args]) == 1
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
+
+
+def test_a_warm_up_is_not_counted() -> None:
+    scorer = FakeScorer(uniform)
+    steps: List[int] = []
+    t.warm_up(scorer, list(range(50)), 7, 20, steps.append)
+    assert scorer.n == 0 and sum(steps) == 50
+
+
+def test_no_agreement_at_all_is_not_certain() -> None:
+    def scores(best: int) -> t.TextScores:
+        return t.TextScores(np.full(100, -1.0), np.full(100, best), np.zeros(100, np.int64), np.zeros(100))
+
+    figure = t.summarise(scores(1), scores(2))["top1_agreement"]
+    assert figure.value == 0 and 0 < figure.high < 0.1
+
+
+@pytest.mark.parametrize("can_rewind", [True, False])
+@pytest.mark.parametrize("width", [1, 5])
+def test_every_choice_stands_after_the_question_alone(can_rewind: bool, width: int) -> None:
+    question = q.Question("Question: ?\nAnswer:", ("n", "yyyyy", "zz"), 1)
+    seen: List[bytes] = []
+
+    def likes(context: List[int]) -> Any:
+        seen.append(bytes(context[1:]))
+        return np.zeros(VOCABULARY)
+
+    q.answer(FakeScorer(likes, can_rewind), question, width)
+    whole = [f"{question.prompt} {c}".encode() for c in question.choices]
+    assert all(any(w.startswith(s) for w in whole) for s in seen)
+
+
+def test_a_choice_that_adds_no_token() -> None:
+    class Stripping(FakeScorer):
+        def words(self, text: str, begin: bool) -> List[int]:
+            return super().words(text.rstrip(), begin)
+
+    q.answer(Stripping(uniform), q.Question("Question: ?\nAnswer:", (" ", "a"), 1), 5)
+
+
+def test_the_same_answer_is_that_of_acc() -> None:
+    question = q.Question("?", ("a", "b"), 0)
+    one, other = q.Answered(question, 0, 1), q.Answered(question, 0, 0)
+    assert q.summarise([one] * 4, [other] * 4)["same_answer"].value == 1
+
+
+def test_the_interval_is_of_95_percent() -> None:
+    x = np.random.default_rng(5).standard_normal(40_000)
+    e = st.mean_of_blocks(x)
+    assert (e.high - e.low) / 2 == pytest.approx(1.96 / 200, rel=0.08)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, List
 
 import numpy as np
@@ -185,3 +186,20 @@ def test_closed_and_cancelled_while_it_warms(heat: Path) -> None:
     session.clear_cancel()  # waits until nothing is read, which must end
     assert first_tokens(llm).selections > 0
     llm.close()
+
+
+def test_heat_is_saved_every_three_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path))
+    clock = [1000.0]
+    monkeypatch.setattr(_heat, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    file = _heat.HeatFile("sha256:ab", 1, 2)
+    saved: List[float] = []
+
+    def heat() -> bytes:
+        saved.append(clock[-1])
+        return bytes(16)
+
+    for now in (1001.0, 1179.0, 1181.0, 1182.0, 1360.0, 1362.0):
+        clock.append(now)
+        file.decoded(heat)
+    assert saved == [1181.0, 1362.0]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import tiny_models
-from gguf_files import Quant, assert_refused, make_model, run_cli, tensors_of
+from gguf_files import TYPES, Quant, assert_refused, make_model, run_cli, tensors_of
 from hobbit_cpp import OffloadParams
 from hobbit_cpp._session import Session
-from hobbit_cpp.convert import convert
-from hobbit_cpp.convert.plan import LOW_PREFIX
+from hobbit_cpp.convert import convert, pairing
+from hobbit_cpp.convert.plan import LOW_PREFIX, Tensor
 from models import tiny, tiny_dual
 
 
@@ -141,3 +141,30 @@ def test_options_that_exclude_each_other(high: Path, tmp_path: Path) -> None:
     low = low_of(high, tmp_path / "low.gguf", "Q4_0")
     assert_refused(high, low, "is the input itself", low_from=low, force=True)
     assert_refused(high, tmp_path / "out.gguf", "cannot read .*No such file", low_from=tmp_path / "missing.gguf")
+
+
+def test_how_alike_two_must_be_is_said_by_the_one_of_fewer_bits() -> None:
+    def of(kind: str) -> Tensor:
+        return Tensor("blk.0.ffn_up_exps.weight", (512, 2, 4), TYPES.by_name[kind])
+
+    assert pairing.correlation_limit(of("Q8_0"), of("IQ2_XXS")) == 0.7
+    assert pairing.correlation_limit(of("Q8_0"), of("Q4_0")) == 0.9
+
+
+def test_the_last_of_many_experts_is_looked_at(tmp_path: Path) -> None:
+    high = make_model(tmp_path / "high.gguf", Quant.Q8_0, n_expert=8)
+    low = convert(high, tmp_path / "low.gguf", high="Q4_0", low=None).path
+    tensor = tensors_of(low)["blk.1.ffn_up_exps.weight"]
+    data = bytearray(low.read_bytes())
+    size, at = tensor.n_bytes // 8, tensor.data_offset
+    data[at + 7 * size : at + 8 * size] = bytes(size)
+    low.write_bytes(data)
+    assert_refused(high, tmp_path / "out.gguf", "blk.1.ffn_up_exps.weight: expert 7 of the two files", low_from=low)
+
+
+def test_experts_a_token_must_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    high = make_model(tmp_path / "high.gguf", Quant.Q8_0)
+    add = gguf.GGUFWriter.add_expert_used_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_expert_used_count", lambda self, n: add(self, n + 1))
+    low = make_model(tmp_path / "low.gguf", Quant.Q4_0)
+    assert_refused(high, tmp_path / "out.gguf", "its expert_used_count is 3, not 2", low_from=low)

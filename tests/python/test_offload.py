@@ -80,7 +80,7 @@ def test_hobbit_mode_mixes_precisions_and_counts_them(shape: str) -> None:
     # Lossy, but the same model: far nearer to exact than chance.
     agree = (got.argmax(-1) == want.argmax(-1)).mean()
     assert agree > 0.5, agree
-    assert stats.bytes_read > 0 and stats.stall_seconds >= 0 and stats.eval_seconds > 0
+    assert stats.bytes_read > 0 and stats.eval_seconds > 0
     llm.reset_offload_stats()
     assert llm.offload_stats().selections == llm.offload_stats().bytes_read == 0
     llm.close()
@@ -439,3 +439,14 @@ def test_offload_none_loads_no_engine() -> None:
         "assert 'libhobbit' not in open('/proc/self/maps').read() and 'hobbit_cpp._hobbit' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_who_has_to_wait_for_experts_says_so() -> None:
+    llm: Any = Llama(
+        str(tiny("mixtral")), offload=OffloadParams(mode="lru", expert_cache="30%"), n_ctx=64, n_threads=1, verbose=False
+    )
+    for token in range(1, 9):
+        llm.eval([token])
+    s = llm.offload_stats()
+    llm.close()
+    assert s.loads_high > 0 and 0 < s.stall_seconds < s.eval_seconds

@@ -6,16 +6,20 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict
 
 import pytest
 
 from curves import made_up_curve
-from hobbit_cpp import Llama
+from hobbit_cpp import Llama, probe
 from hobbit_cpp._memory import resident
+from hobbit_cpp.bench import forecast as fc
+from hobbit_cpp.bench import plan as pl
 from hobbit_cpp.bench.forecast import Compute, Machine, forecast
-from hobbit_cpp.bench.routing import expected_loads
+from hobbit_cpp.bench.routing import Loads, expected_loads
 from hobbit_cpp.bench.sizes import Sizes, Weights, measure_sizes, read_weights
 from hobbit_cpp.cli import main
 from hobbit_cpp.convert.header import Value
@@ -299,3 +303,40 @@ def test_products_of_a_token() -> None:
     assert experts.bytes == sizes.info.bytes_cycle and experts.n_in == 256 and not weights.random
     assert sum(p.bytes for p in weights.dense) <= sizes.info.bytes_dense
     assert Value(7, b"\1").scalar() is True
+
+
+def test_the_last_expert_to_arrive_is_still_multiplied() -> None:
+    c = fc.Compute(1.0, 2.0, "estimated")
+    assert fc._token(c, 3.0, 4) == 1 + 3 + 0.5
+    assert fc._token(c, 1.0, 4) == 1 + 2 and fc._token(c, 0.0, 4) == 3
+
+
+def test_a_prompt_reads_what_is_not_there() -> None:
+    sizes = model()
+    small, large = (fc.forecast(sizes, WEIGHTS, machine(), b, "exact") for b in (sizes.smallest, sizes.largest))
+    assert large.prompt_s == 0
+    assert small.prompt_s == pytest.approx(sizes.info.bytes_high * (1 - small.share) / machine().bandwidth)
+
+
+def test_reads_of_two_sizes_take_the_time_of_both() -> None:
+    sizes = model(has_low=True)
+    info = sizes.info
+    sizes = replace(sizes, info=replace(info, bytes_expert_low=info.bytes_expert_high // 2))
+    high, low = (DiskProbe(info.bytes_expert_high, dict.fromkeys(probe.DEPTHS, r), True, 0.0) for r in (8e8, 2e8))
+    m = fc.Machine(high, low, fc.Compute(0.1, 0.1, "estimated"), 2)
+    loads = Loads(0.1, 0.2, 0.0)  # as many bytes high as low
+    assert fc._bandwidth(sizes, m, loads) == pytest.approx(1 / (0.5 / high.at(1.2) + 0.5 / low.at(1.2)), rel=0.01)
+
+
+def test_the_command_has_no_less_memory_than_was_planned() -> None:
+    assert "--memory 101MiB " in pl._command(Path("m"), (100 << 20) + 1, 512, (2048, 2048), 2, "hobbit")
+
+
+@pytest.mark.parametrize(("faster", "mode"), [(1.05, "exact"), (1.2, "hobbit")])
+def test_what_gains_little_is_not_worth_a_loss(monkeypatch: pytest.MonkeyPatch, faster: float, mode: str) -> None:
+    def forecast(sizes: Any, weights: Any, machine: Any, budget: int, mode: str) -> Any:
+        return types.SimpleNamespace(tok_s=faster if mode == "hobbit" else 1.0, loads=Loads(0.1, 0.1, 0.0))
+
+    monkeypatch.setattr(pl, "forecast", forecast)
+    sizes: Any = types.SimpleNamespace(largest=100, info=types.SimpleNamespace(has_low=True))
+    assert pl._mode(sizes, None, None, 50)[0] == mode  # type: ignore[arg-type]

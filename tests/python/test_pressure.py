@@ -172,3 +172,16 @@ def test_another_process_in_the_cgroup_takes_memory_and_nobody_is_killed(large_m
             process.communicate()
             assert process.returncode == 0
         assert oom_kills(cgroup) == 0
+
+
+def test_a_pool_does_not_grow_while_tasks_wait() -> None:
+    y = Yielding(CALM, 0, GIB)
+    sizes(y, SHORT, 4 * GIB, 3)
+    uneasy = {"": Reading(8 * GIB, 16 * GIB, 7.0)}
+    assert set(sizes(y, uneasy, 2 * GIB, 100, begin=3)) == {2 * GIB}
+
+
+def test_the_reserve_is_four_mib_at_least() -> None:
+    mib = 1 << 20
+    y = Yielding({"/a": Reading(10 * mib, 1000 * mib)}, 8 * mib, 100 * mib)
+    assert y.look({"/a": Reading(3 * mib, 1000 * mib)}, 800 * mib, 800 * mib, 0) == 700 * mib

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hobbit_cpp import _cgroups, _lib, probe
+from hobbit_cpp.probe import DiskProbe
 from models import tiny, tiny_dual
 
 Q8_0 = 8
@@ -114,3 +115,17 @@ def test_figures_of_a_throttled_disk_are_kept_apart(tmp_path: Path, own_cache: P
 
     (tmp_path / "blkio/blkio.throttle.read_bps_device").unlink()
     assert probe.probe_disk(model) == free
+
+
+def test_a_floor_is_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(probe, "is_busy", lambda: False)
+    model = tmp_path / "m"
+    model.write_text("x")
+    for seconds, kept in ((0.125, 0.125), (0.25, 0.125), (0.1, 0.1)):
+        probe.remember_floor(model, 2, seconds)
+        assert probe.recall_floor(model, 2) == kept
+
+
+def test_nearly_the_most_is_enough() -> None:
+    assert DiskProbe(1, {1: 50.0, 2: 96.0, 4: 100.0}, True, 0.0).best_depth == 2

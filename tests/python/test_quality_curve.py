@@ -335,3 +335,18 @@ def test_feedback_lets_batches_and_resets_be() -> None:
         engine.decode()
         feedback.after_decode(engine.counts)
     assert len(engine.losses) == 2
+
+
+def test_low_is_a_share_of_what_was_not_skipped() -> None:
+    curve = made_up_curve()
+    feedback = LossFeedback(curve, 0.01, lambda t1, t2: None)
+    feedback._at = (0.5, 0.1)
+    cost, asked = feedback._cost(Served(tokens=8, n_bytes=1, selections=1000, low=450, skipped=100, cost_asked=1.0, cost_low=0.0))
+    assert cost == pytest.approx(asked)
+
+
+def test_no_more_is_lost_than_without_a_cache() -> None:
+    feedback = LossFeedback(made_up_curve(), 0.01, lambda t1, t2: None)
+    feedback._at = (0.3, 0.05)
+    cost, asked = feedback._cost(Served(tokens=8, n_bytes=1, selections=1000, low=900, skipped=50, cost_asked=1.0, cost_low=1.0))
+    assert cost == asked

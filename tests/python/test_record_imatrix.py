@@ -264,3 +264,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*command[:2], "--text", "-", *command[4:], "-f", "-q"]) == 0
     assert main(["imatrix", str(tmp_path / "none.gguf"), "--text", str(text)]) == 1
     assert main([*command, "-o", str(tmp_path / "no" / "out.gguf")]) == 1
+
+
+def test_as_many_inputs_as_are_wanted(tmp_path: Path) -> None:
+    text = "the expert of the layer and the token in the wood " * 20
+    for n_tokens, context, batch, inputs in ((60, 64, 16, 20), (60, 20, 5, 20), (60, 64, 64, 20)):
+        report = record_imatrix(
+            tiny("mixtral"), text, tmp_path / "a.gguf", n_tokens=n_tokens, inputs=inputs, context=context, batch=batch, threads=1
+        )
+        assert report.n_inputs == inputs, (context, batch)
+
+
+def test_a_short_text_is_a_chunk(tmp_path: Path) -> None:
+
+    record_imatrix(tiny("mixtral"), "the expert of the layer", tmp_path / "a.gguf", inputs=0, context=512, threads=1)
+    assert gguf.GGUFReader(tmp_path / "a.gguf").fields["imatrix.chunk_count"].contents() == 1

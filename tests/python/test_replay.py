@@ -273,7 +273,9 @@ def test_late_reads_are_completed_and_counted() -> None:
     assert row.prefetches_late > 0
     assert row.prefetches_useful + row.prefetches_late + row.prefetches_wasted <= row.prefetches
     # each expert that is read is read whole, once
-    assert row.bytes == (row.loads_high + row.prefetches_useful + row.prefetches_late) << 20 or row.prefetches_wasted > 0
+    assert row.prefetches_wasted == 0
+    assert row.bytes == (row.loads_high + row.prefetches_useful + row.prefetches_late) << 20
+    assert row.hit_rate == pytest.approx((row.hits_high + row.hits_low - row.prefetches_late) / row.selections)
 
 
 # ---- the command, and what is refused --------------------------------------------------------------------------------
@@ -342,3 +344,20 @@ def test_a_model_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize("text,share", [("25%", 0.25), ("0.5", 0.5), ("12.5%", 0.125), ("1", 1.0)])
 def test_shares(text: str, share: float) -> None:
     assert parse_cache(text) == share
+
+
+def test_a_low_miss_costs_its_bytes() -> None:
+    settings = ReplaySettings(prefetch=0, params=OffloadParams(t1=0.4, t2=0.75, low_share=0.2))
+    row = run(make_trace("drift"), "lru", 12, settings, bytes_high=1 << 20, bytes_low=1 << 18)
+    assert row.loads_low > 0 and row.loads_high > 0
+    assert row.miss_penalty == pytest.approx((row.loads_high + row.loads_low / 4) / row.selections)
+
+
+def test_another_precision_rule_has_no_gap() -> None:
+    rows = Replay(make_trace("drift")).table(["fate", "lru"], [0.25], ReplaySettings())
+    assert rows[0].precision != rows[1].precision and rows[0].gap_closed is None
+
+
+def test_the_optimum_reads_nothing_ahead() -> None:
+    row = run(make_trace("drift"), "belady", 12, ReplaySettings(exact=True, prefetch=1))
+    assert row.prefetch == 0

@@ -75,3 +75,9 @@ def test_what_cannot_fit_is_refused() -> None:
     ids, weights = local_routing(32, 4)
     with pytest.raises(ParameterError, match="cannot be made to fit 9 of 8"):
         fit_routing(ids, weights, 32, 8, 9)
+
+
+def test_stretches_are_different_ones() -> None:
+    ids, weights = local_routing(32, 4)
+    out, _, _ = fit_routing(ids, weights, 32, 64, 8)
+    assert not np.array_equal(out[..., :4], out[..., 4:] - 32)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 import pytest
 
 from hobbit_cpp.cli import main
+from hobbit_cpp.llama import llama_cpp
+from hobbit_cpp.server import usage as u
 from hobbit_cpp.server.metrics import Requests, render
 from hobbit_cpp.stats import OffloadStats
 from models import tiny_dual
@@ -463,3 +466,35 @@ def test_what_stands_in_the_way_is_said(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", model, "--port", "0"]) == 1
     assert "pip install 'hobbit-cpp[server]'" in capsys.readouterr().err
+
+
+def test_metrics_are_what_they_are_called() -> None:
+    stats = OffloadStats(
+        n_tokens=1, selections=2, hits_high=3, hits_low=4, loads_high=5, loads_low=6, skips=7, prefetches=8, prefetches_useful=9,
+        prefetches_late=10, prefetches_wasted=11, bytes_demand=12, bytes_prefetch=13, bytes_wasted=14, bytes_warmed=15,
+        memory_budget=16, pool_bytes=17, pool_shrinks=18, pool_grows=19, slots_high=20, slots_low=21, resident_high=22,
+        resident_low=23, stall_seconds=24.0, expert_seconds=25.0, eval_seconds=26.0,
+    )  # fmt: skip
+    lines = dict(line.rsplit(" ", 1) for line in render(Requests(), stats).splitlines() if not line.startswith("#"))
+    for name, value in {
+        "tokens_total": 1, "selections_total": 2, 'hits_total{precision="high"}': 3, 'hits_total{precision="low"}': 4,
+        'loads_total{precision="high"}': 5, 'loads_total{precision="low"}': 6, "skips_total": 7, "prefetches_started_total": 8,
+        'prefetches_total{result="useful"}': 9, 'prefetches_total{result="late"}': 10, 'prefetches_total{result="wasted"}': 11,
+        'read_bytes_total{cause="demand"}': 12, 'read_bytes_total{cause="prefetch"}': 13, "wasted_bytes_total": 14,
+        "warmed_bytes_total": 15, "memory_budget_bytes": 16, "pool_bytes": 17, 'pool_steps_total{direction="shrink"}': 18,
+        'pool_steps_total{direction="grow"}': 19, 'slots{precision="high"}': 20, 'slots{precision="low"}': 21,
+        'resident_experts{precision="high"}': 22, 'resident_experts{precision="low"}': 23, "stall_seconds_total": 24,
+        "expert_seconds_total": 25, "eval_seconds_total": 26,
+    }.items():  # fmt: skip
+        assert float(lines["hobbit_" + name]) == value, name
+
+
+def test_the_prompt_of_an_answer_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "llama_vocab_is_eog", lambda vocab, token: token == 0)
+    llm: Any = types.SimpleNamespace(generate=lambda tokens: iter([5, 6, 0]), _model=types.SimpleNamespace(vocab=None))
+    generate, usage = u.counted(llm), u.Usage()
+    token = u.USAGE.set(usage)
+    list(generate([1, 2, 3]))
+    list(generate([1, 2, 3, 5, 6]))
+    u.USAGE.reset(token)
+    assert usage.as_openai_has_it() == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}

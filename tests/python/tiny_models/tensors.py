@@ -23,7 +23,6 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
 
-
 def tensors_of(metadata: Path) -> List[Tuple[str, Tuple[int, ...]]]:
     """Name and shape (slowest axis first) of each tensor of the model that a GGUF without tensors describes.
 
