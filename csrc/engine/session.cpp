@@ -33,8 +33,23 @@ static expert_index make_index(const std::string & path, const std::string & low
     return expert_index(path, low_path, params.direct_io != 0);
 }
 
+// Of what else the metadata may say llama.cpp ends the process.
+static void check_metadata(const expert_index & index) {
+    if (index.n_expert_said < index.n_expert_used || index.n_expert_said > LLAMA_CPP_EXPERTS) {
+        fail(HOBBIT_ERR_FORMAT,
+             format("%s: by the metadata a layer has %u experts (expert_count) and a token uses %u of them; "
+                    "llama.cpp takes at most %u",
+                    index.path().c_str(), index.n_expert_said, index.n_expert_used, LLAMA_CPP_EXPERTS));
+    }
+    if (index.n_block == 0 || index.n_block > LLAMA_CPP_LAYERS) {
+        fail(HOBBIT_ERR_FORMAT, format("%s: by the metadata it has %u layers (block_count); llama.cpp takes 1 to %u",
+                                       index.path().c_str(), index.n_block, LLAMA_CPP_LAYERS));
+    }
+}
+
 session::session(const std::string & path, const std::string & low_path, const hobbit_params & params) :
     params_(params), index_(make_index(path, low_path, params)), pattern_(index_.tensor_pattern()), traces_(index_) {
+    check_metadata(index_);
     if (sysconf(_SC_PAGESIZE) != (long) PAGE) {
         fail(HOBBIT_ERR_UNSUPPORTED, format("this machine has pages of %ld bytes, the expert pool is made of such of %zu",
                                             sysconf(_SC_PAGESIZE), PAGE));

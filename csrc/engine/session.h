@@ -16,6 +16,10 @@
 
 namespace hobbit {
 
+// Upstream's LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS, which ggml/routers.cpp compares.
+constexpr uint32_t LLAMA_CPP_EXPERTS = 1024;
+constexpr uint32_t LLAMA_CPP_LAYERS  = 512;
+
 // Throws HOBBIT_ERR_INVALID_ARGUMENT for what is out of range.
 void check_params(const hobbit_params & params);
 

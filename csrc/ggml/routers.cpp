@@ -1,5 +1,6 @@
 #include "routers.h"
 
+#include "../engine/session.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
@@ -7,6 +8,8 @@
 #include "llama-hparams.h"
 
 namespace hobbit {
+
+static_assert(LLAMA_CPP_EXPERTS == LLAMA_MAX_EXPERTS && LLAMA_CPP_LAYERS == LLAMA_MAX_LAYERS);
 
 ggml_routers::ggml_routers(const expert_index & index) : index_(index), routers_(index.layers().size()) {}
 

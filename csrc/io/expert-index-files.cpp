@@ -123,6 +123,7 @@ void expert_index::read_model(const std::string & path, bool direct) {
             n_nextn       = read_u32(g, arch + ".nextn_predict_layers", 0);
             n_expert_used = read_u32(g, arch + ".expert_used_count", 0);
             used_         = read_per_block(g, arch + ".expert_used_count");
+            n_expert_said = read_u32(g, arch + ".expert_count", 0);
             n_group       = read_u32(g, arch + ".expert_group_count", 0);
             n_group_used  = read_u32(g, arch + ".expert_group_used_count", 0);
             expected      = read_u32(g, "split.tensors.count", 0);

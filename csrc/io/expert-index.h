@@ -100,6 +100,7 @@ class expert_index {
 
     uint32_t n_expert                 = 0;  // most of a layer
     uint32_t n_expert_used            = 0;  // most of a layer
+    uint32_t n_expert_said            = 0;  // of a layer, by the metadata, which llama.cpp goes by
     uint32_t n_group                  = 0;  // expert groups (DeepSeek), 0: none
     uint32_t n_group_used             = 0;
     bool     has_low                  = false;  // complete

@@ -5,10 +5,10 @@
 
 namespace hobbit::policy {
 
-static constexpr uint32_t MAX_K = 256;
-
-// Selections by falling weight, ties by position. k is small (at most a few dozen): insertion sort on the stack.
-static void sort_by_weight(const float * weights, uint32_t k, uint16_t * order) {
+// Selections by falling weight, ties by position; until the thread calls it again. k is small (a few dozen): insertion sort.
+static const uint16_t * sort_by_weight(const float * weights, uint32_t k) {
+    static thread_local std::vector<uint16_t> order;
+    order.resize(k);
     for (uint32_t i = 0; i < k; ++i) {
         uint32_t j = i;
         for (; j > 0 && weights[order[j - 1]] < weights[i]; --j) {
@@ -16,15 +16,14 @@ static void sort_by_weight(const float * weights, uint32_t k, uint16_t * order) 
         }
         order[j] = (uint16_t) i;
     }
+    return order.data();
 }
 
 void classify(const float * weights, uint32_t k, thresholds t, need * needs, float * scores) {
-    uint16_t order[MAX_K];
-    k = std::min(k, MAX_K);
-    sort_by_weight(weights, k, order);
-    const float sum   = std::accumulate(weights, weights + k, 0.0f);
-    const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
-    float       s     = 0.0f;
+    const uint16_t * order = sort_by_weight(weights, k);
+    const float      sum   = std::accumulate(weights, weights + k, 0.0f);
+    const float      scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+    float            s     = 0.0f;
     for (uint32_t i = 0; i < k; ++i) {
         const uint16_t at = order[i];
         needs[at]         = i == 0 || s <= t.t1 ? need::high : s <= t.t2 ? need::low : need::skip;
@@ -58,9 +57,7 @@ void classify_drop(const float * weights, uint32_t k, float fraction, need * nee
 }
 
 void keep_largest(const float * weights, uint32_t k, uint32_t n, need * needs) {
-    uint16_t order[MAX_K];
-    k = std::min(k, MAX_K);
-    sort_by_weight(weights, k, order);
+    const uint16_t * order = sort_by_weight(weights, k);
     for (uint32_t i = n; i < k; ++i) {
         needs[order[i]] = need::never;
     }

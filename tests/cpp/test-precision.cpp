@@ -337,6 +337,22 @@ TEST("popularity: the least popular are low up to the share, that much included"
     CHECK_EQ(letters(needs), "lhhh");
 }
 
+TEST("of hundreds of experts a token all are looked at") {
+    constexpr uint32_t K = 700;
+    std::vector<float> weights(K);
+    for (uint32_t i = 0; i < K; ++i) {
+        weights[i] = (float) (i + 1);  // the largest at the end
+    }
+    std::vector<need> needs(K, need::low);
+    classify(weights.data(), K, { 0.0f, 0.0f }, needs.data(), nullptr);
+    CHECK(needs[K - 1] == need::high && std::count(needs.begin(), needs.end(), need::skip) == K - 1);
+    serving how;
+    how.max_experts = 10;
+    assess(weights.data(), K, 0, how, needs.data(), nullptr);
+    CHECK_EQ(std::count(needs.begin(), needs.end(), need::never), K - 10);
+    CHECK_EQ(std::count(needs.end() - 10, needs.end(), need::high), 10);
+}
+
 TEST("default thresholds by hand") {
     CHECK(default_thresholds(5).t1 == 0.63f && default_thresholds(5).t2 == 0.87f);
     CHECK(default_thresholds(7).t1 == 0.76f && default_thresholds(8).t1 == 0.80f);

@@ -63,6 +63,7 @@ struct tiny_model {
         return [m](gguf_context * g) {
             gguf_set_val_str(g, "general.architecture", "tiny");
             gguf_set_val_u32(g, "tiny.block_count", m.n_layer + 1);
+            gguf_set_val_u32(g, "tiny.expert_count", m.n_expert);
             gguf_set_val_u32(g, "tiny.expert_used_count", m.n_used);
         };
     }

@@ -14,7 +14,7 @@ import pytest
 
 import tiny_models
 from gguf_files import make_model, run_cli
-from hobbit_cpp import OffloadParams
+from hobbit_cpp import Llama, ModelFormatError, OffloadParams
 from hobbit_cpp._session import Session
 from hobbit_cpp.cli import main
 from hobbit_cpp.convert import ConvertError, convert
@@ -177,6 +177,28 @@ def test_a_model_that_cannot_be_offloaded_is_described_with_the_reason(tmp_path:
     assert facts["moe"] and facts["experts"] == 4 and "expert_used_count" in facts["offload"]["reason"]
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
     assert "not possible" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "says"),
+    [
+        ("expert_count", None, "expert_count"),
+        ("expert_count", 100_000, "at most 1024"),
+        ("block_count", 100_000, r"layers \(block_count\); llama.cpp takes 1 to 512"),
+    ],
+)
+def test_metadata_that_would_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, number: int | None, says: str
+) -> None:
+    add = getattr(gguf.GGUFWriter, f"add_{key}")
+    monkeypatch.setattr(gguf.GGUFWriter, f"add_{key}", lambda self, _: None if number is None else add(self, number))
+    path = make_model(tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(ModelFormatError, match=says):
+        Llama(str(path), offload="hobbit", verbose=False)
+    facts = inspect_file(path)
+    assert not facts["offload"]["possible"] and facts["budgets"] is None
+    done = run_cli("plan", str(path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and key in done.stderr
 
 
 def test_what_is_no_gguf_is_one_line(tmp_path: Path) -> None:
