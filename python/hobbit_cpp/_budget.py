@@ -76,6 +76,11 @@ class Budgeted(Observed):
         worth_it = wanted or (wanted is None and self.info.bytes_embeddings >= _FEW_EMBEDDINGS)
         return self.info.bytes_embeddings if worth_it else 0
 
+    @property
+    def embeddings_may_leave(self) -> bool:
+        """They are in memory, and it was ours to decide."""
+        return not self.embeddings_on_disk and self.bytes_embeddings > 0 and self.params.embeddings_on_disk is None
+
     def embeddings_leave(self, budget: Optional[int], process: int) -> bool:
         """Whether they stay on disk: where not everything has a place.
 
@@ -122,7 +127,11 @@ class Budgeted(Observed):
         return self.params.expert_cache is None and self.info.can_resize
 
     def _divide(self, context: int, extra: int, n_ubatch: int, n_least: int, lends: bool) -> int:
-        """Bytes of the pool out of what the budget leaves; the arguments are those of `start`."""
+        """Bytes of the pool out of what the budget leaves; the arguments are those of `start`.
+
+        Raises:
+            MemoryBudgetError: it is too small; or `embeddings_may_leave`, and have to.
+        """
         self._context = context
         held = _memory.resident() + self.info.bytes_tables + extra
         most = self.fit_batches(context, n_ubatch)
@@ -142,6 +151,9 @@ class Budgeted(Observed):
             if spare - taken < self._pool_floor():
                 raise self._refusal(held + taken)
             pool = spare - taken if pool is None else pool
+            # Decided when the KV cache and the buffers were not known: not everything has a place after all.
+            if self.params.expert_cache is None and pool < self.info.pool_max and self.embeddings_may_leave:
+                raise self._refusal(held + taken)
         held += taken
         assert pool is not None
         pool = min(pool, self.info.pool_max)

@@ -10,6 +10,7 @@ import os
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
@@ -28,7 +29,7 @@ from ._sidecar import LowModel
 from ._signatures import own_arguments, sign_as
 from .calibrate import dial
 from .calibrate.quality import CalibrationFile
-from .errors import EvaluationCancelled, HobbitWarning, NotMoeError, StateError
+from .errors import EvaluationCancelled, HobbitWarning, MemoryBudgetError, NotMoeError, StateError
 from .params import OffloadParams
 
 llama_cpp: Any = _lib.load_bindings()
@@ -139,29 +140,42 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
         self._session = session
         _open_models.add(self)
         try:
-            if not session.plan(memory):
-                # Loaded without its weights, so that the error can say what is enough.
-                self._no_alloc = True
-                with errors_explained(path):
-                    super().__init__(path, **{**kwargs, "lora_path": None})
-                session.n_outputs = self._n_outputs()
-                raise session.refuse_unloaded(self._context_address(), self._memory_to_come(), self._least_batch())
-            with session.bound(), errors_explained(path):
-                super().__init__(path, **kwargs)
-            self._fit_arrays()
-            session.n_outputs = self._n_outputs()
-            session.start(
-                self._context_address(),
-                self._memory_to_come(),
-                self._n_ubatch(),
-                self._least_batch(),
-                self._lends(),
-            )
+            try:
+                self._load(path, session, memory, kwargs)
+            except MemoryBudgetError:
+                if not session.embeddings_may_leave:
+                    raise
+                # KV cache and buffers, whose sizes are known only now, need the place that embeddings were given.
+                super().close()
+                session.close()
+                self._session = session = Session(path, replace(params, embeddings_on_disk=True))
+                self._load(path, session, memory, kwargs)
             if calibrated is not None and params.quality is not None:
                 session.feedback = dial.begin(session, calibrated, params)
         except BaseException:
             self.close()
             raise
+
+    def _load(self, path: str, session: Session, memory: Optional[Size], kwargs: Dict[str, Any]) -> None:
+        """The model as upstream loads it, and the expert pool out of what the budget leaves."""
+        if not session.plan(memory):
+            # Loaded without its weights, so that the error can say what is enough.
+            self._no_alloc = True
+            with errors_explained(path):
+                super().__init__(path, **{**kwargs, "lora_path": None})
+            session.n_outputs = self._n_outputs()
+            raise session.refuse_unloaded(self._context_address(), self._memory_to_come(), self._least_batch())
+        with session.bound(), errors_explained(path):
+            super().__init__(path, **kwargs)
+        self._fit_arrays()
+        session.n_outputs = self._n_outputs()
+        session.start(
+            self._context_address(),
+            self._memory_to_come(),
+            self._n_ubatch(),
+            self._least_batch(),
+            self._lends(),
+        )
 
     def _begin(self, progress: Optional[Callable[[float], bool]] = None) -> None:
         """What everything else relies on."""

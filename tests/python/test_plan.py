@@ -99,6 +99,14 @@ def test_embeddings_stay_on_disk_where_memory_is_short(large_model: Path, monkey
         llm = Llama(str(large_model), offload="hobbit", exact=True, memory=memory, n_ctx=256, verbose=False)
         assert llm._session is not None and llm._session.embeddings_on_disk is expected
         llm.close()
+    # Everything would fit, but for the context.
+    memory = int(1.1 * (resident() + info.bytes_dense + info.pool_max)) + (8 << 20)
+    llm = Llama(str(large_model), offload="hobbit", exact=True, memory=memory, n_ctx=8192, flash_attn=True, verbose=False)
+    stats, session = llm.offload_stats(), llm._session
+    assert session is not None and session.embeddings_on_disk and info.pool_max // 3 < stats.pool_bytes < info.pool_max
+    assert llm.create_completion("the fox", max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
+    assert resident() <= stats.memory_budget == memory
+    llm.close()
 
 
 def test_a_larger_context_takes_more() -> None:
