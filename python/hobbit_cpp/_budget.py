@@ -214,13 +214,24 @@ class Budgeted(Observed):
         self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool - self._lent, resize, yielding)
 
     def lend(self, n_bytes: int) -> None:
-        """From now on the process takes so much more: the pool lends what the budget has not left, and has it back with 0."""
-        if not self.lends() or (n_bytes == 0 and self._lent == 0):
+        """From now on the process takes so much more: the pool lends what the budget has not left, and has it back with 0.
+
+        Raises:
+            MemoryBudgetError: it has not as much; nothing was lent.
+        """
+        if n_bytes == 0 and self._lent == 0:
             return
         _memory.give_back()  # of the last time, or it would be counted as taken
         with self._resizing:
             left = self.memory_budget - _memory.resident() - self._lent  # with the whole pool
-            self._lent = min(max(0, n_bytes - max(0, left)), max(0, self._whole_pool - self.info.pool_min))
+            most = max(0, self._whole_pool - self.info.pool_min) if self.lends() else 0
+            missing = max(0, n_bytes - max(0, left))
+            if missing > most and self._base_budget is not None:
+                raise MemoryBudgetError(
+                    f"llama.cpp takes some {human(n_bytes)} to sample by a grammar (JSON, tools) with this vocabulary, and a "
+                    f"memory budget of {human(self.memory_budget)} has no room for them: it needs {human(missing - most)} more"
+                )
+            self._lent = min(missing, most)
             with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
                 self._follow()
 

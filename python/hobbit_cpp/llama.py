@@ -381,6 +381,7 @@ class Llama(OffloadMethods, UpstreamFields, _Llama):
                 raise ValueError("llama.cpp cannot read the grammar (GBNF)")
             _c.llama_sampler_free(found)
         if self._session is not None:
+            self._sampler = None  # the one before has its memory still, and nobody needs it
             # llama.cpp writes out every token, and those that each rule leaves: 740 to 1260 bytes for each were measured.
             self._session.lend(0 if grammar is None else 1300 * self.n_vocab())
         return super()._init_sampler(*args, **kwargs)

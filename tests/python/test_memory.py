@@ -206,6 +206,42 @@ print(s.peak_memory, s.memory_budget, whole - s.pool_bytes, lent)
 """
 
 
+SMALL_GRAMMAR = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from hobbit_cpp import Llama, MemoryBudgetError
+from hobbit_cpp._memory import peak_resident
+options = {"offload": "hobbit", "exact": True, "n_ctx": 512, "n_batch": 64, "n_ubatch": 64, "n_threads": 2, "flash_attn": True}
+ask = {"messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
+budget, refused, served = int(sys.argv[2]), 0, 0
+while not served:
+    try:
+        llm = Llama(sys.argv[1], memory=budget, verbose=False, **options)
+    except MemoryBudgetError:
+        pass
+    else:
+        for i in range(2):
+            try:
+                llm.create_chat_completion(response_format={"type": "json_object"}, **ask)
+                served += 1
+            except MemoryBudgetError as e:
+                refused += "needs" in str(e)
+                assert llm.create_chat_completion(**ask)["usage"]["completion_tokens"] > 0
+        assert peak_resident() <= budget, (peak_resident(), budget)
+        llm.close()
+    budget += 4 << 20
+print(refused, served)
+"""
+
+
+def test_a_grammar_that_the_budget_has_no_room_for_is_refused() -> None:
+    command = [sys.executable, "-c", SMALL_GRAMMAR, str(tiny_wordy()), str(110 << 20)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    refused, served = map(int, done.stdout.split())
+    assert refused > 2 and served == 2
+
+
 def test_what_a_grammar_takes_is_lent_by_the_pool() -> None:
     done = subprocess.run(
         [sys.executable, "-c", GRAMMAR, str(tiny_wordy()), str(BUDGET)], capture_output=True, text=True, timeout=300, check=True
