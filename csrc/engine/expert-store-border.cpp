@@ -14,6 +14,9 @@ static constexpr uint32_t BORDER_TOKENS = 4;
 static constexpr double   BORDER_CLEAR  = 1.25;
 static constexpr uint32_t BORDER_SURE   = 4;
 
+// Free slots go over to the side that the last token has read so much more for.
+static constexpr uint64_t MOSTLY = 2;
+
 // Bytes of slots that are moved while the lock is held: a pool of 64 GiB would stop for seconds otherwise.
 static constexpr uint64_t AT_A_TIME = (uint64_t) 64 << 20;
 
@@ -120,8 +123,13 @@ void expert_store::move_border() {
     }
     restore_low_slots();
     const auto nothing_free = [&](int p) { return shape.n_slots[p] > 0 && cache_->n_free(p) == 0; };
-    if (!border_moves_ || high_serves_all() || now_.token - border_seen_ < BORDER_TOKENS ||
-        !(nothing_free(0) || nothing_free(1))) {
+    if (!border_moves_ || high_serves_all() || !(nothing_free(0) || nothing_free(1))) {
+        return;
+    }
+    if (!(nothing_free(0) && nothing_free(1))) {
+        hand_over_free_slots(nothing_free(0) ? 0 : 1);
+    }
+    if (now_.token - border_seen_ < BORDER_TOKENS) {
         return;
     }
     border_seen_        = now_.token;
@@ -147,6 +155,23 @@ void expert_store::move_border() {
     give_back_pages();
     add_what_fits(to, step);
     add_what_fits(from, step);
+}
+
+// What lies empty on the other side is of use at once, where the last token filled far less of it: as many slots as a token can ask for.
+// What either is worth only says who evicts, and in small steps.
+void expert_store::hand_over_free_slots(int to) {
+    const cache_shape & shape = cache_->shape();
+    const int           from  = 1 - to;
+    if (inserted_[to] < MOSTLY * inserted_[from] || shape.n_slots[from] == cache_->n_experts()) {
+        return;
+    }
+    const uint64_t most  = std::min(shape.slot_bytes[to] * shape.n_layer * shape.k, AT_A_TIME);
+    uint64_t       freed = 0;
+    while (freed < most && cache_->n_free(from) > 0 && shape.n_slots[to] < cache_->n_experts() && take_slot(from)) {
+        freed += shape.slot_bytes[from];
+    }
+    give_back_pages();
+    add_what_fits(to, freed);
 }
 
 // Some of what is to go; true if the rest may follow at once.

@@ -96,6 +96,7 @@ uint32_t expert_store::prefetch(uint32_t layer, uint32_t passes_ahead, const std
         room[p]--;
         cache_entry * e = cache_->insert(layer, w->expert, p, now_, true);
         if (e != nullptr) {
+            inserted_[p] += cache_->shape().slot_bytes[p];
             e->protected_until = cache_->pass + passes_ahead;
             begin_prefetch(*e);
             started.push_back(e);

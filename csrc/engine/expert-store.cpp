@@ -170,6 +170,7 @@ void expert_store::begin_batch(uint32_t n_tokens) {
     now_.token += n_tokens;
     n_tokens_ += n_tokens;
     move_border();
+    inserted_[0] = inserted_[1] = 0;
 }
 
 void expert_store::acquire(uint32_t layer, policy::precision_rule rule, std::vector<expert_want> & wants) {
@@ -258,6 +259,7 @@ void expert_store::acquire(uint32_t layer, policy::precision_rule rule, std::vec
             }
             w.entry = cache_->insert(layer, w.expert, p, now_);
             if (w.entry != nullptr) {
+                inserted_[p] += cache_->shape().slot_bytes[p];
                 cache_->pin(w.entry);
                 w.entry->demanded.store(true, std::memory_order_relaxed);
             }

@@ -150,6 +150,7 @@ class expert_store {
     void        drop_stale_prefetches(uint32_t layer, const std::vector<expert_want> & wants);
     void        drop_prefetch(cache_entry & entry);
     void        move_border();
+    void        hand_over_free_slots(int to);
     bool        shrink_to_limit();
     bool        fill_with_high();
     void        restore_low_slots() noexcept;
@@ -196,14 +197,15 @@ class expert_store {
     uint64_t                      n_warmed_     = 0;
     uint64_t                      bytes_warmed_ = 0;
     eviction_context              now_;
-    uint64_t                      n_tokens_     = 0;
-    bool                          with_low_     = false;  // pool_plan::with_low
-    bool                          all_high_     = false;  // pool_plan::all_high, as far as the limit goes
-    bool                          border_moves_ = false;  // with what high and low copies are worth
-    int                           border_to_    = -1;     // whom the last look gave slots to; -1: nobody
-    uint32_t                      border_run_   = 0;      // looks in a row that said so
-    uint32_t                      border_seen_  = 0;      // token of the last look
-    bool                          resizing_     = false;  // between two looks of resize() under the lock
+    uint64_t                      n_tokens_              = 0;
+    bool                          with_low_              = false;     // pool_plan::with_low
+    bool                          all_high_              = false;     // pool_plan::all_high, as far as the limit goes
+    bool                          border_moves_          = false;     // with what high and low copies are worth
+    int                           border_to_             = -1;        // whom the last look gave slots to; -1: nobody
+    uint32_t                      border_run_            = 0;         // looks in a row that said so
+    uint32_t                      border_seen_           = 0;         // token of the last look
+    uint64_t                      inserted_[N_PRECISION] = { 0, 0 };  // bytes that got a slot since the last batch began
+    bool                          resizing_              = false;     // between two looks of resize() under the lock
     std::exception_ptr            error_;
 
     std::atomic<bool>       failed_ { false };

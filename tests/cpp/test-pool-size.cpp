@@ -78,6 +78,28 @@ TEST("a pool that held every expert in high precision does so again after it was
     CHECK(got[0].action == action::load_high || got[0].action == action::use_high);
 }
 
+TEST("high slots that are empty go over to low copies at once, where these are what is read") {
+    for (const bool high_too : { false, true }) {
+        store_setup setup          = slots(12, 2);
+        setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
+        setup.moving_border        = true;
+        tiny_store s(setup);
+        for (uint16_t token = 0; token < 3; ++token) {
+            for (uint32_t layer = 0; layer < 3; ++layer) {
+                wants w = { want(token, need::low) };
+                if (high_too) {
+                    w.push_back(want((uint16_t) (token + 4)));
+                }
+                s.pass(layer, w);
+            }
+        }
+        const hobbit_stats now = s.stats();
+        CHECK_EQ(now.slots_low > 6, !high_too);
+        CHECK(now.slots_high >= now.resident_high && now.slots_low >= now.resident_low);
+        CHECK_EQ(now.resident_low, high_too ? 2u : 8u);  // the first token had room for two
+    }
+}
+
 TEST("slots follow what the copies are worth where several tokens are a batch, whatever the clock began with") {
     store_setup setup          = slots(6, 2);
     setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
