@@ -183,6 +183,8 @@ def test_a_layer_without_selections_is_drawn(tmp_path: Path) -> None:
         document["decode"]["offload"]["layers"][0][key] = value if key == "block" else 0
     document["recording"]["reuse"]["counts"][0] = [0] * 9
     check_page(page(read([write(tmp_path / "run.json", document)])))
+    document["recording"]["reuse"]["counts"] = [[0] * 9 for _ in document["recording"]["reuse"]["counts"]]
+    check_page(page(read([write(tmp_path / "run.json", document)])))
 
 
 def test_bench_and_eval_documents_are_drawn(tmp_path: Path) -> None:

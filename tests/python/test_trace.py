@@ -118,6 +118,7 @@ BAD: Dict[str, Any] = {
     "shape of the ids": lambda a: {"weights": a["weights"][:, :1]},
     "not a number": lambda a: {"weights": a["weights"] * np.float32("nan")},
     "lens sum": lambda a: {"lens": a["lens"] - 1},
+    "lens sum to 18": lambda a: {"lens": np.array([2**63 - 1, 2**63 - 1, 2 + len(a["ids"])], np.uint64)},  # 40 modulo 2^64
     "positive": lambda a: {"lens": np.array([41, -1], np.int32)},
     "twice": lambda a: {"ids": np.zeros_like(a["ids"])},
     "cannot be": lambda a: {"n_experts": np.int32(1)},
@@ -134,6 +135,13 @@ def test_a_file_that_contradicts_itself(tmp_path: Path, why: str) -> None:
     np.savez(tmp_path / "b.npz", **{**arrays, **BAD[why](arrays)})
     with pytest.raises(TraceFormatError, match=why):
         Trace.load(tmp_path / "b.npz")
+
+
+def test_meta_is_plain_data(tmp_path: Path) -> None:
+    random_trace().save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as archive:
+        np.savez(tmp_path / "b.npz", **{**archive, "meta": np.array('{"a": NaN, "b": 1}')})
+    assert Trace.load(tmp_path / "b.npz").meta == {"a": None, "b": 1}, "what JSON has no word for"
 
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:

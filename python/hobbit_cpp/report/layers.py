@@ -168,7 +168,7 @@ def reuse(data: Data) -> str:
     n = len(served[0])
     # the curve of c experts: what is reused at a distance below c
     columns = [sorted(line[c] for line in served) for c in range(n)]
-    total = sum(map(sum, data.reuse))
+    total = sum(map(sum, data.reuse)) or 1  # of a trace whose weights are all zero nothing was selected
     mean = [100 * sum(sum(row[: c + 1]) for row in data.reuse) / total for c in range(n)]
     first = sum(row[-1] for row in data.reuse) / total
     xs = [c + 1 for c in range(n)]

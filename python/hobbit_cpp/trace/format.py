@@ -165,7 +165,7 @@ class Trace:
                 raise
             raise TraceFormatError(f"{name} is not a trace (.npz), or it is damaged") from e
         try:
-            meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
+            meta = json.loads(str(arrays["meta"]), parse_constant=lambda _: None) if "meta" in arrays else {}
         except ValueError as e:
             raise TraceFormatError(f"{name}: its meta is not JSON") from e
         try:
@@ -211,7 +211,8 @@ def _check(t: Trace) -> None:
     ordered = np.sort(t.ids, axis=-1)
     need(not bool((ordered[..., 1:] == ordered[..., :-1]).any()), "an expert is selected twice for one token and layer")
     need(t.lens.ndim == 1 and t.lens.dtype.kind in "ui" and int(t.lens.min(initial=1)) > 0, "lens are positive whole numbers")
-    need(int(t.lens.sum()) == t.n_tokens, f"lens sum to {int(t.lens.sum())}, but there are {t.n_tokens} tokens")
+    total = sum(map(int, t.lens))  # which does not wrap around
+    need(total == t.n_tokens, f"lens sum to {total}, but there are {t.n_tokens} tokens")
     need((t.predicted_ids is None) == (t.predicted_weights is None), "predicted_ids and predicted_weights go together")
     if t.predicted_ids is not None and t.predicted_weights is not None:
         guess, weights = t.predicted_ids, t.predicted_weights
