@@ -82,6 +82,7 @@ typedef struct hobbit_model_info {
     uint32_t n_expert_used;     /* top-k */
     uint32_t has_low;           /* 1: low-precision copies are present for every expert */
     uint64_t bytes_dense;       /* everything that is not a routed expert */
+    uint64_t bytes_parsed;      /* about what the metadata (vocabulary) takes while the model is loaded */
     uint64_t bytes_high;        /* routed experts, high precision */
     uint64_t bytes_low;         /* routed experts, low precision */
     uint64_t bytes_expert_high; /* largest single expert (all projections) */
@@ -166,6 +167,10 @@ HOBBIT_API hobbit_session * hobbit_session_init(const char * path, const char * 
                                                 hobbit_error * error);
 /* Stops the threads and drops the caller's reference. The memory goes when the llama model is freed as well. */
 HOBBIT_API void hobbit_session_free(hobbit_session * session);
+
+/* hobbit_fingerprint of its model, whose metadata is not read again for it. */
+HOBBIT_API hobbit_status hobbit_session_fingerprint(const hobbit_session * session, char * text, size_t size,
+                                                    hobbit_error * error);
 
 HOBBIT_API hobbit_status hobbit_session_info(const hobbit_session * session, hobbit_model_info * info, hobbit_error * error);
 

@@ -81,12 +81,22 @@ hobbit_status hobbit_params_init(hobbit_params * params, const char * mode, hobb
     });
 }
 
+static void copy_text(const std::string & from, char * text, size_t size) {
+    require(text != nullptr && size > from.size(), "there is too little room for the text");
+    memcpy(text, from.c_str(), from.size() + 1);
+}
+
 hobbit_status hobbit_fingerprint(const char * path, char * text, size_t size, hobbit_error * error) {
     return guarded(error, [&] {
-        require(path != nullptr && text != nullptr, "path and text are needed");
-        const std::string print = hobbit::fingerprint(hobbit::expert_index(path, "", true));
-        require(size > print.size(), "there is too little room for the fingerprint");
-        memcpy(text, print.c_str(), print.size() + 1);
+        require(path != nullptr, "no path");
+        copy_text(hobbit::fingerprint(hobbit::expert_index(path, "", true)), text, size);
+    });
+}
+
+hobbit_status hobbit_session_fingerprint(const hobbit_session * s, char * text, size_t size, hobbit_error * error) {
+    return guarded(error, [&] {
+        require(s != nullptr, "no session");
+        copy_text(hobbit::fingerprint(s->core->index()), text, size);
     });
 }
 
@@ -130,6 +140,7 @@ hobbit_status hobbit_session_info(const hobbit_session * s, hobbit_model_info * 
         i.n_expert_used         = index.n_expert_used;
         i.has_low               = index.has_low;
         i.bytes_dense           = index.bytes_dense;
+        i.bytes_parsed          = index.bytes_parsed;
         i.bytes_high            = index.bytes_total[0];
         i.bytes_low             = index.bytes_total[1];
         i.bytes_expert_high     = index.max_expert[0];

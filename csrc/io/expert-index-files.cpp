@@ -97,6 +97,20 @@ std::string split_name(const std::string & path, uint32_t no, uint32_t count) {
     return path.substr(0, path.size() - first.size()) + format("-%05u-of-%05u.gguf", no + 1, count);
 }
 
+// What a header comes to take, at most, while a model is loaded: by llama.cpp's vocabulary and maps, and copies of llama_cpp. Measured: 124 MiB
+// of 11 (400,000 words), 112 of 16 (200,000 words, 446,000 merges that the tokenizer does not use), 235 of 62 (a long text and 300,000
+// numbers), 82 of 19 (a long text).
+uint64_t parsed_bytes(const gguf_context * g) {
+    constexpr uint64_t COPIES = 4, A_STRING = 220;
+    uint64_t           n_strings = 0;
+    for (int64_t i = 0; i < gguf_get_n_kv(g); ++i) {
+        if (gguf_get_kv_type(g, i) == GGUF_TYPE_ARRAY && gguf_get_arr_type(g, i) == GGUF_TYPE_STRING) {
+            n_strings += gguf_get_arr_n(g, i);
+        }
+    }
+    return COPIES * gguf_get_data_offset(g) + A_STRING * n_strings;
+}
+
 }  // namespace
 
 // An open header.
@@ -121,6 +135,7 @@ void expert_index::read_model(const std::string & path, bool direct) {
             }
             n_block       = read_u32(g, arch + ".block_count", 0);
             n_nextn       = read_u32(g, arch + ".nextn_predict_layers", 0);
+            bytes_parsed  = parsed_bytes(g);
             n_expert_used = read_u32(g, arch + ".expert_used_count", 0);
             used_         = read_per_block(g, arch + ".expert_used_count");
             n_expert_said = read_u32(g, arch + ".expert_count", 0);

@@ -105,6 +105,7 @@ class expert_index {
     uint32_t n_group_used             = 0;
     bool     has_low                  = false;  // complete
     uint64_t bytes_dense              = 0;
+    uint64_t bytes_parsed             = 0;  // about what the metadata of the first part takes while llama.cpp loads it
     uint64_t bytes_total[N_PRECISION] = { 0, 0 };
     uint64_t max_expert[N_PRECISION]  = { 0, 0 };  // bytes
     uint64_t max_slot[N_PRECISION]    = { 0, 0 };

@@ -44,6 +44,7 @@ class Budgeted(Observed):
         self._room: Optional[BatchRoom] = None
         self.n_outputs = 1  # tokens of a batch whose logits are asked for; of more, buffers take what no budget knows of
         self._context = self._least = 0
+        self._at_load = 0  # what is held while the model is loaded, before there is a pool
         self._given_back = 0  # of it, because memory is short: see _yield_memory
         self._lent = 0  # of it, for what is no batch: see lend
         self.embeddings_on_disk = False
@@ -60,7 +61,9 @@ class Budgeted(Observed):
         self.embeddings_on_disk = self.embeddings_leave(self._base_budget, _memory.resident())
         if self.embeddings_on_disk:
             self._lib.hobbit_session_keep_embeddings_on_disk(self._alive())
-        needed = _memory.resident() + self.bytes_dense + self._pool_floor()
+        held = _memory.resident() + self.bytes_dense
+        self._at_load = held + self.info.bytes_parsed
+        needed = max(held + self._pool_floor(), self._at_load)
         return self._base_budget is None or needed + SLACK <= self._base_budget
 
     @property
@@ -89,7 +92,10 @@ class Budgeted(Observed):
             process: what it holds without the model.
         """
         pool = self.info.pool_max if self.params.expert_cache is None else self._pool_floor()
-        short = budget is not None and not everything_fits(budget, process + self.info.bytes_dense + pool)
+        held = process + self.info.bytes_dense
+        short = budget is not None and (
+            not everything_fits(budget, held + pool) or held + self.info.bytes_parsed + SLACK > budget
+        )
         return self.bytes_embeddings > 0 and (short or self.params.embeddings_on_disk is True)
 
     def refuse_unloaded(self, context: int, extra: int, n_least: int) -> MemoryBudgetError:
@@ -108,7 +114,8 @@ class Budgeted(Observed):
 
     def _refusal(self, held: int) -> MemoryBudgetError:
         """`held`: what the process holds with everything but the expert pool."""
-        smallest = int((held + self._pool_floor() + SLACK) / (1 - SLACK_SHARE)) + ROUGHLY
+        most = max(held + self._pool_floor(), self._at_load)
+        smallest = int((most + SLACK) / (1 - SLACK_SHARE)) + ROUGHLY
         return MemoryBudgetError(
             f"a memory budget of {human(self._base_budget or 0)} is too small for {self.path}: it needs at least "
             f"{human(smallest)} (dense weights {human(self.bytes_dense)}, expert pool {human(self._pool_floor())}, the "

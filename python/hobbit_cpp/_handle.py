@@ -23,6 +23,7 @@ class ModelInfo:
     n_expert_used: int
     has_low: bool
     bytes_dense: int
+    bytes_parsed: int
     bytes_high: int
     bytes_low: int
     bytes_expert_high: int
@@ -99,6 +100,10 @@ class Handle:
         """Whether there are threads to stop: not after close, and not in a child made by fork."""
         return self._handle != self._ffi.NULL and self._pid == os.getpid()
 
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return _text(self._ffi, self._lib.hobbit_session_fingerprint, self._alive())
+
     def close(self) -> None:
         if self._ours():
             self._lib.hobbit_session_free(self._handle)
@@ -117,7 +122,11 @@ def fingerprint(path: str) -> str:
         ModelFileError, ModelFormatError, NotMoeError, UnsupportedModelError: nothing that could be offloaded.
     """
     ffi, lib = core()
+    return _text(ffi, lib.hobbit_fingerprint, os.fsencode(path))
+
+
+def _text(ffi: Any, function: Any, of: Any) -> str:
     text = ffi.new("char[128]")
-    call(lib.hobbit_fingerprint, os.fsencode(path), text, len(text))
+    call(function, of, text, len(text))
     out: str = ffi.string(text).decode()
     return out

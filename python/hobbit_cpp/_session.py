@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 from . import _heat
 from ._budget import Budgeted
-from ._handle import fingerprint
 from ._lib import call
 from .errors import HobbitError, HobbitWarning, from_c
 from .params import OffloadParams
@@ -111,7 +110,7 @@ class Session(Budgeted):
     def _warm(self) -> None:
         """Has what earlier runs used most read into the empty pool, and keeps what this one uses."""
         with contextlib.suppress(HobbitError):
-            file = _heat.HeatFile(fingerprint(self.path), self.info.n_moe_layer, self.info.n_expert)
+            file = _heat.HeatFile(self.fingerprint(), self.info.n_moe_layer, self.info.n_expert)
             if not self._heat_floats():
                 return  # the eviction rule keeps no rates
             self._heat = file
