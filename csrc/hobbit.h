@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Bumped whenever a struct or a signature below changes its meaning. */
-#define HOBBIT_ABI_VERSION 1
+#define HOBBIT_ABI_VERSION 2
 
 /* Layers ahead, at most: of prefetch_depth and of recorded predictions. */
 #define HOBBIT_MAX_LOOKAHEAD 4

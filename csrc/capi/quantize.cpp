@@ -6,13 +6,13 @@
 using hobbit::guarded;
 
 bool hobbit_type(int32_t type, hobbit_type_info * info) {
-    bool known = false;
-    guarded(nullptr, [&] {
+    bool       known  = false;
+    const auto status = guarded(nullptr, [&] {
         hobbit_type_info out = {};
         known                = hobbit::type_facts(type, out);
         hobbit::copy_out(info, out);
     });
-    return known;
+    return status == HOBBIT_OK && known;
 }
 
 void hobbit_quantize_init(int32_t type) { hobbit::prepare_quantizer(type); }

@@ -122,6 +122,10 @@ void expert_store::move_border() {
         return;
     }
     restore_low_slots();
+    if (border_moves_) {  // what there was no memory for
+        add_what_fits(0, AT_A_TIME);
+        add_what_fits(1, AT_A_TIME);
+    }
     const auto nothing_free = [&](int p) { return shape.n_slots[p] > 0 && cache_->n_free(p) == 0; };
     if (!border_moves_ || high_serves_all() || !(nothing_free(0) || nothing_free(1))) {
         return;
@@ -162,16 +166,22 @@ void expert_store::move_border() {
 void expert_store::hand_over_free_slots(int to) {
     const cache_shape & shape = cache_->shape();
     const int           from  = 1 - to;
-    if (inserted_[to] < MOSTLY * inserted_[from] || shape.n_slots[from] == cache_->n_experts()) {
+    if (inserted_[to] == 0 || inserted_[to] < MOSTLY * inserted_[from] || shape.n_slots[from] == cache_->n_experts()) {
         return;
     }
-    const uint64_t most  = std::min(shape.slot_bytes[to] * shape.n_layer * shape.k, AT_A_TIME);
+    const uint64_t room = cache_->limit() - cache_->used_bytes();
+    if (room + cache_->n_free(from) * shape.slot_bytes[from] < shape.slot_bytes[to]) {
+        return;  // not one
+    }
+    const uint64_t cycle = shape.slot_bytes[to] * shape.n_layer * shape.k;
+    const uint64_t most  = std::max(std::min(cycle, AT_A_TIME), shape.slot_bytes[to]);
     uint64_t       freed = 0;
-    while (freed < most && cache_->n_free(from) > 0 && shape.n_slots[to] < cache_->n_experts() && take_slot(from)) {
+    while (room + freed < most && cache_->n_free(from) > 0 && take_slot(from)) {
         freed += shape.slot_bytes[from];
     }
     give_back_pages();
-    add_what_fits(to, freed);
+    add_what_fits(to, most);
+    add_what_fits(from, freed);
 }
 
 // Some of what is to go; true if the rest may follow at once.

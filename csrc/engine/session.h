@@ -39,7 +39,7 @@ class session : public std::enable_shared_from_this<session> {
 
     bool running() const { return dispatcher_ != nullptr; }
 
-    // A compute thread can be spared, or has nothing to do but wait: see dispatcher::idle.
+    // A compute thread can be spared, or has nothing to do but wait: see dispatcher::predict_pending.
     bool predict_pending() { return dispatcher_->predict_pending(); }
 
     // See expert_store::resize. HOBBIT_ERR_STATE before start().

@@ -50,7 +50,7 @@ def check_with_offload(path: str, kwargs: Dict[str, Any], ours: Iterable[str], u
         _check_ours(name, known, set(ours))
     if unknown:
         warnings.warn(
-            f"Llama has no argument {', '.join(unknown)}: ignored, as llama-cpp-python does", HobbitWarning, stacklevel=4
+            f"Llama has no argument {', '.join(unknown)}: ignored, as llama-cpp-python does", HobbitWarning, stacklevel=3
         )
     for name, why in _REFUSED.items():
         if kwargs.get(name):

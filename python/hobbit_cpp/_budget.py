@@ -213,10 +213,16 @@ class Budgeted(Observed):
         yielding = Yielding(read_all(), to_come, max(self.info.pool_min, cycle))
 
         def resize(pool: int) -> None:
-            with self._resizing:
+            # Whoever resizes may be interrupted by a signal handler that closes the model, and with it waits for this thread.
+            while not self._resizing.acquire(timeout=0.1):
+                if self._monitor is None or self._monitor.ending:
+                    return
+            try:
                 # What was whole when it was decided may be lent by now.
                 self._given_back = max(0, self._whole_pool - self._lent - pool)
                 self._follow()
+            finally:
+                self._resizing.release()
 
         self._monitor = Monitor(self.pool_bytes, lambda: self._whole_pool - self._lent, resize, yielding)
 
@@ -226,21 +232,26 @@ class Budgeted(Observed):
         Raises:
             MemoryBudgetError: it has not as much; nothing was lent.
         """
+        self._alive()  # not in a child of a fork, where who holds the lock stayed in the parent
         if n_bytes == 0 and self._lent == 0:
             return
         _memory.give_back()  # of the last time, or it would be counted as taken
         with self._resizing:
-            left = self.memory_budget - _memory.resident() - self._lent  # with the whole pool
+            left = self.memory_budget - _memory.resident() - self._lent - ROUGHLY  # with the whole pool
             most = max(0, self._whole_pool - self.info.pool_min) if self.lends() else 0
             missing = max(0, n_bytes - max(0, left))
             if missing > most and self._base_budget is not None:
+                self._lend_to_grammar(0)
                 raise MemoryBudgetError(
                     f"llama.cpp takes some {human(n_bytes)} to sample by a grammar (JSON, tools) with this vocabulary, and a "
                     f"memory budget of {human(self.memory_budget)} has no room for them: it needs {human(missing - most)} more"
                 )
-            self._lent = min(missing, most)
-            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
-                self._follow()
+            self._lend_to_grammar(min(missing, most))
+
+    def _lend_to_grammar(self, n_bytes: int) -> None:
+        self._lent = n_bytes
+        with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
+            self._follow()
 
     def _follow(self) -> None:
         """The pool becomes what is left of it."""

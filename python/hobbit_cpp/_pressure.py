@@ -157,6 +157,10 @@ class Monitor:
             self.shrinks += wanted < before
             self.grows += wanted > before
 
+    @property
+    def ending(self) -> bool:
+        return self._end.is_set()
+
     def end(self) -> None:
         """Returns when the thread is gone."""
         self._end.set()

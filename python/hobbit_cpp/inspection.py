@@ -242,7 +242,7 @@ def _budgets(sizes: Sizes) -> Dict[str, Any]:
     info = sizes.info
 
     def with_pool(pool: int) -> int:
-        return pad(sizes.budget(max(info.pool_min + sizes.prompt, pool)) + _MARGIN, 1 << 20)
+        return pad(max(sizes.budget(max(info.pool_min + sizes.prompt, pool)) + _MARGIN, sizes.smallest), 1 << 20)
 
     def with_slots(n: float) -> int:
         return with_pool(sizes.streaming + int(n * info.slot_high))

@@ -271,12 +271,12 @@ TEST("of a long prompt rows from all of it are predicted from") {
     rows.n_embd   = N_EXPERT;
     rows.x_stride = N_EXPERT;
     engine.route(0, nullptr, sel, ids.data(), rows, served.data());
-    for (int i = 0; i < 2000; ++i) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const auto n_asked = [&] {
         std::lock_guard<std::mutex> lock(routers.mutex);
-        if (routers.rows.size() == 64) {
-            break;
-        }
+        return routers.rows.size();
+    };
+    while (n_asked() < 64) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     engine.pass().release();
     std::lock_guard<std::mutex> lock(routers.mutex);

@@ -100,6 +100,20 @@ TEST("high slots that are empty go over to low copies at once, where these are w
     }
 }
 
+TEST("a token that finds everything moves no slots") {
+    store_setup setup          = slots(2, 12);
+    setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;
+    setup.moving_border        = true;
+    tiny_store s(setup);
+    for (int token = 0; token < 6; ++token) {
+        s.pass(0, { want(0), want(1, need::low), want(2, need::low) });
+        s.pass(1, { want(0), want(1, need::low), want(2, need::low) });
+    }
+    CHECK(s.total().loads_high == 2 && s.total().loads_low == 4);
+    CHECK_EQ(s.stats().slots_high, 2u);
+    CHECK_EQ(s.stats().slots_low, 12u);
+}
+
 TEST("slots follow what the copies are worth where several tokens are a batch, whatever the clock began with") {
     store_setup setup          = slots(6, 2);
     setup.params.eviction_rule = HOBBIT_EVICT_FORESIGHT;

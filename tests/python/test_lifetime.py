@@ -128,7 +128,8 @@ def test_a_fork_while_another_thread_uses_the_model(model: Path) -> None:
         if pid == 0:
             signal.alarm(20)
             resize = lambda: llm.resize_expert_cache("50%")
-            for call in (llm.offload_stats, lambda: llm.eval([1]), lambda: llm.create_completion("the"), resize):
+            json = lambda: llm._session.lend(1000)
+            for call in (llm.offload_stats, lambda: llm.eval([1]), lambda: llm.create_completion("the"), resize, json):
                 raises(StateError, call)
             llm.cancel()
             llm.close()

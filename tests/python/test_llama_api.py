@@ -344,8 +344,9 @@ def test_arguments_that_there_are_not() -> None:
         with pytest.raises(ParameterError, match=says):
             Llama(path, offload="hobbit", verbose=False, **wrong)
     # Other programs pass what upstream had once, or what only its server knows.
-    with pytest.warns(HobbitWarning, match="no argument n_parts, f16_kv, rpc_servers: ignored"):
+    with pytest.warns(HobbitWarning, match="no argument n_parts, f16_kv, rpc_servers: ignored") as told:
         Llama(path, offload="hobbit", n_ctx=64, n_parts=-1, f16_kv=True, rpc_servers=None, verbose=False).close()
+    assert told[0].filename == __file__
 
 
 def test_signatures_are_upstreams_with_ours_besides() -> None:

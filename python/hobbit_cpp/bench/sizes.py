@@ -42,6 +42,7 @@ class Sizes:
         kv: the KV cache, and other state of the context.
         buffers: for computing a token.
         prompt: more of them for the batch that there has to be room for, borrowed from the pool; longest: for the largest.
+        at_load: what is held while the model is loaded, before there is a pool.
     """
 
     info: ModelInfo
@@ -53,6 +54,7 @@ class Sizes:
     buffers: int
     prompt: int
     longest: int
+    at_load: int = 0
 
     @property
     def held(self) -> int:
@@ -81,7 +83,8 @@ class Sizes:
         """The most that is held of it: by a prompt."""
         info = self.info
         held = self.held
-        if everything_fits(budget, self.process + info.bytes_dense + info.pool_max):
+        everything = everything_fits(budget, self.process + info.bytes_dense + info.pool_max)
+        if everything and self.spare(budget) >= self.embeddings + info.pool_max:
             held += self.embeddings
         return held + min(self.spare(budget), info.pool_max + self.longest)
 
@@ -92,7 +95,8 @@ class Sizes:
     @property
     def smallest(self) -> int:
         """The smallest budget that works, also in a process that holds a little more than this one."""
-        return self.budget(self.info.pool_min + self.prompt) + 2 * ROUGHLY
+        least = max(self.info.pool_min + self.prompt, self.at_load - self.held)
+        return self.budget(least) + 2 * ROUGHLY
 
     @property
     def largest(self) -> int:
@@ -106,6 +110,8 @@ class _Unloaded(Llama):
     def __init__(self, path: str, params: OffloadParams, kwargs: Dict[str, Any]) -> None:
         self._begin()
         self._session = Session(path, params)
+        _memory.give_back()
+        self._before = _memory.resident()
         self._no_alloc = True
         super(Llama, self).__init__(path, verbose=False, **kwargs)
 
@@ -122,7 +128,8 @@ class _Unloaded(Llama):
         embeddings = session.bytes_embeddings and session.bytes_embeddings - session.info.bytes_rows_kept
         dense = weights - session.info.bytes_high - embeddings
         held = (_memory.resident(), dense, embeddings, kv, buffers)
-        return Sizes(session.info, self.n_ctx(), *held, prompt - token, longest - token)
+        at_load = self._before + dense + session.info.bytes_parsed
+        return Sizes(session.info, self.n_ctx(), *held, prompt - token, longest - token, at_load)
 
 
 def measure_sizes(
