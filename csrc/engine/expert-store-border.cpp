@@ -169,7 +169,7 @@ void expert_store::hand_over_free_slots(int to) {
     if (inserted_[to] == 0 || inserted_[to] < MOSTLY * inserted_[from] || shape.n_slots[from] == cache_->n_experts()) {
         return;
     }
-    const uint64_t room = cache_->limit() - cache_->used_bytes();
+    const uint64_t room = cache_->limit() - std::min(cache_->limit(), cache_->used_bytes());
     if (room + cache_->n_free(from) * shape.slot_bytes[from] < shape.slot_bytes[to]) {
         return;  // not one
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import threading
+import weakref
 from typing import Optional, Tuple
 
 from . import _memory
@@ -40,6 +42,7 @@ class Budgeted(Observed):
         # Held while the pool changes, which takes seconds where it grows by gigabytes: then it cannot be freed. Re-entrant, since
         # a signal handler may close the model.
         self._resizing = threading.RLock()
+        _all.add(self)
         self._whole_pool = 0  # its size when nothing had to be given back, beside the batch at hand
         self._room: Optional[BatchRoom] = None
         self.n_outputs = 1  # tokens of a batch whose logits are asked for; of more, buffers take what no budget knows of
@@ -177,14 +180,11 @@ class Budgeted(Observed):
     # ---- while it runs ----
 
     def close(self) -> None:
-        with (
-            self._resizing if self._ours() else contextlib.nullcontext()
-        ):  # in a child of a fork who holds it stayed in the parent
+        with self._resizing:
             super().close()
 
     def resize_expert_cache(self, size: Size) -> None:
         """See `Llama.resize_expert_cache`."""
-        self._alive()  # not in a child of a fork, where who holds the lock stayed in the parent
         wanted = min(self._parse_pool(size), self.info.pool_max)
         with self._resizing:
             before = self.pool_bytes()
@@ -232,7 +232,6 @@ class Budgeted(Observed):
         Raises:
             MemoryBudgetError: it has not as much; nothing was lent.
         """
-        self._alive()  # not in a child of a fork, where who holds the lock stayed in the parent
         if n_bytes == 0 and self._lent == 0:
             return
         _memory.give_back()  # of the last time, or it would be counted as taken
@@ -241,17 +240,14 @@ class Budgeted(Observed):
             most = max(0, self._whole_pool - self.info.pool_min) if self.lends() else 0
             missing = max(0, n_bytes - max(0, left))
             if missing > most and self._base_budget is not None:
-                self._lend_to_grammar(0)
+                self._lent = 0
+                self._try_to_follow()
                 raise MemoryBudgetError(
                     f"llama.cpp takes some {human(n_bytes)} to sample by a grammar (JSON, tools) with this vocabulary, and a "
                     f"memory budget of {human(self.memory_budget)} has no room for them: it needs {human(missing - most)} more"
                 )
-            self._lend_to_grammar(min(missing, most))
-
-    def _lend_to_grammar(self, n_bytes: int) -> None:
-        self._lent = n_bytes
-        with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
-            self._follow()
+            self._lent = min(missing, most)
+            self._try_to_follow()
 
     def _follow(self) -> None:
         """The pool becomes what is left of it."""
@@ -259,6 +255,10 @@ class Budgeted(Observed):
         self._resize(max(wanted, self.info.pool_min))
         if self._given_back == 0 and wanted >= self.info.pool_min:
             self._whole_pool = self.pool_bytes() + self._lent  # a number of slots
+
+    def _try_to_follow(self) -> None:
+        with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
+            self._follow()
 
     def _resize(self, pool: int) -> None:
         call(self._lib.hobbit_session_resize, self._alive(), pool)
@@ -280,5 +280,16 @@ class Budgeted(Observed):
                 return
             room.laid_out(n, self.fit_batches(self._context, n))
             self._whole_pool = room.pool
-            with contextlib.suppress(MemoryBudgetError, OutOfMemoryError):  # nothing to grow into: the monitor tries again
-                self._follow()
+            self._try_to_follow()
+
+
+_all: weakref.WeakSet[Budgeted] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child made by fork: whoever held the lock stayed in the parent."""
+    for session in list(_all):
+        session._resizing = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -102,13 +102,14 @@ TEST("a text longer than the history, in batches larger than it too") {
     CHECK(r.seen(1, 0) > r.seen(2, 0) && r.seen(2, 0) > r.seen(0, 0) && r.seen(0, 0) > r.seen(3, 0));
 }
 
-TEST("where LRU would have more, priorities go over to its order, and come back where it would not") {
-    // One layer of 8 experts, of which 4 have a slot. What is asked for goes in, and out goes what this test says.
-    std::vector<std::byte> pool(4);
+// One layer of 8 experts, of which 4 have a slot. What is asked for goes in, and out goes what the test says; -1: nothing.
+struct one_layer {
+    std::vector<std::byte> pool = std::vector<std::byte>(4);
     cache_shape            shape { 1, N_EXPERT, { 4, 0 }, { 1, 1 } };
     expert_cache           cache { shape, pool.data(), { priority_foresight } };
     foresight              memory { cache, 1, N_EXPERT, 0.25f };
-    const auto             read = [&](int32_t expert, int32_t out) {
+
+    void read(int32_t expert, int32_t out) {
         memory.observe(0, &expert, 1, 1, 1);
         if (cache.find(0, (uint32_t) expert, 0) == nullptr) {
             if (out >= 0) {
@@ -117,7 +118,14 @@ TEST("where LRU would have more, priorities go over to its order, and come back 
             cache.fulfil(cache.insert(0, (uint32_t) expert, 0, {}));
         }
         memory.refresh();
-    };
+    }
+};
+
+TEST("where LRU would have more, priorities go over to its order, and come back where it would not") {
+    one_layer    r;
+    const auto & memory = r.memory;
+    auto &       cache  = r.cache;
+    const auto   read   = [&](int32_t expert, int32_t out) { r.read(expert, out); };
     for (int32_t e = 0; e < 4; ++e) {
         read(e, -1);
     }
@@ -177,36 +185,21 @@ TEST("of a prompt the last layer is computed for its last tokens") {
 }
 
 TEST("what was read ahead says nothing of LRU") {
-    std::vector<std::byte> pool(4);
-    cache_shape            shape { 1, N_EXPERT, { 4, 0 }, { 1, 1 } };
-    expert_cache           cache { shape, pool.data(), { priority_foresight } };
-    foresight              memory { cache, 1, N_EXPERT, 0.25f };
-    const auto             read = [&](int32_t expert, int32_t out, bool ahead) {
-        if (ahead) {
-            cache.find(0, (uint32_t) expert, 0)->prefetched = true;
-        }
-        memory.observe(0, &expert, 1, 1, 1);
-        if (cache.find(0, (uint32_t) expert, 0) == nullptr) {
-            if (out >= 0) {
-                cache.remove(cache.find(0, (uint32_t) out, 0));
-            }
-            cache.fulfil(cache.insert(0, (uint32_t) expert, 0, {}));
-        }
-        memory.refresh();
-    };
+    one_layer r;
     for (int32_t e = 0; e < 4; ++e) {
-        read(e, -1, false);
+        r.read(e, -1);
     }
-    read(4, 3, false);
+    r.read(4, 3);
     for (int i = 0; i < 10; ++i) {
-        read(i % 2 == 0 ? 5 : 4, i % 2 == 0 ? 4 : 5, false);
+        r.read(i % 2 == 0 ? 5 : 4, i % 2 == 0 ? 4 : 5);
     }
-    const float before = memory.recency();
+    const float before = r.memory.recency();
     CHECK(before > 0.9f);
     for (int32_t e : { 0, 1, 2 }) {  // LRU has lost them: were they hits, it would be behind
-        read(e, -1, true);
+        r.cache.find(0, (uint32_t) e, 0)->prefetched = true;
+        r.read(e, -1);
     }
-    CHECK_EQ(memory.recency(), before);
+    CHECK_EQ(r.memory.recency(), before);
 }
 
 TEST("what was used a whole history ago takes no room in LRU's order") {

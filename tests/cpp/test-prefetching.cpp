@@ -185,27 +185,26 @@ TEST("what was read in vain was not needed") {
     CHECK_EQ(s.store().bytes_needed(), s.total().bytes_demand);
 }
 
-TEST("of a prefetch that was dropped, predicted again and never used, no byte is wasted twice") {
-    std::atomic<bool> arrived { false }, go_on { false };
-    std::atomic<int>  parts { 0 };
-    store_setup       setup = slots(4);
+// One reader, which is held up when the second part of an expert of layer 1 arrives: the first has been counted by then.
+static store_setup held_at_second_part(held_arrivals & held) {
+    store_setup setup       = slots(4);
     setup.params.io_threads = setup.params.prefetch_reads = 1;
-    setup.on_arrival                                      = [&](uint32_t layer, uint32_t, precision, std::byte *) {
-        if (layer == 1 && ++parts == 2) {  // the first part has been counted by now
-            arrived = true;
-            while (!go_on) {
-                std::this_thread::yield();
-            }
+    setup.on_arrival = [&held, parts = 0](uint32_t layer, uint32_t, precision, std::byte *) mutable {
+        if (layer == 1 && ++parts == 2) {
+            held.hold();
         }
     };
-    tiny_store s(setup);
+    return setup;
+}
+
+TEST("of a prefetch that was dropped, predicted again and never used, no byte is wasted twice") {
+    held_arrivals held;
+    tiny_store    s(held_at_second_part(held));
     s.store().prefetch(1, 1, { want(5) });
-    while (!arrived) {
-        std::this_thread::yield();
-    }
+    held.wait();
     s.store().release(s.acquire(1, {}));
     s.store().prefetch(1, 0, { want(5) });
-    go_on = true;
+    held.go = true;
     s.wait_until([&] { return s.stats().resident_high == 1; });
     s.pass(2, { want(0), want(1), want(2), want(3) });
     s.check_counts();
@@ -214,27 +213,14 @@ TEST("of a prefetch that was dropped, predicted again and never used, no byte is
 }
 
 TEST("of a prefetch that is under way at a reset, what was read before counts with what is wasted of it") {
-    std::atomic<bool> arrived { false }, go_on { false };
-    std::atomic<int>  parts { 0 };
-    store_setup       setup = slots(4);
-    setup.params.io_threads = setup.params.prefetch_reads = 1;
-    setup.on_arrival                                      = [&](uint32_t layer, uint32_t, precision, std::byte *) {
-        if (layer == 1 && ++parts == 2) {
-            arrived = true;
-            while (!go_on) {
-                std::this_thread::yield();
-            }
-        }
-    };
-    tiny_store s(setup);
+    held_arrivals held;
+    tiny_store    s(held_at_second_part(held));
     s.store().prefetch(1, 1, { want(5) });
-    while (!arrived) {
-        std::this_thread::yield();
-    }
+    held.wait();
     s.store().reset_stats();
     s.store().release(s.acquire(1, {}));  // the router does not want it
     const hobbit_counts c = s.total();
-    go_on                 = true;
+    held.go               = true;
     CHECK(c.bytes_wasted > 0 && c.bytes_prefetch >= c.bytes_wasted);
     s.store().io().drain();
     s.check_counts();

@@ -114,18 +114,14 @@ TEST("demand and prefetches come first") {
 }
 
 TEST("an expert that is demanded while it is being read is late for nobody, and counted as demanded") {
-    store_setup       setup = warm_slots(16);
-    std::atomic<bool> go { false };
-    setup.on_arrival = [&](uint32_t, uint32_t, precision, std::byte *) {
-        while (!go) {
-            std::this_thread::yield();
-        }
-    };
+    held_arrivals held;
+    store_setup   setup = warm_slots(16);
+    setup.on_arrival    = [&](uint32_t, uint32_t, precision, std::byte *) { held.hold(); };
     tiny_store s(setup);
     s.store().warm(some_heat(s).data());
     wants got = s.acquire(0, { want(7) });
     CHECK(high_hit(got[0]));
-    go = true;
+    held.go = true;
     s.arrive(got);
     s.check(0, got);
     s.store().release(got);
@@ -174,17 +170,13 @@ TEST("rules that keep no rates have no heat") {
 }
 
 TEST("the first layer that asks for experts ends it") {
-    store_setup       setup = warm_slots(16);
-    std::atomic<bool> go { false };
-    setup.on_arrival = [&](uint32_t, uint32_t, precision, std::byte *) {
-        while (!go) {
-            std::this_thread::yield();
-        }
-    };
+    held_arrivals held;
+    store_setup   setup = warm_slots(16);
+    setup.on_arrival    = [&](uint32_t, uint32_t, precision, std::byte *) { held.hold(); };
     tiny_store s(setup);
     s.store().warm(some_heat(s).data());
     const wants got = s.acquire(0, { want(7) });
-    go              = true;
+    held.go         = true;
     s.arrive(got);
     s.store().release(got);
     s.wait_until([&] { return s.stats().resident_high >= 2; });  // the two that had begun
@@ -193,17 +185,13 @@ TEST("the first layer that asks for experts ends it") {
 }
 
 TEST("a pool that a layer fills is not warmed: what is in flight would be in its way") {
-    store_setup       setup = warm_slots(2);
-    std::atomic<bool> go { false };
-    setup.on_arrival = [&](uint32_t, uint32_t, precision, std::byte *) {
-        while (!go) {
-            std::this_thread::yield();
-        }
-    };
+    held_arrivals held;
+    store_setup   setup = warm_slots(2);
+    setup.on_arrival    = [&](uint32_t, uint32_t, precision, std::byte *) { held.hold(); };
     tiny_store s(setup);
     s.store().warm(some_heat(s).data());
     const wants got = s.acquire(0, { want(0), want(1) });
-    go              = true;
+    held.go         = true;
     CHECK(loaded(got[0]) && loaded(got[1]));
     s.arrive(got);
     s.store().release(got);

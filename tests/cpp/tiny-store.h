@@ -8,6 +8,7 @@
 #include "tiny-gguf.h"
 
 #include <memory>
+#include <atomic>
 #include <thread>
 
 namespace test {
@@ -36,6 +37,25 @@ struct store_setup {
     hobbit_params params        = tiny_params();
 
     hobbit::expert_store::arrival_hook on_arrival = {};
+};
+
+// Holds readers up at an arrival, until somebody says go. Outlives the store.
+struct held_arrivals {
+    std::atomic<bool> arrived { false };
+    std::atomic<bool> go { false };
+
+    void hold() {
+        arrived = true;
+        while (!go) {
+            std::this_thread::yield();
+        }
+    }
+
+    void wait() const {
+        while (!arrived) {
+            std::this_thread::yield();
+        }
+    }
 };
 
 using hobbit::expert_want;
