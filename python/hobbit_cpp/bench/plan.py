@@ -64,7 +64,7 @@ def make_plan(
     sizes = measure_sizes(model, n_ctx, n_batch, n_ubatch, threads)
     weights = read_weights(model, sizes.info.n_expert_used)
     machine = measure_machine(model, sizes, weights, threads, fresh)
-    free = _memory.resident() + _memory.available()
+    free = sizes.process + _memory.available()  # without what measuring has left in this process
     problem = ""
     if budget < sizes.smallest:
         problem = f"{human(budget)} is too small: the smallest that works is {human(sizes.smallest)}"
